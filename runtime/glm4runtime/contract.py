@@ -18,10 +18,16 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 PREFILL = "prefill"
 DECODE = "decode"
+STEP = "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
 
 INPUT_IDS = "input_ids"
-ATTENTION_MASK = "attention_mask"
+ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
+POSITION_IDS = "position_ids"  # step graphs: int64 [batch, seq]
+WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row that a sequence's first new token takes
+LOGIT_ROWS = "logit_rows"  # step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
+
+TENSORRT = "tensorrt"
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
@@ -34,6 +40,11 @@ class UserError(Exception):
 
 class BundleError(UserError):
     """A bundle that is missing, damaged, or not of a format that this version reads."""
+
+
+def graph_names(target: str) -> tuple[str, ...]:
+    """The graphs that a bundle for ``target`` holds."""
+    return (STEP,) if target == TENSORRT else (PREFILL, DECODE)
 
 
 def past_name(layer: int, part: str) -> str:
@@ -123,6 +134,11 @@ class Manifest:
     files: Mapping[str, FileSpec]
     format_version: int = FORMAT_VERSION
 
+    @property
+    def step_sha256(self) -> str:
+        """The sha256 of a TensorRT bundle's graph."""
+        return self.files[self.graphs[STEP].file].sha256
+
     def to_json(self) -> str:
         """The file's text; the same manifest always gives the same bytes."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -134,7 +150,7 @@ class Manifest:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where}: not valid JSON ({error}); build the bundle again") from None
-        read = _Reader(data, where)
+        read = FieldReader(data, where)
         version = read("format_version", int)
         if version != FORMAT_VERSION:
             remedy = "upgrade glm4export" if version > FORMAT_VERSION else "build the bundle again"
@@ -158,7 +174,7 @@ class Manifest:
         )
         if manifest.cache.dtype not in DTYPE_BYTES:
             raise BundleError(f"{where}: cache dtype {manifest.cache.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-        for name in (PREFILL, DECODE):
+        for name in graph_names(manifest.target):
             if name not in manifest.graphs:
                 raise BundleError(f"{where}: no {name} graph; build the bundle again")
         for spec in manifest.graphs.values():
@@ -206,7 +222,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _Reader:
+class FieldReader:
     """Typed access to a JSON object that names the key in its errors."""
 
     def __init__(self, data: Any, where: str) -> None:
@@ -240,21 +256,21 @@ class _Reader:
     def optional(self, key: str, kind: type) -> Any:
         return None if self.data.get(key) is None else self(key, kind)
 
-    def child(self, key: str) -> _Reader:
-        return _Reader(self(key, dict), f"{self.where}: {key}")
+    def child(self, key: str) -> FieldReader:
+        return FieldReader(self(key, dict), f"{self.where}: {key}")
 
 
 def _tensors(values: list[Any], where: str) -> tuple[TensorSpec, ...]:
-    readers = [_Reader(value, where) for value in values]
+    readers = [FieldReader(value, where) for value in values]
     return tuple(TensorSpec(read("name", str), read("dtype", str), read.items("dims", int, str)) for read in readers)
 
 
-def _graph(read: _Reader) -> GraphSpec:
+def _graph(read: FieldReader) -> GraphSpec:
     inputs, outputs = (_tensors(read(key, list), f"{read.where}: {key}") for key in ("inputs", "outputs"))
     return GraphSpec(read("file", str), inputs, outputs)
 
 
-def _file(name: str, read: _Reader) -> FileSpec:
+def _file(name: str, read: FieldReader) -> FileSpec:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise BundleError(f"{read.where}: the path leaves the bundle's folder; refusing it")

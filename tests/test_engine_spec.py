@@ -1,0 +1,86 @@
+"""Engine sidecars: read back as written, and refused with the reason where they don't fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from glm4runtime.contract import BundleError, CacheSpec, FileSpec, GraphSpec, Manifest, TokenIds
+from glm4runtime.engine_spec import EngineSpec, Profile, read_engine_specs
+
+SPEC = EngineSpec(
+    flavour="tensorrt-rtx",
+    version="1.7.1",
+    compute_capability="8.9",
+    precision="fp16",
+    attention="standard",
+    version_compatible=False,
+    profiles=(Profile("step", (1, 1, 4), (1, 1, 512), (1, 1, 16)),),
+    graph_sha256="a" * 64,
+    weights_sha256="b" * 64,
+    size=7,
+    sha256="c" * 64,
+)
+MANIFEST = Manifest(
+    producer="glm4export",
+    producer_version="0",
+    family="glm4",
+    task="causal-lm",
+    target="tensorrt",
+    precision="fp16",
+    vocab_size=8,
+    config={},
+    source={},
+    tokens=TokenIds((1,), None, None),
+    cache=CacheSpec(1, 1, 16, "float16", 64),
+    graphs={"step": GraphSpec("step.onnx", (), ())},
+    files={"step.onnx": FileSpec(1, "a" * 64), "weights.bin": FileSpec(1, "b" * 64)},
+)
+HERE = {"flavour": "tensorrt-rtx", "version": "1.7.1", "compute_capability": "8.9"}
+
+
+def test_a_sidecar_reads_back_as_written(tmp_path):
+    assert EngineSpec.from_json(SPEC.to_json(), "x") == SPEC
+    path = tmp_path / f"{SPEC.file.removesuffix('.engine')}.json"
+    assert path.name == "tensorrt-rtx-sm89.json"
+    path.parent.mkdir()
+    path.write_text(SPEC.to_json())
+    assert read_engine_specs(tmp_path) == [SPEC]
+    assert read_engine_specs(tmp_path / "engines") == []
+
+
+def test_an_engine_that_fits_is_taken():
+    SPEC.require(MANIFEST, **HERE)
+    dataclasses.replace(SPEC, version="1.6", version_compatible=True).require(MANIFEST, **HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flavour": "tensorrt"}, "the flavour of TensorRT does not fit: the engine was built for tensorrt, here is tensorrt-rtx"),
+        ({"compute_capability": "12.0"}, "the compute capability does not fit: the engine was built for 12.0, here is 8.9"),
+        ({"version": "1.6"}, r"the version of TensorRT does not fit: the engine was built for 1\.6, here is 1\.7\.1"),
+        ({"graph_sha256": "d" * 64}, "the bundle's step graph by its sha256 does not fit: the engine was built for dddd"),
+        ({"weights_sha256": "d" * 64}, r"the bundle's weights\.bin by its sha256 does not fit"),
+    ],
+)  # fmt: skip
+def test_a_mismatch_is_told_with_its_reason(change, message):
+    with pytest.raises(BundleError, match=message):
+        dataclasses.replace(SPEC, **change).require(MANIFEST, **HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "sidecar format 2, this version reads 1"),
+        ({"size": 0}, "size is 0, expected at least 1"),
+        ({"version": 3}, "version is 3, expected str"),
+        ({"profiles": [{"name": "step", "batch": [2, 1, 4], "seq": [1, 1, 1], "rows": [1, 1, 1]}]},
+         r"batch is \[2, 1, 4\], expected three rising numbers above 0"),
+    ],
+)  # fmt: skip
+def test_a_damaged_sidecar_is_refused(change, message):
+    with pytest.raises(BundleError, match=message):
+        EngineSpec.from_json(json.dumps({**json.loads(SPEC.to_json()), **change}), "engines/x.json")
