@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from glm4runtime.contract import MANIFEST, UserError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-TARGETS = ("auto", "cpu", "cuda")
+TARGETS = ("auto", "cpu", "cuda", "tensorrt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,12 +27,13 @@ from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
 from glm4export.skeleton import DTYPE_NAMES, Formats, Fp16Scales, Skeleton
-from glm4export.trace import GRAPHS, trace
+from glm4export.trace import trace
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import (
     MANIFEST,
     PREFILL,
+    TENSORRT,
     WEIGHTS,
     CacheSpec,
     FileSpec,
@@ -40,11 +41,12 @@ from glm4runtime.contract import (
     Manifest,
     TensorSpec,
     UserError,
+    graph_names,
     sha256_of,
 )
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "tensorrt")
 
 BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordinary ones clear of fp16's subnormals
 _FP16_HEADROOM = 2.0**15  # half of fp16's range: what the bound on the residual stream may reach
@@ -111,7 +113,7 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
     with new_bundle(out) as folder:  # before the trace: an output that can't be written is told at once
         skeletons = {}
-        for name in GRAPHS:
+        for name in graph_names(options.target):
             with stage(f"trace {name}"):
                 skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
         recipes = _shared_recipes(skeletons)
@@ -124,7 +126,9 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
         for name, skeleton in skeletons.items():
             with stage(f"write {name}"):
                 graphs[name] = _write_graph(skeleton, folder / f"{name}.onnx", recipes, layout)
-        (folder / GENAI_CONFIG).write_text(genai_config(config, tokens, options.target, max_seq_len), encoding="utf-8")
+        if options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
+            text = genai_config(config, tokens, options.target, max_seq_len)
+            (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
         for side in SIDE_FILES:
             if (location.folder / side).is_file():
                 shutil.copyfile(location.folder / side, folder / side)

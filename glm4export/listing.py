@@ -12,7 +12,7 @@ from glm4export.compile import BuildOptions, compile_graph, fp16_scales
 from glm4export.config import read_config
 from glm4export.passes import PIPELINES
 from glm4export.skeleton import Skeleton
-from glm4export.trace import GRAPHS
+from glm4runtime.contract import graph_names
 
 _GOLDEN_SEQ_LEN = 512
 
@@ -44,7 +44,7 @@ def golden_listings() -> dict[str, str]:
     listings = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
-        for name in GRAPHS:
+        for name in graph_names(options.target):
             skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
             listings[str(Path(variant) / f"{name}.txt")] = listing(skeleton)
     return listings

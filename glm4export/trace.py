@@ -21,16 +21,30 @@ from glm4graphs.config import Glm4Config
 from glm4graphs.decode import Decode
 from glm4graphs.model import Glm4ForCausalLM, empty_cache
 from glm4graphs.prefill import Prefill
-from glm4runtime.contract import ATTENTION_MASK, DECODE, INPUT_IDS, LOGITS, PREFILL, past_name, present_name
+from glm4graphs.step import Step
+from glm4runtime.contract import (
+    ATTENTION_MASK,
+    DECODE,
+    INPUT_IDS,
+    LOGIT_ROWS,
+    LOGITS,
+    PREFILL,
+    STEP,
+    past_name,
+    present_name,
+)
 
 OPSET = 23  # the first with RMSNormalization
-GRAPHS: dict[str, type[Glm4ForCausalLM]] = {PREFILL: Prefill, DECODE: Decode}
+GRAPHS: dict[str, type[Glm4ForCausalLM]] = {PREFILL: Prefill, DECODE: Decode, STEP: Step}
 
+_DIMS = {INPUT_IDS: ("batch", "seq"), ATTENTION_MASK: ("batch", "total_seq"), LOGIT_ROWS: ("batch", "rows")}
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter leaves each node's module path
 
 
 def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
-    """The skeleton of one graph, ``prefill`` or ``decode``, computing in ``dtype``; see the bundle contract for names.
+    """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
+
+    Inputs and outputs have the bundle contract's names.
 
     ``max_seq_len`` sizes the rotary tables. Attention is one ``glm4::Attention`` node a layer.
     """
@@ -39,13 +53,16 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
     with torch.device("meta"):
         module = GRAPHS[graph](untied, max_seq_len).to(dtype).eval()
         # torch.export specialises dims of size 0 and 1, and equal ones to each other: all different, all above 1
-        inputs = (torch.empty(2, 3, dtype=torch.int64), torch.empty(2, 5, dtype=torch.int64))
+        inputs = {INPUT_IDS: torch.empty(2, 3, dtype=torch.int64), ATTENTION_MASK: torch.empty(2, 5, dtype=torch.int64)}
+        if graph == STEP:
+            inputs[LOGIT_ROWS] = torch.empty(2, 11, dtype=torch.int64)
     cache = empty_cache(config, batch=2, max_seq_len=7, dtype=dtype, device="meta")
-    batch, seq, total, slots = (torch.export.Dim(name) for name in ("batch", "seq", "total_seq", "max_seq"))
+    batch, slots = torch.export.Dim("batch"), torch.export.Dim("max_seq")
     layer_dims = ({0: batch, 2: slots}, {0: batch, 2: slots})
-    dims = ({0: batch, 1: seq}, {0: batch, 1: total}, [layer_dims] * config.num_hidden_layers)
+    dims = [{0: batch, 1: torch.export.Dim(_DIMS[name][1])} for name in inputs]
+    arguments, shapes = (*inputs.values(), cache), (*dims, [layer_dims] * config.num_hidden_layers)
     with torch.no_grad(), quiet("torch.onnx"):  # it lists packages GLM-4 does not use
-        program = torch.export.export(module, (*inputs, cache), dynamic_shapes=dims, strict=False)
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -56,19 +73,19 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
         )
     assert exported is not None  # torch.onnx.export returns None only when it's given a file to write
     model = exported.model
-    _name_boundary(model.graph, config)
+    _name_boundary(model.graph, list(inputs), config)
     _name_dims(model.graph)
     _name_nodes(model.graph)
     model.producer_name, model.producer_version, model.graph.name = "glm4export", "", graph
     return model
 
 
-def _name_boundary(graph: ir.Graph, config: Glm4Config) -> None:
+def _name_boundary(graph: ir.Graph, inputs: list[str], config: Glm4Config) -> None:
     """Give inputs and outputs the contract's names; the trace orders them as the module's arguments and results."""
     layers = range(config.num_hidden_layers)
     past = [past_name(layer, part) for layer in layers for part in ("key", "value")]
     present = [present_name(layer, part) for layer in layers for part in ("key", "value")]
-    for value, name in zip(graph.inputs, [INPUT_IDS, ATTENTION_MASK, *past], strict=True):
+    for value, name in zip(graph.inputs, [*inputs, *past], strict=True):
         value.name = name
     for value, name in zip(graph.outputs, [LOGITS, *present], strict=True):
         value.name = name
@@ -76,11 +93,7 @@ def _name_boundary(graph: ir.Graph, config: Glm4Config) -> None:
 
 def _name_dims(graph: ir.Graph) -> None:
     """Replace the tracer's symbols (s34, s70) by the dims' names, also inside expressions such as ``s53 - s70``."""
-    named = {
-        INPUT_IDS: ("batch", "seq"),
-        ATTENTION_MASK: ("batch", "total_seq"),
-        past_name(0, "key"): ("batch", "", "max_seq"),
-    }
+    named = {**_DIMS, past_name(0, "key"): ("batch", "", "max_seq")}
     symbols: dict[str, str] = {}
     for value in graph.inputs:
         for dim, name in zip(value.shape or (), named.get(value.name or "", ()), strict=False):

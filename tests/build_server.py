@@ -22,8 +22,7 @@ import torch
 
 from glm4export import cli, compile, output, progress
 from glm4export.config import read_config
-from glm4export.trace import GRAPHS
-from glm4runtime.contract import Manifest
+from glm4runtime.contract import Manifest, graph_names
 
 
 def job(
@@ -119,7 +118,7 @@ def main() -> int:
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     compile.compile_graph = functools.cache(compile.compile_graph)  # type: ignore[assignment]
     config = read_config(Path(sys.argv[1]) / "config.json")
-    for name in GRAPHS:
+    for name in graph_names("cpu"):
         options = compile.BuildOptions("fp32", "cpu")
         compile.compile_graph(config, name, options, max_seq_len=config.max_position_embeddings, scales=None)
     print("ready", flush=True)

@@ -59,10 +59,10 @@ def test_an_engine_that_fits_is_taken():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flavour": "tensorrt"}, "the flavour of TensorRT does not fit: the engine was built for tensorrt, here is tensorrt-rtx"),
-        ({"compute_capability": "12.0"}, "the compute capability does not fit: the engine was built for 12.0, here is 8.9"),
+        ({"flavour": "tensorrt"}, "the flavour of TensorRT does not fit: .* built for tensorrt, here is tensorrt-rtx"),
+        ({"compute_capability": "12.0"}, r"the compute capability does not fit: .* built for 12\.0, here is 8\.9"),
         ({"version": "1.6"}, r"the version of TensorRT does not fit: the engine was built for 1\.6, here is 1\.7\.1"),
-        ({"graph_sha256": "d" * 64}, "the bundle's step graph by its sha256 does not fit: the engine was built for dddd"),
+        ({"graph_sha256": "d" * 64}, "the bundle's step graph by its sha256 does not fit: .* built for dddd"),
         ({"weights_sha256": "d" * 64}, r"the bundle's weights\.bin by its sha256 does not fit"),
     ],
 )  # fmt: skip

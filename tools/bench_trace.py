@@ -13,8 +13,8 @@ import time
 
 from glm4export.compile import BuildOptions, compile_graph
 from glm4export.skeleton import Fp16Scales
-from glm4export.trace import GRAPHS
 from glm4graphs.geometries import GEOMETRIES
+from glm4runtime.contract import graph_names
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="glm-4-9b", help="default: %(default)s")
     config = GEOMETRIES[parser.parse_args().geometry]
     start = time.perf_counter()
-    for name in GRAPHS:
+    for name in graph_names("cpu"):
         begin = time.perf_counter()
         skeleton = compile_graph(
             config,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
+from glm4export.passes.lower_attention_standard import lower_attention_standard
 from glm4export.passes.quantize_embedding import quantize_embedding
 from glm4export.passes.quantize_linears import quantize_linears
 from glm4export.passes.quantize_rows import quantize_rows
@@ -30,6 +31,9 @@ ORT_INT_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, *_QUANTI
 # Prefill's own formats, chosen by --prefill-precision; the head and the embedding stay those of the bundle.
 PREFILL_INT8: tuple[Pass, ...] = (lift_weights, fuse_qkv, quantize_rows, *_QUANTIZE, lower_attention_gqa, simplify)
 
+TRT_FP32: tuple[Pass, ...] = (lift_weights, fuse_qkv, lower_attention_standard, simplify)
+TRT_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, lower_attention_standard, simplify)
+
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
     ("cpu", "fp16"): ORT_FP16,
@@ -38,6 +42,9 @@ PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cuda", "bf16"): ORT_FP32,  # bf16 has fp32's range: nothing to rescale
     **{("cpu", precision): ORT_INT_FP32 for precision in ("int8", "int4")},  # CPU kernels take fp32 activations
     **{("cuda", precision): ORT_INT_FP16 for precision in ("int8", "int4")},
+    ("tensorrt", "fp32"): TRT_FP32,
+    ("tensorrt", "fp16"): TRT_FP16,
+    ("tensorrt", "bf16"): TRT_FP32,
 }
 
 
