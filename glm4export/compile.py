@@ -84,6 +84,23 @@ class BuildOptions:
             )
         if self.calibrate is not None and self.formats is None:
             raise UserError(f"--calibrate goes with --precision int8 or int4, not with {self.precision}")
+        if self.target == TENSORRT and self.formats is not None:
+            self._check_qdq()
+
+    def _check_qdq(self) -> None:
+        """What TensorRT's DequantizeLinear leaves of the quantized formats."""
+        if not self.symmetric:
+            raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
+        if self.embedding_bits != 16:
+            raise UserError(
+                f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
+                "quantized table; leave it at 16"
+            )
+        if self.calibrate is not None and self.precision == "int8":
+            raise UserError(
+                "--calibrate does not go with --precision int8 on --target tensorrt, where weights have one scale a "
+                "channel and lose too little to be worth it; leave it out, or build int4"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -99,7 +116,8 @@ class BuildOptions:
         if self.precision not in ("int8", "int4"):
             return None
         bits = int(self.precision.removeprefix("int"))
-        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric)
+        qdq = self.target == TENSORRT
+        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
 
 def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar) -> Manifest:
@@ -187,7 +205,8 @@ def _reader(
     def scheme_for(name: str) -> Scheme | None:
         head = name in ("lm_head.weight", "model.embed_tokens.weight")  # a tied head's data is the embedding's
         bits = formats.head_bits if head else formats.linear_bits
-        return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if bits < 16 else None
+        blocks = bits == 4 or (bits == 8 and not formats.qdq)
+        return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if blocks else None
 
     with TemporaryDirectory(dir=folder) as scratch:
         with stage("calibrate"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm4export.quantize import Quantized, Scheme
+from glm4export.quantize import Quantized, Scheme, pack_signed
 from glm4export.recipes import Expr, QuantizedPart, Recipe, RowQuantizedPart, TensorReader, Window, whole
 from glm4runtime.contract import FileSpec, UserError
 
@@ -75,7 +75,7 @@ def _blocks(recipes: Mapping[str, Recipe], reader: TensorReader) -> Iterator[tup
                 block = block.to(recipe.torch_dtype).contiguous()
                 if not torch.isfinite(block).all():
                     raise ValueError(f"a value is not finite in {recipe.dtype}")
-                yield name, block
+                yield name, pack_signed(block) if recipe.dtype == "int4" else block
         except ValueError as error:
             raise WeightError(
                 f"{name}: {error}; the checkpoint holds NaN or numbers beyond its range. Build with --precision fp32"
@@ -95,7 +95,9 @@ class _Evaluator:
 
     def blocks(self, expr: Expr) -> Iterator[Tensor]:
         """The expression's windows, in order."""
-        if isinstance(expr, QuantizedPart):
+        if isinstance(expr, QuantizedPart) and expr.layout == "transposed":
+            yield expr.read(self.reader, whole(expr.shape))
+        elif isinstance(expr, QuantizedPart):
             yield from self._block_quantized(expr)
         elif isinstance(expr, RowQuantizedPart):
             yield from [self._transposed_int8(expr)] if expr.part == "data" else self.row_scales.pop(expr.of)
