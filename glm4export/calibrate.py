@@ -31,7 +31,7 @@ TOKENS = 4096  # calibrated on unless told otherwise
 SEQUENCE = 256  # tokens in a sequence
 
 SchemeFor = Callable[[str], Scheme | None]
-Progress = Callable[[int], None]  # told how many more weights were read
+Progress = Callable[[int], None]  # told how many more bytes of weights were read
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ class Calibrated:
         if self.calibration.schemes.get(name) != scheme:
             return None
         return self.calibration.quantized(name, rows)
+
+
+def linears(config: Glm4Config, checkpoint: Checkpoint) -> list[str]:
+    """The weights that :func:`calibrate` reads, and asks for a scheme of."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return [name for name in checkpoint.tensors if name.endswith("_proj.weight")] + [head]
 
 
 def token_sequences(text: str, folder: Path, *, tokens: int = TOKENS, length: int = SEQUENCE) -> list[list[int]]:
@@ -167,12 +173,13 @@ class _Run:
     def rows(self, name: str, x: Tensor, rows: tuple[int, int], *, wanted: bool = True) -> Tensor:
         """``x @ weight[rows].T`` for x [..., in] (empty unless ``wanted``); quantizes the rows along the way."""
         columns = self.checkpoint.tensors[name].shape[1]
-        weight = self.checkpoint.read(name, (rows, (0, columns))).float()
+        stored = self.checkpoint.read(name, (rows, (0, columns)))
+        weight = stored.float()
         scheme = self.scheme_for(name)
         if scheme is not None:
             self.calibration.schemes[name], self.calibration.columns[name] = scheme, columns
             self.calibration.add(name, rows[0], compensate(weight, scheme, self._compensations(x, scheme)))
-        self.progress(weight.numel())
+        self.progress(stored.nbytes)
         return x @ weight.T if wanted else x[:0]
 
     def _compensations(self, x: Tensor, scheme: Scheme) -> list[Compensation]:

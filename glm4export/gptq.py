@@ -38,18 +38,25 @@ class Compensation:
 def compensations(
     inputs: Tensor, block: int, *, max_group: int = MAX_GROUP, damping: float = DAMPING
 ) -> list[Compensation]:
-    """From a linear's inputs [tokens, in]: U of each window of columns, windows being a whole number of blocks."""
+    """From a linear's inputs [tokens, in]: U of each group of columns, groups being a whole number of blocks."""
     columns = inputs.shape[1]
     found = []
     for start, stop in _cut(columns, block, max_group):
-        x = inputs[:, start:stop]
-        hessian = x.T @ x
-        hessian.diagonal().add_(damping * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        # H = V Vᵀ with V upper triangular is a Cholesky factorisation read backwards; then U = V⁻¹.
-        upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-        identity = torch.eye(stop - start)
-        found.append(Compensation(start, torch.linalg.solve_triangular(upper, identity, upper=True)))
+        # H = V Vᵀ with V upper triangular is a Cholesky factorisation of the columns in reverse; then U = V⁻¹.
+        x = inputs[:, start:stop].flip(1)
+        lower = torch.linalg.cholesky(_hessian(x, damping))
+        del x
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(stop - start), upper=False)
+        del lower
+        found.append(Compensation(start, inverse.flip(0, 1)))
     return found
+
+
+def _hessian(inputs: Tensor, damping: float) -> Tensor:
+    """``XᵀX``, positive definite by its damping."""
+    hessian = inputs.T @ inputs
+    hessian.diagonal().add_(damping * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return hessian
 
 
 def compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -> Quantized:
@@ -96,7 +103,7 @@ def _compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -
 
 
 def _cut(columns: int, block: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut columns into few windows of about equal size, each a whole number of blocks and at most ``most``."""
+    """Cut columns into few groups of about equal size, each a whole number of blocks and at most ``most``."""
     blocks = columns // block
     count = math.ceil(columns / max(block, most // block * block))
     edges = [blocks * index // count * block for index in range(count + 1)]

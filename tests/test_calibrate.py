@@ -167,8 +167,9 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     names = {name for name in checkpoint.tensors if name.endswith("_proj.weight") and "q_proj" not in name} | {head}
     assert set(done.schemes) == names == {path.stem for path in whole.iterdir()}
     assert done.schemes[next(name for name in names if "down_proj" in name)] == schemes["down_proj"]
-    linears = [name for name in checkpoint.tensors if name.endswith("_proj.weight") or name == head]
-    assert sum(read) == sum(np.prod(checkpoint.tensors[name].shape) for name in linears)
+    linears = module.linears(config, checkpoint)
+    assert set(linears) == {name for name in checkpoint.tensors if name.endswith("_proj.weight")} | {head}
+    assert sum(read) == sum(4 * np.prod(checkpoint.tensors[name].shape) for name in linears)
 
     real = module.windows
     monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
