@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from glm4export import passes
-from glm4export.calibrate import Calibrated, calibrate, token_sequences
+from glm4export.calibrate import Calibrated, calibrate, linears, token_sequences
 from glm4export.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.config import ConfigError, read_config, read_token_ids
 from glm4export.genai import FILE as GENAI_CONFIG
@@ -52,7 +53,12 @@ BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordin
 _FP16_HEADROOM = 2.0**15  # half of fp16's range: what the bound on the residual stream may reach
 
 Stage = Callable[[str], AbstractContextManager[object]]  # brackets a named step of the build
-Bar = Callable[[int], AbstractContextManager[Progress]]  # a progress display over so many bytes
+
+
+class Bar(Protocol):
+    """A progress display over so many bytes."""
+
+    def __call__(self, total: int, what: str = ...) -> AbstractContextManager[Progress]: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
         layout = lay_out(recipes)
         require_space(folder, layout.size * (1 if options.calibrate is None else 2))
         total = sum(recipe.nbytes for recipe in recipes.values())
-        with _reader(config, checkpoint, options, folder, stage) as reader, bar(total) as progress:
+        with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
         graphs = {}
         for name, skeleton in skeletons.items():
@@ -189,7 +195,7 @@ def compile_graph(
 
 @contextmanager
 def _reader(
-    config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage
+    config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage, bar: Bar
 ) -> Iterator[TensorReader]:
     """What recipes read: the checkpoint, with its linears quantized by calibration where that was asked for."""
     formats = options.formats
@@ -209,8 +215,10 @@ def _reader(
         return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if blocks else None
 
     with TemporaryDirectory(dir=folder) as scratch:
-        with stage("calibrate"):
-            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch))
+        stored = (checkpoint.tensors[name] for name in linears(config, checkpoint))
+        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
+        with stage("calibrate"), bar(total, "calibrate") as progress:
+            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
         yield Calibrated(checkpoint, calibration)
 
 

@@ -189,15 +189,19 @@ class QuantizedPart:
         return ready or quantize(self.of.read(reader, (rows, (0, self.of.shape[1]))), self.scheme)
 
     def pick(self, quantized: Quantized) -> Tensor:
-        """This part's tensor, in its layout but for the packing of transposed data: int8 there."""
+        """This part's tensor, in the layout of rows."""
         tensor: Tensor = getattr(quantized, self.part)
-        if self.layout == "transposed":
-            return (signed(tensor, self.scheme) if self.part == "data" else tensor).T
         return tensor.flatten(1) if self.layout == "flat" else tensor
+
+    def transposed(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """int8 data [columns, rows] and float32 scales [blocks, rows] of some rows of a symmetric matrix."""
+        quantized = self.quantize(reader, rows)
+        return signed(quantized.data, self.scheme).T, quantized.scales.T
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
         if self.layout == "transposed":
-            return self.pick(self.quantize(reader, window[1]))[_slices(window[:1])]
+            data, scales = self.transposed(reader, window[1])
+            return (data if self.part == "data" else scales)[_slices(window[:1])]
         return self.pick(self.quantize(reader, window[0]))[(slice(None), *_slices(window[1:]))]
 
     def __str__(self) -> str:
@@ -220,13 +224,15 @@ class RowQuantizedPart:
         rows, columns = self.of.shape
         return (columns, rows) if self.part == "data" else (rows,)
 
-    def quantize(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """int8 [rows, columns] and float32 scales [rows] of some rows."""
-        return quantize_rows(self.of.read(reader, (rows, (0, self.of.shape[1]))), scale_dtype=self.scale_dtype)
+    def transposed(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """int8 data [columns, rows] and float32 scales [rows] of some rows."""
+        weight = self.of.read(reader, (rows, (0, self.of.shape[1])))
+        data, scales = quantize_rows(weight, scale_dtype=self.scale_dtype)
+        return data.T, scales
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
-        data, scales = self.quantize(reader, window[-1])
-        return data.T[_slices(window[:1])] if self.part == "data" else scales
+        data, scales = self.transposed(reader, window[-1])
+        return data[_slices(window[:1])] if self.part == "data" else scales
 
     def __str__(self) -> str:
         return f"{self.part}(int8 rows, {self.of})"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from glm4export import calibrate as module
-from glm4export.calibrate import calibrate, compensate, compensations, token_sequences
+from glm4export.calibrate import calibrate, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
+from glm4export.gptq import _cut, compensate, compensations
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.reference import Text, reference_logits
 from glm4export.verify import kl_divergence
@@ -65,7 +66,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate(scheme: Scheme) -> None
 
 def test_factor_is_the_inverse_hessians() -> None:
     inputs = correlated(300, 96)
-    for part in compensations(inputs, 16, max_window=40, damping=0.01):
+    for part in compensations(inputs, 16, max_group=40, damping=0.01):
         x = inputs[:, part.start : part.start + len(part.upper)]
         hessian = x.T @ x
         hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
@@ -73,9 +74,9 @@ def test_factor_is_the_inverse_hessians() -> None:
         torch.testing.assert_close(part.upper.T @ part.upper @ hessian, torch.eye(len(hessian)), rtol=0, atol=1e-3)
 
 
-def test_windows_are_whole_blocks_of_about_equal_size() -> None:
+def test_groups_are_whole_blocks_of_about_equal_size() -> None:
     def cut(columns: int, block: int, most: int) -> list[tuple[int, int]]:
-        return list(module._cut(columns, block, most))
+        return list(_cut(columns, block, most))
 
     assert cut(4096, 128, 4096) == [(0, 4096)]
     assert cut(6144, 128, 4096) == [(0, 3072), (3072, 6144)]
@@ -166,8 +167,9 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     names = {name for name in checkpoint.tensors if name.endswith("_proj.weight") and "q_proj" not in name} | {head}
     assert set(done.schemes) == names == {path.stem for path in whole.iterdir()}
     assert done.schemes[next(name for name in names if "down_proj" in name)] == schemes["down_proj"]
-    linears = [name for name in checkpoint.tensors if name.endswith("_proj.weight") or name == head]
-    assert sum(read) == sum(np.prod(checkpoint.tensors[name].shape) for name in linears)
+    linears = module.linears(config, checkpoint)
+    assert set(linears) == {name for name in checkpoint.tensors if name.endswith("_proj.weight")} | {head}
+    assert sum(read) == sum(4 * np.prod(checkpoint.tensors[name].shape) for name in linears)
 
     real = module.windows
     monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
