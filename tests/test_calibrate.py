@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glm4export import calibrate as module
+from glm4export import gptq
 from glm4export.calibrate import calibrate, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
@@ -73,6 +74,13 @@ def test_factor_is_the_inverse_hessians() -> None:
         hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
         assert torch.equal(part.upper, part.upper.triu())
         torch.testing.assert_close(part.upper.T @ part.upper @ hessian, torch.eye(len(hessian)), rtol=0, atol=1e-3)
+
+
+def test_compensations_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "MAX_BYTES", 4 * 192 * 70)
+    parts = compensations(correlated(300, 192), 16)
+    assert [part.start for part in parts] == [0, 64, 128]
+    assert sum(part.upper.nbytes for part in parts) <= 4 * 192 * 70
 
 
 def test_groups_are_whole_blocks_of_about_equal_size() -> None:
