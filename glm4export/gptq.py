@@ -8,8 +8,9 @@ an error costs that the columns behind can't mend.
 
 H of all columns of a ``down_proj`` would take 750 MB at GLM-4-9B's geometry and 2.1 GB at 32B's, and its factorisation
 as much again. Columns compensate each other in groups of at most ``MAX_GROUP`` instead; no error crosses from one group
-to the next. (So only ``down_proj`` is cut at 9B, in four. On the embedded model, int4 in blocks of 32, mean KL was 2.82e-3
-plain, 2.39e-3 with whole linears and 2.45e-3 with ``down_proj`` in two groups of 256.) Rows are independent of each other.
+to the next. (So only ``down_proj`` is cut at 9B, in four. On the embedded model, int4 in blocks of 32, mean KL was
+2.82e-3 plain, 2.39e-3 with whole linears and 2.45e-3 with ``down_proj`` in two groups of 256.) Rows are independent of
+each other.
 """
 
 from __future__ import annotations
