@@ -22,8 +22,9 @@ from glm4export.gptq import Compensation, compensate, compensations
 from glm4export.quantize import Quantized, Scheme
 from glm4export.recipes import Window, whole
 from glm4export.weights import windows
+from glm4graphs.attention import attention
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import DecoderLayer, rms_norm
+from glm4graphs.model import Attention, DecoderLayer, rms_norm
 from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import UserError
 
@@ -134,9 +135,9 @@ def calibrate(
     run = _Run(checkpoint, scheme_for, Calibration(folder, {}, {}), progress, sequences)
     with torch.no_grad():
         x = _embed(checkpoint, run.padded)
-        batch, length, _ = x.shape
+        length = x.shape[1]
         rotary = rotary_tables(config, length)
-        cache = torch.zeros(batch, config.num_key_value_heads, length, config.head_dim)
+        cache = torch.zeros(1, config.num_key_value_heads, length, config.head_dim)
         for index in range(config.num_hidden_layers):
             with torch.device("meta"):
                 layer = DecoderLayer(config)
@@ -206,6 +207,25 @@ class _Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
+class _OneByOne(nn.Module):
+    """Attention of one sequence at a time: the scores of all of them would be 200 MB at 32B, several times over."""
+
+    def __init__(self, of: Attention) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, None]:
+        of, config = self.of, self.of.config
+        query, key, value = of.q_proj(x), of.k_proj(x), of.v_proj(x)
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5)
+        for index in range(len(x)):
+            one = slice(index, index + 1)
+            query[one] = attention(query[one], key[one], value[one], *past, mask[one], *rotary, *sizes)[0]
+        return of.o_proj(query), None
+
+
 class _GateUp(nn.Module):
     """Gate and up with the activation between them, some rows of both at a time.
 
@@ -237,6 +257,7 @@ def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
     }
     module.load_state_dict(state, assign=True)
     if isinstance(module, DecoderLayer):
+        module.set_submodule("self_attn", _OneByOne(module.self_attn))
         linear, activation, down = module.mlp.gate_up_proj, module.mlp.activation, module.mlp.down_proj
         module.set_submodule("mlp", nn.Sequential(_GateUp(linear, activation), down))
     return module.eval()
