@@ -6,14 +6,15 @@ error ``e = (w_j - ŵ_j) / U_jj`` of column j is taken from the columns behind i
 block by block (:func:`glm4export.quantize.quantize`) on the weights as they are by then, weighed by ``1 / U_jj²``: what
 an error costs that the columns behind can't mend.
 
-The model streams: a linear is read in windows of rows, each of which is used for the float32 output and quantized, then
-dropped. In memory are the calibration tokens' activations, one window and one linear's Hessian.
+The model streams as :mod:`glm4export.observe` runs it: each window of a linear is quantized when it is there anyway. In
+memory are the calibration tokens' activations, one window and one linear's Hessian.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +22,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from glm4export.checkpoint import Checkpoint
+from glm4export.observe import Observation, Progress, Take, observe
 from glm4export.quantize import Quantized, Scheme, in_threads, joined, pack, quantize, unpack
-from glm4export.recipes import Window, whole
-from glm4export.weights import windows
+from glm4export.recipes import Window
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import DecoderLayer, rms_norm
-from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import UserError
 
 TOKENS = 4096  # calibrated on unless told otherwise
@@ -38,15 +37,15 @@ MAX_WINDOW = 4096  # columns that compensate each other: bounds the Hessian's me
 DAMPING = 0.1  # added to H's diagonal, relative to its mean: less trust in few tokens' correlations
 
 SchemeFor = Callable[[str], Scheme | None]
-Progress = Callable[[int], None]  # told how many more weights were read
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Quantized linears of a checkpoint, each in its own file of ``folder``."""
+    """Quantized linears of a checkpoint, each in its own file of ``folder``, and what the text's numbers reached."""
 
     folder: Path
     schemes: dict[str, Scheme]
+    observation: Observation
 
     def __contains__(self, name: str) -> bool:
         return name in self.schemes
@@ -78,6 +77,10 @@ class Calibrated:
             return None
         return self.calibration.quantized(name, rows)
 
+    def cache_scales(self, layer: int, part: str) -> Tensor:
+        """As :meth:`Observation.cache_scales`."""
+        return self.calibration.observation.cache_scales(layer, part)
+
 
 def token_sequences(text: str, folder: Path, *, tokens: int = TOKENS, length: int = SEQUENCE) -> list[list[int]]:
     """The text's first ``tokens`` tokens by the checkpoint's tokenizer, in sequences of ``length``."""
@@ -106,65 +109,36 @@ def calibrate(
     would give are no better (mean KL 2.90e-3 and 2.91e-3), and cost a second pass. An embedding isn't a linear; tied to
     the head it is quantized as the head.
     """
-    run = _Run(checkpoint, scheme_for, folder, progress, sequences)
-    with torch.no_grad():
-        x = _embed(checkpoint, run.padded)
-        batch, length, _ = x.shape
-        rotary = rotary_tables(config, length)
-        cache = torch.zeros(batch, config.num_key_value_heads, length, config.head_dim)
-        for index in range(config.num_hidden_layers):
-            with torch.device("meta"):
-                layer = DecoderLayer(config)
-            x, _ = _stream(layer, run, f"model.layers.{index}.")(x, run.mask, (cache, cache), rotary)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        if scheme_for(head) is not None:
-            with torch.device("meta"):
-                norm = rms_norm(config)
-            run.linear(head, _stream(norm, run, "model.norm.")(x), wanted=False)
-    return Calibration(folder, run.schemes)
+    quantizer = _Quantizer(scheme_for, folder)
+    observation = observe(config, checkpoint, sequences, quantizer.visit, progress)
+    return Calibration(folder, quantizer.schemes, observation)
 
 
-class _Run:
-    """What the streamed linears share."""
+class _Quantizer:
+    """Quantizes the linears that it is shown."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        scheme_for: SchemeFor,
-        folder: Path,
-        progress: Progress,
-        sequences: Sequence[Sequence[int]],
-    ) -> None:
-        self.checkpoint, self.scheme_for, self.folder, self.progress = checkpoint, scheme_for, folder, progress
+    def __init__(self, scheme_for: SchemeFor, folder: Path) -> None:
+        self.scheme_for, self.folder = scheme_for, folder
         self.schemes: dict[str, Scheme] = {}
-        tensors = [torch.tensor(sequence) for sequence in sequences]
-        self.padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        self.mask = (torch.arange(self.padded.shape[1]) < lengths[:, None]).long()
         self._latest: tuple[Tensor, int, list[Compensation]] | None = None
 
-    def linear(self, name: str, x: Tensor, *, wanted: bool = True) -> Tensor:
-        """``x @ weight.T`` for x [..., in], window by window (empty unless ``wanted``); quantizes along the way."""
+    @contextmanager
+    def visit(self, name: str, inputs: Tensor) -> Iterator[Take | None]:
+        """As :data:`glm4export.observe.Visit`."""
         scheme = self.scheme_for(name)
-        shape = self.checkpoint.tensors[name].shape
-        outputs, parts = [], []
-        for window in windows(shape):
-            weight = self.checkpoint.read(name, window).float()
-            if wanted:
-                outputs.append(x @ weight.T)
-            if scheme is not None:
-                parts.append(compensate(weight, scheme, self._compensations(x, scheme)))
-            self.progress(weight.numel())
-        if scheme is not None:
-            self.schemes[name] = scheme
-            _save(_file(self.folder, name), joined(parts))
-        return torch.cat(outputs, -1) if wanted else x[:0]
+        if scheme is None:
+            yield None
+            return
+        parts: list[Quantized] = []
+        yield lambda weight: parts.append(compensate(weight, scheme, self._compensations(inputs, scheme)))
+        self.schemes[name] = scheme
+        _save(_file(self.folder, name), joined(parts))
 
-    def _compensations(self, x: Tensor, scheme: Scheme) -> list[Compensation]:
-        """Of that very tensor; kept for its next reader: queries, keys and values share one input."""
-        if self._latest is None or self._latest[0] is not x or self._latest[1] != scheme.block:
+    def _compensations(self, inputs: Tensor, scheme: Scheme) -> list[Compensation]:
+        """Kept for the next reader of that very tensor: queries, keys and values share one input."""
+        if self._latest is None or self._latest[0] is not inputs or self._latest[1] != scheme.block:
             self._latest = None  # frees the one before
-            self._latest = (x, scheme.block, compensations(x[self.mask.bool()], scheme.block))
+            self._latest = (inputs, scheme.block, compensations(inputs, scheme.block))
         return self._latest[2]
 
 
@@ -234,43 +208,6 @@ def _compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -
     data = pack(q.to(torch.uint8).T, scheme.bits).view(rows, columns // block, -1)
     packed = None if scheme.symmetric else pack(zero_points.to(torch.uint8).T, scheme.bits)
     return Quantized(data, scales.T.contiguous(), packed)
-
-
-class _Linear(nn.Module):
-    """A linear that reads its weight as it runs."""
-
-    def __init__(self, run: _Run, name: str, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.run, self.name, self.bias = run, name, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run.linear(self.name, x)
-        return y if self.bias is None else y.add_(self.bias)
-
-
-def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
-    """Make the linears of a module on the meta device stream, and load its other tensors."""
-    for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Linear):
-            module.set_submodule(name, _Linear(run, f"{prefix}{name}.weight", child.bias))
-    state = {
-        name: run.checkpoint.read(prefix + name, whole(tuple(tensor.shape))).float()
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
-    return module.eval()
-
-
-def _embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
-    """float32 [*tokens.shape, hidden]."""
-    name = "model.embed_tokens.weight"
-    shape = checkpoint.tensors[name].shape
-    x = torch.empty(*tokens.shape, shape[1])
-    for window in windows(shape):
-        first, last = window[0]
-        here = (tokens >= first) & (tokens < last)
-        x[here] = checkpoint.read(name, window)[tokens[here] - first].float()
-    return x
 
 
 def _cut(columns: int, block: int, most: int) -> Iterator[tuple[int, int]]:

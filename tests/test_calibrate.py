@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glm4export import calibrate as module
+from glm4export import observe
 from glm4export.calibrate import calibrate, compensate, compensations, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
@@ -169,8 +170,8 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     linears = [name for name in checkpoint.tensors if name.endswith("_proj.weight") or name == head]
     assert sum(read) == sum(np.prod(checkpoint.tensors[name].shape) for name in linears)
 
-    real = module.windows
-    monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
+    real = observe.windows
+    monkeypatch.setattr(observe, "windows", lambda shape: real(shape, 1000))
     _, again = run("windowed")
     for name in names:
         rows, columns = checkpoint.tensors[name].shape
