@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from glm4runtime.contract import MANIFEST, UserError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 TARGETS = ("auto", "cpu", "cuda", "tensorrt")
 
 

@@ -47,7 +47,8 @@ from glm4runtime.contract import (
     sha256_of,
 )
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 TARGETS = ("cpu", "cuda", "tensorrt")
 
 BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordinary ones clear of fp16's subnormals
@@ -91,6 +92,11 @@ class BuildOptions:
             )
         if self.calibrate is not None and self.formats is None:
             raise UserError(f"--calibrate goes with --precision int8 or int4, not with {self.precision}")
+        if self.precision in CALIBRATED and self.calibrate is None:
+            raise UserError(
+                f"--precision {self.precision} needs --calibrate FILE, a text like the model's use: activations are "
+                "scaled by what they reach on it"
+            )
         if self.target == TENSORRT and self.formats is not None:
             self._check_qdq()
 
@@ -120,9 +126,9 @@ class BuildOptions:
     @property
     def formats(self) -> Formats | None:
         """How weights are stored; None where they are stored as they're computed with."""
-        if self.precision not in ("int8", "int4"):
+        if self.precision not in ("fp8", "int8", "int4"):
             return None
-        bits = int(self.precision.removeprefix("int"))
+        bits = 4 if self.precision == "int4" else 8
         qdq = self.target == TENSORRT
         return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
