@@ -10,6 +10,7 @@ from collections.abc import Callable
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
+from glm4export.passes.lower_attention_plugin import lower_attention_plugin
 from glm4export.passes.lower_attention_standard import lower_attention_standard
 from glm4export.passes.quantize_embedding import quantize_embedding
 from glm4export.passes.quantize_linears import quantize_linears
@@ -33,6 +34,11 @@ PREFILL_INT8: tuple[Pass, ...] = (lift_weights, fuse_qkv, quantize_rows, *_QUANT
 
 TRT_FP32: tuple[Pass, ...] = (lift_weights, fuse_qkv, lower_attention_standard, simplify)
 TRT_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, lower_attention_standard, simplify)
+
+# --attention plugin; the optimizer runs before, since it would put the function's body into its nodes' places
+TRT_PLUGIN_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, simplify, lower_attention_plugin)
+TRT_PLUGIN_BF16: tuple[Pass, ...] = (lift_weights, fuse_qkv, simplify, lower_attention_plugin)
+PLUGIN: dict[str, tuple[Pass, ...]] = {"fp16": TRT_PLUGIN_FP16, "bf16": TRT_PLUGIN_BF16}
 
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
