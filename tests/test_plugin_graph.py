@@ -19,12 +19,12 @@ from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
 from glm4export.tensorrt.plugin.graph import use_plugins
+from glm4export.tensorrt.plugin.reference import Case
 from glm4export.verify import kl_divergence
 from glm4runtime.contract import UserError, read_manifest
 
 from . import checkpoints
 from .conftest import Build
-from .plugin_cases import Case
 from .test_parity import reference
 from .test_step_graph import StepGraph, ones
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from glm4export.tensorrt.plugin.geometry import Geometry
+from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.tiles import Tile
 
-from .plugin_cases import Case
 from .triton_interpreter import interpreter
 
 DECODE, PREFILL = Tile(16, 32, 4, 1), Tile(64, 32, 4, 1)
@@ -28,14 +28,11 @@ def kernels() -> Iterator[Executor]:
 
 def run(case: Case, tile: Tile, programs: int) -> tuple[Tensor, Tensor, Tensor]:
     """In the interpreter's process: attended, and the caches after."""
-    from glm4export.tensorrt.plugin.launch import attention
+    from glm4export.tensorrt.plugin.launch import Interpreted, attention
 
-    keys, values = case.keys.clone(), case.values.clone()
-    attended = attention(
-        case.geometry, tile, case.qkv, (keys, values), case.position_ids, case.write_indices, case.attention_mask,
-        (case.cos, case.sin), (case.key_scale, case.value_scale), programs=programs,
-    )  # fmt: skip
-    return attended, keys, values
+    after = case.to("cpu")
+    attended = attention(Interpreted(case.geometry, tile), after, programs=programs)
+    return attended, after.keys, after.values
 
 
 def check(kernels: Executor, case: Case, tile: Tile, programs: int = 1) -> Tensor:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
+import runpy
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import triton
 
-from glm4export.tensorrt.plugin import kernels
+from glm4export.tensorrt.plugin import driver, kernels
 from glm4export.tensorrt.plugin.aot import append_kernel, attend_kernel, combine_kernel, keep_parameters
 from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
+from glm4export.tensorrt.plugin.launch import attention
+from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.register import Tactic, register
 from glm4export.tensorrt.plugin.tiles import CAPABILITIES, DEVICE_SHARED, SHARED_LIMIT, decode_tiles, prefill_tiles
 from glm4runtime.contract import UserError
@@ -151,6 +158,49 @@ def test_kernels_compile_for_every_device_and_fit_it(capability: int, tmp_path: 
         assembler = knobs.ptxas_blackwell if capability >= 100 else knobs.ptxas
         target = f"sm_{capability}" + "a" * (capability >= 90)
         subprocess.run([assembler.path, f"-arch={target}", source, "-o", tmp_path / "cubin"], check=True)
+
+
+def test_gpu_check_passes_arguments_as_tensorrt_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, up to the driver: pointers and 32-bit numbers in the kernels' order."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Recorder(driver.Driver):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, function: str, *arguments: Any) -> None:
+            if function == "cuLaunchKernel":
+                sizes, (shared, _, pointers, _) = arguments[1:7], arguments[7:]
+                values = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
+                calls.append((sizes, shared, values))
+
+    monkeypatch.setattr(driver, "Driver", Recorder)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    case = Case.random(GLM4_9B, (5, 0), 3)
+    launch = driver.Compiled(GLM4_9B, 89, decode_tiles(GLM4_9B))
+    attended = attention(launch, case, programs=PROGRAMS)
+    (append, _, appended), (attend, shared, attending), (combine, _, combining) = calls
+    splits, rows = split_sizes(2, 3, 2, 16, PROGRAMS, Integers())
+    assert append == (1, 2, 2, 128, 1, 1)
+    assert attend == (3, splits, 4, 128, 1, 1)
+    assert combine == (rows, 2, 2, 128, 1, 1)
+    assert shared == 40960
+    keys, values = case.keys.data_ptr(), case.values.data_ptr()
+    assert (appended[0], appended[1:3], appended[-2:]) == (case.qkv.data_ptr(), [keys, values], [keys, values])
+    assert [value & 0xFFFFFFFF for value in (appended[9], *attending[10:13])] == [3, 3, splits, rows]
+    assert attending[1:3] == [keys, values] and attending[13] == attended.data_ptr()
+    assert combining[0] == combining[-1] == attended.data_ptr() and combining[1:3] == attending[14:]
+
+
+def test_gpu_check_tells_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(Path(__file__).parent.parent / "tools/gpu_check.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert re.fullmatch(r"gpu_check: no GPU: torch \S+ finds no CUDA device; run this .*\n", capsys.readouterr().err)
 
 
 def test_a_device_that_kernels_are_not_made_for_is_refused() -> None:

@@ -100,7 +100,7 @@ def standard_attention(
             ("query", "key", "value"), parts, (shapes.query, shapes.key, shapes.value), strict=True
         )
     )
-    rotary = {"interleaved": 1, "rotary_embedding_dim": rotary_dim}
+    rotary: dict[str, Any] = {"interleaved": 1, "rotary_embedding_dim": rotary_dim}
     tables = [inputs.cos, inputs.sin, inputs.position_ids]
     query, key = (
         emit(f"{part}/RotaryEmbedding", "RotaryEmbedding", [x, *tables], **rotary)[0]

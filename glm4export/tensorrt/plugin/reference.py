@@ -1,4 +1,7 @@
-"""Inputs of one attention layer as a step graph has them, and what PyTorch makes of them."""
+"""Inputs of one attention layer as a step graph has them, and what PyTorch makes of them: the kernels' reference.
+
+:mod:`glm4graphs.attention` is the definition; this adds what it has not, masks of any kind and an int8 cache.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm4export.tensorrt.plugin.geometry import Geometry
-from glm4graphs.attention import _rotate
+from glm4graphs.attention import rotate
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,27 @@ class Case:
         angles = torch.arange(geometry.max_seq)[:, None] / 10 ** torch.linspace(0, 4, geometry.rotary_dim // 2)
         # Scales that differ by head, and clip some values
         scales = [torch.linspace(low, low * 1.5, geometry.kv_heads) for low in (0.022, 0.018)]
-        caches = [normal(*cache) for _ in range(2)]
+        keys, values = normal(*cache), normal(*cache)
         if geometry.cache_dtype == "int8":
-            caches = [_quantize(part.float(), scale) for part, scale in zip(caches, scales, strict=True)]
+            keys, values = (_quantize(part.float(), scale) for part, scale in zip((keys, values), scales, strict=True))
         return cls(
             geometry,
             normal(batch, seq, geometry.width),
-            *caches,
+            keys,
+            values,
             positions,
             write_indices,
             torch.arange(geometry.max_seq) <= positions[:, None, :, None],
             angles.cos().to(getattr(torch, geometry.dtype)),
             angles.sin().to(getattr(torch, geometry.dtype)),
-            *scales,
+            scales[0],
+            scales[1],
         )
+
+    def to(self, device: str) -> Case:
+        """A copy of every tensor on ``device``."""
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return Case(self.geometry, *(value.to(device, copy=True) for value in tensors))
 
     def feeds(self) -> dict[str, np.ndarray]:
         """By the function's input names."""
@@ -71,11 +81,11 @@ class Case:
         def heads(x: Tensor) -> Tensor:
             return x.float().view(batch, seq, -1, shape.head_dim).transpose(1, 2)
 
-        query, key, value = map(heads, self.qkv.split(sizes, -1))
+        query, key, value = map(heads, torch.split(self.qkv, sizes, -1))
         cos, sin = (
             table.float()[self.position_ids.clamp(max=shape.max_seq - 1)][:, None] for table in (self.cos, self.sin)
         )
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         keys, values = self.keys.clone(), self.values.clone()
         if shape.cache_dtype == "int8":
             key, value = _quantize(key, self.key_scale), _quantize(value, self.value_scale)
