@@ -73,7 +73,7 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
     """
     runner, manifest = session.runner, session.manifest
     _require_memory(manifest, max(what.batches), what.contexts[0] + what.steps)
-    work = workload(session.folder, manifest, provider=provider, chunk=runner._chunk)
+    work = workload(session.folder, manifest, provider=provider, chunk=runner.prefill_chunk)
     ids = np.random.default_rng(0).integers(0, manifest.vocab_size, max(*what.prefill, *what.contexts)).tolist()
     prefills = {tokens: _time_prefill(session, ids[:tokens], what.repeats) for tokens in what.prefill}
     runner.rewind()
@@ -121,8 +121,8 @@ class BatchDecoder:
     def __init__(self, session: Session, batch: int, capacity: int) -> None:
         """capacity: tokens of every sequence that there is room for."""
         spec, vocab = session.manifest.cache, session.manifest.vocab_size
-        self._graph, self.length = session.runner._decode, 0
-        device = session.runner._token.device
+        self._graph, self.length = session.runner.decode_graph, 0
+        device = session.runner.device
         self._binding = self._graph.io_binding()
         shape = (batch, spec.kv_heads, capacity, spec.head_dim)
         ones = np.ones(shape, spec.dtype)  # written out: zero pages that were never written aren't read from memory

@@ -1,64 +1,84 @@
-"""Quantize linears with an eye on their inputs: GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
+"""Run a checkpoint over a text in float32, layer by layer, and quantize each linear by the inputs that it saw.
 
-Rounding a column of a weight leaves an error in the layer's output; the columns after it can take most of it back, as
-far as their inputs correlate. With ``H = XᵀX`` over calibration inputs X and ``H⁻¹ = UᵀU``, U upper triangular, the
-error ``e = (w_j - ŵ_j) / U_jj`` of column j is taken from the columns behind it as ``e * U_jk``. Scales are searched
-block by block (:func:`glm4export.quantize.quantize`) on the weights as they are by then, weighed by ``1 / U_jj²``: what
-an error costs that the columns behind can't mend.
-
-The model streams: a linear is read in windows of rows, each of which is used for the float32 output and quantized, then
-dropped. In memory are the calibration tokens' activations, one window and one linear's Hessian.
+The model streams: a linear is read in windows of rows, each of which is used for the float32 output, quantized by
+:mod:`glm4export.gptq`, written out and dropped. In memory are the calibration tokens' activations, one window, and what
+one linear's columns are compensated by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from glm4export.checkpoint import Checkpoint
-from glm4export.quantize import Quantized, Scheme, in_threads, joined, pack, quantize, unpack
+from glm4export.gptq import Compensation, compensate, compensations
+from glm4export.quantize import Quantized, Scheme
 from glm4export.recipes import Window, whole
 from glm4export.weights import windows
+from glm4graphs.attention import attention
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import DecoderLayer, rms_norm
+from glm4graphs.model import Attention, DecoderLayer, rms_norm
 from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import UserError
 
 TOKENS = 4096  # calibrated on unless told otherwise
 SEQUENCE = 256  # tokens in a sequence
-MAX_WINDOW = 4096  # columns that compensate each other: bounds the Hessian's memory, and its time, which is cubic
-DAMPING = 0.1  # added to H's diagonal, relative to its mean: less trust in few tokens' correlations
 
 SchemeFor = Callable[[str], Scheme | None]
-Progress = Callable[[int], None]  # told how many more weights were read
+Progress = Callable[[int], None]  # told how many more bytes of weights were read
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Quantized linears of a checkpoint, each in its own file of ``folder``."""
+    """Quantized linears of a checkpoint: in ``folder``, each part of each in a file of its own, row after row."""
 
     folder: Path
     schemes: dict[str, Scheme]
+    columns: dict[str, int]
 
     def __contains__(self, name: str) -> bool:
         return name in self.schemes
 
+    def add(self, name: str, first: int, rows: Quantized) -> None:
+        """Store rows of the checkpoint tensor ``name``, from its row ``first`` on."""
+        for part, (_, shape) in self._parts(name).items():
+            tensor: Tensor = getattr(rows, part)
+            path = self.folder / f"{name}.{part}"
+            path.touch()
+            with path.open("r+b") as file:
+                file.seek(first * math.prod(shape) * tensor.itemsize)
+                file.write(tensor.contiguous().numpy().data.cast("B"))
+
     def quantized(self, name: str, rows: tuple[int, int]) -> Quantized:
         """Rows start to stop of the checkpoint tensor ``name``, quantized."""
-        with safe_open(_file(self.folder, name), framework="pt") as file:
-            data, scales = (file.get_slice(part)[slice(*rows)].clone() for part in ("data", "scales"))
-            zero_points = None
-            if not self.schemes[name].symmetric:
-                zero_points = file.get_slice("zero_points")[slice(*rows)].clone()
-        return Quantized(data, scales, zero_points)
+        first, last = rows
+
+        def read(part: str) -> Tensor:
+            dtype, shape = self._parts(name)[part]
+            size = math.prod(shape)
+            path, offset = self.folder / f"{name}.{part}", first * size * dtype.itemsize
+            values = np.fromfile(path, dtype, (last - first) * size, offset=offset)
+            return torch.from_numpy(values).view(last - first, *shape)
+
+        return Quantized(read("data"), read("scales"), None if self.schemes[name].symmetric else read("zero_points"))
+
+    def _parts(self, name: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Every stored part's dtype, and the shape of a row of it, as :class:`Quantized` has them."""
+        scheme, blocks = self.schemes[name], self.columns[name] // self.schemes[name].block
+        parts: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "data": (np.dtype(np.uint8), (blocks, scheme.block * scheme.bits // 8)),
+            "scales": (np.dtype(np.float32), (blocks,)),
+        }
+        if not scheme.symmetric:
+            parts["zero_points"] = (np.dtype(np.uint8), (math.ceil(blocks * scheme.bits / 8),))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,12 @@ class Calibrated:
         if self.calibration.schemes.get(name) != scheme:
             return None
         return self.calibration.quantized(name, rows)
+
+
+def linears(config: Glm4Config, checkpoint: Checkpoint) -> list[str]:
+    """The weights that :func:`calibrate` reads, and asks for a scheme of."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return [name for name in checkpoint.tensors if name.endswith("_proj.weight")] + [head]
 
 
 def token_sequences(text: str, folder: Path, *, tokens: int = TOKENS, length: int = SEQUENCE) -> list[list[int]]:
@@ -106,12 +132,12 @@ def calibrate(
     would give are no better (mean KL 2.90e-3 and 2.91e-3), and cost a second pass. An embedding isn't a linear; tied to
     the head it is quantized as the head.
     """
-    run = _Run(checkpoint, scheme_for, folder, progress, sequences)
+    run = _Run(checkpoint, scheme_for, Calibration(folder, {}, {}), progress, sequences)
     with torch.no_grad():
         x = _embed(checkpoint, run.padded)
-        batch, length, _ = x.shape
+        length = x.shape[1]
         rotary = rotary_tables(config, length)
-        cache = torch.zeros(batch, config.num_key_value_heads, length, config.head_dim)
+        cache = torch.zeros(1, config.num_key_value_heads, length, config.head_dim)
         for index in range(config.num_hidden_layers):
             with torch.device("meta"):
                 layer = DecoderLayer(config)
@@ -120,8 +146,10 @@ def calibrate(
         if scheme_for(head) is not None:
             with torch.device("meta"):
                 norm = rms_norm(config)
-            run.linear(head, _stream(norm, run, "model.norm.")(x), wanted=False)
-    return Calibration(folder, run.schemes)
+            x = _stream(norm, run, "model.norm.")(x)
+            for rows, _ in windows(checkpoint.tensors[head].shape):
+                run.rows(head, x, rows, wanted=False)
+    return run.calibration
 
 
 class _Run:
@@ -131,109 +159,37 @@ class _Run:
         self,
         checkpoint: Checkpoint,
         scheme_for: SchemeFor,
-        folder: Path,
+        calibration: Calibration,
         progress: Progress,
         sequences: Sequence[Sequence[int]],
     ) -> None:
-        self.checkpoint, self.scheme_for, self.folder, self.progress = checkpoint, scheme_for, folder, progress
-        self.schemes: dict[str, Scheme] = {}
+        self.checkpoint, self.scheme_for, self.progress = checkpoint, scheme_for, progress
+        self.calibration = calibration
         tensors = [torch.tensor(sequence) for sequence in sequences]
         self.padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         self.mask = (torch.arange(self.padded.shape[1]) < lengths[:, None]).long()
         self._latest: tuple[Tensor, int, list[Compensation]] | None = None
 
-    def linear(self, name: str, x: Tensor, *, wanted: bool = True) -> Tensor:
-        """``x @ weight.T`` for x [..., in], window by window (empty unless ``wanted``); quantizes along the way."""
+    def rows(self, name: str, x: Tensor, rows: tuple[int, int], *, wanted: bool = True) -> Tensor:
+        """``x @ weight[rows].T`` for x [..., in] (empty unless ``wanted``); quantizes the rows along the way."""
+        columns = self.checkpoint.tensors[name].shape[1]
+        stored = self.checkpoint.read(name, (rows, (0, columns)))
+        weight = stored.float()
         scheme = self.scheme_for(name)
-        shape = self.checkpoint.tensors[name].shape
-        outputs, parts = [], []
-        for window in windows(shape):
-            weight = self.checkpoint.read(name, window).float()
-            if wanted:
-                outputs.append(x @ weight.T)
-            if scheme is not None:
-                parts.append(compensate(weight, scheme, self._compensations(x, scheme)))
-            self.progress(weight.numel())
         if scheme is not None:
-            self.schemes[name] = scheme
-            _save(_file(self.folder, name), joined(parts))
-        return torch.cat(outputs, -1) if wanted else x[:0]
+            self.calibration.schemes[name], self.calibration.columns[name] = scheme, columns
+            self.calibration.add(name, rows[0], compensate(weight, scheme, self._compensations(x, scheme)))
+        self.progress(stored.nbytes)
+        return x @ weight.T if wanted else x[:0]
 
     def _compensations(self, x: Tensor, scheme: Scheme) -> list[Compensation]:
         """Of that very tensor; kept for its next reader: queries, keys and values share one input."""
         if self._latest is None or self._latest[0] is not x or self._latest[1] != scheme.block:
             self._latest = None  # frees the one before
-            self._latest = (x, scheme.block, compensations(x[self.mask.bool()], scheme.block))
+            real = x.flatten(0, -2) if self.mask.all() else x[self.mask.bool()]  # no copy where nothing was padded
+            self._latest = (x, scheme.block, compensations(real, scheme.block))
         return self._latest[2]
-
-
-@dataclass(frozen=True)
-class Compensation:
-    """How columns start to stop of a linear make up for each other: U, float32 [stop - start, stop - start]."""
-
-    start: int
-    upper: Tensor
-
-
-def compensations(
-    inputs: Tensor, block: int, *, max_window: int = MAX_WINDOW, damping: float = DAMPING
-) -> list[Compensation]:
-    """From a linear's inputs [tokens, in]: U of each window of columns, windows being a whole number of blocks."""
-    columns = inputs.shape[1]
-    found = []
-    for start, stop in _cut(columns, block, max_window):
-        x = inputs[:, start:stop]
-        hessian = x.T @ x
-        hessian.diagonal().add_(damping * hessian.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        # H = V Vᵀ with V upper triangular is a Cholesky factorisation read backwards; then U = V⁻¹.
-        upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-        identity = torch.eye(stop - start)
-        found.append(Compensation(start, torch.linalg.solve_triangular(upper, identity, upper=True)))
-    return found
-
-
-def compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -> Quantized:
-    """Quantize rows [rows, columns] of a linear, each column's error passed on to the columns behind it."""
-    rows, threads = len(weight), min(torch.get_num_threads(), len(weight))
-    edges = [rows * index // threads for index in range(threads + 1)]
-    parts: list[Quantized | None] = [None] * threads
-
-    def work(index: int) -> None:
-        parts[index] = _compensate(weight[edges[index] : edges[index + 1]], scheme, along)
-
-    in_threads(work, threads)
-    return joined([part for part in parts if part is not None])
-
-
-def _compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -> Quantized:
-    rows, columns = weight.shape
-    work = weight.float().T.contiguous()  # [columns, rows]: columns are worked on, and lie contiguous
-    levels, block = 2**scheme.bits, scheme.block
-    q, errors = torch.empty_like(work), torch.empty(block, rows)
-    scales = torch.empty(columns // block, rows)
-    zero_points = torch.full_like(scales, levels // 2)
-    for part in along:
-        rest = work[part.start : part.start + len(part.upper)]
-        importance = part.upper.diagonal().square().reciprocal()
-        for first in range(0, len(rest), block):
-            last, at = first + block, (part.start + first) // block
-            own = rest[first:last]
-            searched = quantize(own.T, scheme, importance[first:last])
-            scales[at] = searched.scales[:, 0]
-            if searched.zero_points is not None:
-                zero_points[at] = unpack(searched.zero_points, scheme.bits, 1)[:, 0]
-            inverse = torch.where(scales[at] == 0, 0, 1 / scales[at])
-            for column in range(block):
-                pivot, used, error = part.upper[first + column], q[part.start + first + column], errors[column]
-                torch.mul(own[column], inverse, out=used).round_().add_(zero_points[at]).clamp_(0, levels - 1)
-                torch.sub(used, zero_points[at], out=error).mul_(scales[at])
-                torch.sub(own[column], error, out=error).div_(pivot[first + column])
-                own[column + 1 :].addr_(pivot[first + column + 1 : last], error, alpha=-1)
-            rest[last:].addmm_(part.upper[first:last, last:].T, errors, alpha=-1)
-    data = pack(q.to(torch.uint8).T, scheme.bits).view(rows, columns // block, -1)
-    packed = None if scheme.symmetric else pack(zero_points.to(torch.uint8).T, scheme.bits)
-    return Quantized(data, scales.T.contiguous(), packed)
 
 
 class _Linear(nn.Module):
@@ -242,10 +198,52 @@ class _Linear(nn.Module):
     def __init__(self, run: _Run, name: str, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.run, self.name, self.bias = run, name, bias
+        self.shape = run.checkpoint.tensors[name].shape
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.run.linear(self.name, x)
+        y = torch.empty(*x.shape[:-1], self.shape[0])
+        for rows, _ in windows(self.shape):
+            y[..., slice(*rows)] = self.run.rows(self.name, x, rows)
         return y if self.bias is None else y.add_(self.bias)
+
+
+class _OneByOne(nn.Module):
+    """Attention of one sequence at a time: the scores of all of them would be 200 MB at 32B, several times over."""
+
+    def __init__(self, of: Attention) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(
+        self, x: Tensor, mask: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, None]:
+        of, config = self.of, self.of.config
+        query, key, value = of.q_proj(x), of.k_proj(x), of.v_proj(x)
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5)
+        for index in range(len(x)):
+            one = slice(index, index + 1)
+            query[one] = attention(query[one], key[one], value[one], *past, mask[one], *rotary, *sizes)[0]
+        return of.o_proj(query), None
+
+
+class _GateUp(nn.Module):
+    """Gate and up with the activation between them, some rows of both at a time.
+
+    ``gate_up_proj``'s output for all tokens would be the largest tensor of all, 755 MB at 32B; this is half of it.
+    """
+
+    def __init__(self, linear: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        assert isinstance(linear, _Linear)
+        self.linear, self.activation = linear, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        run, name, (both, hidden) = self.linear.run, self.linear.name, self.linear.shape
+        y = torch.empty(*x.shape[:-1], both // 2)
+        for (first, last), _ in windows((both // 2, hidden)):
+            gate = self.activation(run.rows(name, x, (first, last)))
+            torch.mul(gate, run.rows(name, x, (both // 2 + first, both // 2 + last)), out=y[..., first:last])
+        return y
 
 
 def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
@@ -258,6 +256,10 @@ def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
         for name, tensor in module.state_dict().items()
     }
     module.load_state_dict(state, assign=True)
+    if isinstance(module, DecoderLayer):
+        module.set_submodule("self_attn", _OneByOne(module.self_attn))
+        linear, activation, down = module.mlp.gate_up_proj, module.mlp.activation, module.mlp.down_proj
+        module.set_submodule("mlp", nn.Sequential(_GateUp(linear, activation), down))
     return module.eval()
 
 
@@ -271,22 +273,3 @@ def _embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
         here = (tokens >= first) & (tokens < last)
         x[here] = checkpoint.read(name, window)[tokens[here] - first].float()
     return x
-
-
-def _cut(columns: int, block: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut columns into few windows of about equal size, each a whole number of blocks and at most ``most``."""
-    blocks = columns // block
-    count = math.ceil(columns / max(block, most // block * block))
-    edges = [blocks * index // count * block for index in range(count + 1)]
-    return pairwise(edges)
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
-
-
-def _save(path: Path, quantized: Quantized) -> None:
-    tensors = {"data": quantized.data, "scales": quantized.scales}
-    if quantized.zero_points is not None:
-        tensors["zero_points"] = quantized.zero_points
-    save_file(tensors, path)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from glm4export import passes
-from glm4export.calibrate import Calibrated, calibrate, token_sequences
+from glm4export.calibrate import Calibrated, calibrate, linears, token_sequences
 from glm4export.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.config import ConfigError, read_config, read_token_ids
 from glm4export.genai import FILE as GENAI_CONFIG
@@ -53,7 +54,12 @@ BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordin
 _FP16_HEADROOM = 2.0**15  # half of fp16's range: what the bound on the residual stream may reach
 
 Stage = Callable[[str], AbstractContextManager[object]]  # brackets a named step of the build
-Bar = Callable[[int], AbstractContextManager[Progress]]  # a progress display over so many bytes
+
+
+class Bar(Protocol):
+    """A progress display over so many bytes."""
+
+    def __call__(self, total: int, what: str = ...) -> AbstractContextManager[Progress]: ...
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,27 @@ class BuildOptions:
             )
         if self.calibrate is not None and self.formats is None:
             raise UserError(f"--calibrate goes with --precision int8 or int4, not with {self.precision}")
+        if self.target == TENSORRT and self.formats is not None:
+            self._check_qdq()
         if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in passes.PLUGIN):
             raise UserError(
-                f"--attention plugin goes with --target {TENSORRT} and --precision {' or '.join(passes.PLUGIN)}, "
+                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(passes.PLUGIN)}, "
                 f"not with {self.target} and {self.precision}"
+            )
+
+    def _check_qdq(self) -> None:
+        """What TensorRT's DequantizeLinear leaves of the quantized formats."""
+        if not self.symmetric:
+            raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
+        if self.embedding_bits != 16:
+            raise UserError(
+                f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
+                "quantized table; leave it at 16"
+            )
+        if self.calibrate is not None and self.precision == "int8":
+            raise UserError(
+                "--calibrate does not go with --precision int8 on --target tensorrt, where weights have one scale a "
+                "channel and lose too little to be worth it; leave it out, or build int4"
             )
 
     @property
@@ -106,7 +129,8 @@ class BuildOptions:
         if self.precision not in ("int8", "int4"):
             return None
         bits = int(self.precision.removeprefix("int"))
-        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric)
+        qdq = self.target == TENSORRT
+        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
 
 def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar) -> Manifest:
@@ -127,7 +151,7 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
         layout = lay_out(recipes)
         require_space(folder, layout.size * (1 if options.calibrate is None else 2))
         total = sum(recipe.nbytes for recipe in recipes.values())
-        with _reader(config, checkpoint, options, folder, stage) as reader, bar(total) as progress:
+        with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
         graphs = {}
         for name, skeleton in skeletons.items():
@@ -196,7 +220,7 @@ def plugin_geometry(config: Glm4Config, max_seq_len: int, dtype: torch.dtype) ->
 
 @contextmanager
 def _reader(
-    config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage
+    config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage, bar: Bar
 ) -> Iterator[TensorReader]:
     """What recipes read: the checkpoint, with its linears quantized by calibration where that was asked for."""
     formats = options.formats
@@ -212,11 +236,14 @@ def _reader(
     def scheme_for(name: str) -> Scheme | None:
         head = name in ("lm_head.weight", "model.embed_tokens.weight")  # a tied head's data is the embedding's
         bits = formats.head_bits if head else formats.linear_bits
-        return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if bits < 16 else None
+        blocks = bits == 4 or (bits == 8 and not formats.qdq)
+        return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if blocks else None
 
     with TemporaryDirectory(dir=folder) as scratch:
-        with stage("calibrate"):
-            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch))
+        stored = (checkpoint.tensors[name] for name in linears(config, checkpoint))
+        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
+        with stage("calibrate"), bar(total, "calibrate") as progress:
+            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
         yield Calibrated(checkpoint, calibration)
 
 

@@ -30,7 +30,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def byte_bar(total: int) -> Iterator[Progress]:
+def byte_bar(total: int, what: str = "write weights") -> Iterator[Progress]:
     """A bar over ``total`` bytes with rate and time left."""
-    with tqdm(total=total, unit="B", unit_scale=True, desc="  write weights", leave=False, disable=None) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"  {what}", leave=False, disable=None) as bar:
         yield bar.update

@@ -39,18 +39,24 @@ _FACTORS_ROWS = (1.0, 1.12, 1.3, 1.55, 1.9, 2.4)  # a whole row has larger outli
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is quantized along its columns, and the dtype that its scales are stored in."""
+    """How a weight is quantized along its columns, and the dtype that its scales are stored in.
+
+    positive: scales are above zero, as TensorRT takes them; else a symmetric block's may be negative.
+    """
 
     bits: int
     block: int
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.float32
+    positive: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits} is not 4 or 8")
         if self.block < 16 or self.block & (self.block - 1):
             raise ValueError(f"block={self.block} is not a power of two of at least 16")
+        if self.positive and not self.symmetric:
+            raise ValueError("positive scales go with symmetric blocks, which have no zero point")
 
     @property
     def bits_per_weight(self) -> float:
@@ -60,7 +66,7 @@ class Scheme:
 
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"int{self.bits} block {self.block} {kind}"
+        return f"int{self.bits} block {self.block} {kind}{', positive' if self.positive else ''}"
 
 
 @dataclass
@@ -112,7 +118,7 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
     def work(search: _Search, first: int, last: int) -> None:
         count = (last - first) * blocks
         search.load(weight[first:last].reshape(count, scheme.block))
-        search.normalise(levels, scheme.symmetric)
+        search.normalise(levels, scheme.symmetric, positive=scheme.positive)
         scales[first:last] = search.fit(scheme.scale_dtype).view(-1, blocks)
         zero_points[first:last] = search.low.neg().view(-1, blocks)
         q = search.levels_used().sub_(search.low)  # 0 .. levels-1
@@ -126,9 +132,13 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
 
 
 def quantize_rows(
-    weight: Tensor, *, reduce_range: bool = False, importance: Tensor | None = None
+    weight: Tensor,
+    *,
+    reduce_range: bool = False,
+    importance: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with one scale a row: int8 [rows, columns] and float32 [rows], with ``w ~ scale * q``.
+    """Quantize with one scale a row, above zero: int8 [rows, columns] and float32 [rows], with ``w ~ scale * q``.
 
     q is in -127..127; with ``reduce_range`` in -64..64, for CPUs without VNNI, whose kernels add two products of an
     unsigned and a signed byte in 16 bits, which 255 * 127 * 2 would saturate.
@@ -139,8 +149,8 @@ def quantize_rows(
 
     def work(search: _Search, first: int, last: int) -> None:
         search.load(weight[first:last])
-        search.normalise(2 * limit + 1, symmetric=True)
-        scales[first:last] = search.fit(torch.float32)
+        search.normalise(2 * limit + 1, symmetric=True, positive=True)  # as many levels on either side
+        scales[first:last] = search.fit(scale_dtype)
         data[first:last] = search.levels_used().to(torch.int8).T
 
     _by_chunks(weight, columns, _FACTORS_ROWS, importance, work)
@@ -155,6 +165,17 @@ def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:
     if quantized.zero_points is not None:
         zero_points = unpack(quantized.zero_points, scheme.bits, blocks)[..., None].float()
     return q.float().sub_(zero_points).mul_(quantized.scales[..., None]).view(rows, -1)
+
+
+def signed(data: Tensor, scheme: Scheme) -> Tensor:
+    """A symmetric matrix's packed data [rows, blocks, bytes] as int8 [rows, columns], zero at 0."""
+    values = unpack(data.flatten(1), scheme.bits, data.shape[1] * scheme.block)
+    return values.view(torch.int8) - 8 if scheme.bits == 4 else (values ^ 128).view(torch.int8)
+
+
+def pack_signed(values: Tensor) -> Tensor:
+    """int8 values of -8 to 7, an even number of them, as ONNX's INT4: two to a byte, the first in the low half."""
+    return pack(values.flatten().view(torch.uint8)[None] & 15, 4)[0]
 
 
 def joined(parts: Sequence[Quantized]) -> Quantized:
@@ -207,7 +228,7 @@ class _Search:
         """Take the blocks [count, block]."""
         self.weight.copy_(weight.float().T)  # one dtype: a plain transposing copy is twice as fast
 
-    def normalise(self, levels: int, symmetric: bool) -> None:
+    def normalise(self, levels: int, symmetric: bool, *, positive: bool) -> None:
         """Scale each block by ``1 / unit``, so that rounding it as it is would be absmax quantization."""
         high, low = self.weight.amax(0), self.weight.amin(0)
         if not (high.isfinite().all() and low.isfinite().all()):
@@ -217,9 +238,13 @@ class _Search:
         if not symmetric:
             other_side = torch.where(high > -low, -low, high).clamp_(min=0)
             ends = ((levels - 1) / (other_side / extreme.abs() + 1)).nan_to_num_(nan=levels // 2)
-        below = ends.round()
+        if positive:
+            ends = torch.where(extreme > 0, (levels - 1) // 2, ends)
+            extreme = -extreme.abs()
+        below = torch.full_like(high, levels // 2) if symmetric else ends.round()
         self.unit = -extreme / ends  # the absmax scale
         inverse = -ends / extreme
+        self.positive = positive
         self.weight.mul_(torch.where(inverse.isfinite(), inverse, 0))  # blocks below 1e-37 count as zero
         self.low: Tensor = -below
         self.bounds = (-(levels // 2), (levels - 1) // 2) if symmetric else (-below, levels - 1 - below)
@@ -233,6 +258,8 @@ class _Search:
             self._try(factor, best, scale)
         self._try(1 / scale, best, scale)
         self.scale = (scale * self.unit).to(scale_dtype).float()
+        if self.positive:
+            self.scale[self.scale == 0] = 1  # a block of zeros, whatever its scale
         if not self.scale.isfinite().all():
             raise ValueError(f"a scale is beyond {scale_dtype}'s range")
         return self.scale

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from glm4export.quantize import Quantized, Scheme, joined, quantize, quantize_rows
+from glm4export.quantize import Quantized, Scheme, joined, quantize, quantize_rows, signed
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
 
@@ -163,21 +163,24 @@ class Scale:
 class QuantizedPart:
     """One stored tensor of a block-quantized matrix [rows, columns]: ``data``, ``scales`` or ``zero_points``.
 
-    ``flat`` data has one dim for all of a row's bytes, as GatherBlockQuantized takes it; MatMulNBits' has blocks.
+    layout: ``blocks`` as MatMulNBits takes it; ``flat``, one dim for all of a row's bytes, as GatherBlockQuantized
+    does; ``transposed``, as DequantizeLinear does in front of MatMul: integers [columns, rows], scales [blocks, rows].
     """
 
     of: Expr
     scheme: Scheme
     part: str
-    flat: bool = False
+    layout: str = "blocks"
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.of.shape
         blocks = columns // self.scheme.block
+        if self.layout == "transposed":
+            return (columns if self.part == "data" else blocks, rows)
         row_bytes = columns * self.scheme.bits // 8
         if self.part == "data":
-            return (rows, row_bytes) if self.flat else (rows, blocks, row_bytes // blocks)
+            return (rows, row_bytes) if self.layout == "flat" else (rows, blocks, row_bytes // blocks)
         return (rows, blocks if self.part == "scales" else -(-blocks * self.scheme.bits // 8))
 
     def quantize(self, reader: TensorReader, rows: tuple[int, int]) -> Quantized:
@@ -186,11 +189,19 @@ class QuantizedPart:
         return ready or quantize(self.of.read(reader, (rows, (0, self.of.shape[1]))), self.scheme)
 
     def pick(self, quantized: Quantized) -> Tensor:
-        """This part's tensor."""
+        """This part's tensor, in the layout of rows."""
         tensor: Tensor = getattr(quantized, self.part)
-        return tensor.flatten(1) if self.flat else tensor
+        return tensor.flatten(1) if self.layout == "flat" else tensor
+
+    def transposed(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """int8 data [columns, rows] and float32 scales [blocks, rows] of some rows of a symmetric matrix."""
+        quantized = self.quantize(reader, rows)
+        return signed(quantized.data, self.scheme).T, quantized.scales.T
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
+        if self.layout == "transposed":
+            data, scales = self.transposed(reader, window[1])
+            return (data if self.part == "data" else scales)[_slices(window[:1])]
         return self.pick(self.quantize(reader, window[0]))[(slice(None), *_slices(window[1:]))]
 
     def __str__(self) -> str:
@@ -199,23 +210,29 @@ class QuantizedPart:
 
 @dataclass(frozen=True)
 class RowQuantizedPart:
-    """A matrix [rows, columns] in int8 with one scale a row: ``data``, stored transposed, or ``scales``."""
+    """A matrix [rows, columns] in int8 with one scale a row: ``data``, stored transposed, or ``scales``.
+
+    Scales have values of ``scale_dtype``.
+    """
 
     of: Expr
     part: str
+    scale_dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.of.shape
         return (columns, rows) if self.part == "data" else (rows,)
 
-    def quantize(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """int8 [rows, columns] and float32 scales [rows] of some rows."""
-        return quantize_rows(self.of.read(reader, (rows, (0, self.of.shape[1]))))
+    def transposed(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """int8 data [columns, rows] and float32 scales [rows] of some rows."""
+        weight = self.of.read(reader, (rows, (0, self.of.shape[1])))
+        data, scales = quantize_rows(weight, scale_dtype=self.scale_dtype)
+        return data.T, scales
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
-        data, scales = self.quantize(reader, window[-1])
-        return data.T[_slices(window[:1])] if self.part == "data" else scales
+        data, scales = self.transposed(reader, window[-1])
+        return data[_slices(window[:1])] if self.part == "data" else scales
 
     def __str__(self) -> str:
         return f"{self.part}(int8 rows, {self.of})"
@@ -234,10 +251,13 @@ class Recipe:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * (1 if self.dtype == "int4" else 2 * self.torch_dtype.itemsize) // 2
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """What its values are in memory; int4 is packed, two to a byte, when it is written."""
+        if self.dtype == "int4":
+            return torch.int8
         return cast(torch.dtype, getattr(torch, self.dtype))
 
     def __str__(self) -> str:

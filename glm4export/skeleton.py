@@ -28,6 +28,7 @@ class Formats:
     embedding_bits: int
     block: int  # preferred; a weight whose columns it doesn't divide gets the largest block that does
     symmetric: bool
+    qdq: bool = False  # for DequantizeLinear: int4 blocks with scales above zero, int8 with one scale a row
 
 
 @dataclass
@@ -97,6 +98,13 @@ class Skeleton:
                 yield value.name
 
 
-_ONNX_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "uint8": "UINT8", "int8": "INT8"}
+_ONNX_NAMES = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int4": "INT4",
+}
 ONNX_DTYPES = {name: ir.DataType[onnx_name] for name, onnx_name in _ONNX_NAMES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from glm4export.quantize import Quantized, Scheme
+from glm4export.quantize import pack_signed
 from glm4export.recipes import Expr, QuantizedPart, Recipe, RowQuantizedPart, TensorReader, Window, whole
 from glm4runtime.contract import FileSpec, UserError
 
@@ -56,8 +58,9 @@ def write_weights(
     """
     digest, position = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for name, block in _ahead(_blocks(recipes, reader)):
-            data = block.view(torch.uint8).numpy().data.cast("B")
+        for name, block in _ahead(_blocks(recipes, _Evaluator(reader, path.parent))):
+            # as_strided: a single element's stride may be anything, and view wants 1
+            data = block.as_strided((block.numel(),), (1,)).view(torch.uint8).numpy().data
             for piece in (b"\0" * max(0, layout.offsets[name] - position), data):
                 file.write(piece)
                 digest.update(piece)
@@ -66,16 +69,15 @@ def write_weights(
     return FileSpec(position, digest.hexdigest())
 
 
-def _blocks(recipes: Mapping[str, Recipe], reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+def _blocks(recipes: Mapping[str, Recipe], evaluator: _Evaluator) -> Iterator[tuple[str, Tensor]]:
     """Every recipe's windows in file order, in their stored dtype."""
-    evaluator = _Evaluator(reader)
     for name, recipe in recipes.items():
         try:
             for block in evaluator.blocks(recipe.expr):
                 block = block.to(recipe.torch_dtype).contiguous()
-                if not torch.isfinite(block).all():
+                if block.is_floating_point() and not torch.isfinite(block).all():
                     raise ValueError(f"a value is not finite in {recipe.dtype}")
-                yield name, block
+                yield name, pack_signed(block) if recipe.dtype == "int4" else block
         except ValueError as error:
             raise WeightError(
                 f"{name}: {error}; the checkpoint holds NaN or numbers beyond its range. Build with --precision fp32"
@@ -85,45 +87,63 @@ def _blocks(recipes: Mapping[str, Recipe], reader: TensorReader) -> Iterator[tup
 class _Evaluator:
     """Evaluates expressions by windows, and each quantized matrix once.
 
-    With its data come scales and zero points, which are stored behind it: they are kept until their turn.
+    With its data come scales and zero points, which are stored behind it: they are kept until their turn, each in one
+    tensor. (Kept window by window they would lie between the freed memory of larger tensors, and hold it.)
+    ``scratch``: a folder for a file the size of one matrix.
     """
 
-    def __init__(self, reader: TensorReader) -> None:
-        self.reader = reader
-        self.small_parts: dict[tuple[Expr, Scheme], list[Quantized]] = {}
-        self.row_scales: dict[Expr, list[Tensor]] = {}
+    def __init__(self, reader: TensorReader, scratch: Path) -> None:
+        self.reader, self.scratch = reader, scratch
+        self.kept: dict[QuantizedPart | RowQuantizedPart, Tensor] = {}
 
     def blocks(self, expr: Expr) -> Iterator[Tensor]:
         """The expression's windows, in order."""
-        if isinstance(expr, QuantizedPart):
-            yield from self._block_quantized(expr)
-        elif isinstance(expr, RowQuantizedPart):
-            yield from [self._transposed_int8(expr)] if expr.part == "data" else self.row_scales.pop(expr.of)
-        else:
+        if not isinstance(expr, QuantizedPart | RowQuantizedPart):
             yield from (expr.read(self.reader, window) for window in windows(expr.shape))
+        elif expr in self.kept:
+            yield self.kept.pop(expr)
+        elif isinstance(expr, RowQuantizedPart) or expr.layout == "transposed":
+            yield from self._transposed(expr)
+        else:
+            yield from self._block_quantized(expr)
 
     def _block_quantized(self, expr: QuantizedPart) -> Iterator[Tensor]:
-        key = (expr.of, expr.scheme)
-        if expr.part == "data":
-            kept = self.small_parts[key] = []
-            for rows, _ in windows(expr.of.shape, QUANTIZED_ELEMENTS):
-                quantized = expr.quantize(self.reader, rows)
-                kept.append(replace(quantized, data=torch.empty(0)))  # a view would keep the data's memory
-                yield expr.pick(quantized)
-        else:
-            last = expr.part == ("scales" if expr.scheme.symmetric else "zero_points")
-            parts = self.small_parts.pop(key) if last else self.small_parts[key]
-            yield from (expr.pick(quantized) for quantized in parts)
-
-    def _transposed_int8(self, expr: RowQuantizedPart) -> Tensor:
-        """A whole int8 matrix, a quarter of its float32 size: transposed windows would need every row's scale first."""
-        data = torch.empty(expr.shape, dtype=torch.int8)
-        kept = self.row_scales[expr.of] = []
+        scales, zero_points = (QuantizedPart(expr.of, expr.scheme, part) for part in ("scales", "zero_points"))
+        self.kept[scales] = torch.empty(scales.shape)
+        if not expr.scheme.symmetric:
+            self.kept[zero_points] = torch.empty(zero_points.shape, dtype=torch.uint8)
         for (first, last), _ in windows(expr.of.shape, QUANTIZED_ELEMENTS):
-            rows, scales = expr.quantize(self.reader, (first, last))
-            data[:, first:last] = rows.T
-            kept.append(scales)
-        return data
+            quantized = expr.quantize(self.reader, (first, last))
+            self.kept[scales][first:last] = quantized.scales
+            if quantized.zero_points is not None:
+                self.kept[zero_points][first:last] = quantized.zero_points
+            yield expr.pick(quantized)
+
+    def _transposed(self, expr: QuantizedPart | RowQuantizedPart) -> Iterator[Tensor]:
+        """Windows of an integer matrix stored transposed.
+
+        Each of them has a column of every row, and a row's columns are known once its scales are, some by the whole
+        row. So the matrix takes a detour over a file: quantized by windows of rows, each written transposed, and read
+        back by windows of columns, of which every window of rows holds its part in one run.
+        """
+        columns, rows = expr.shape
+        tiles = [window[0] for window in windows(expr.of.shape, QUANTIZED_ELEMENTS)]
+        scales = replace(expr, part="scales")
+        kept = self.kept[scales] = torch.empty(scales.shape)
+        step = max(2, QUANTIZED_ELEMENTS // rows // 2 * 2)  # even, so that a window of int4 ends on a whole byte
+        with TemporaryFile(dir=self.scratch) as file:
+            for first, last in tiles:
+                quantized, kept[..., first:last] = expr.transposed(self.reader, (first, last))
+                file.write(quantized.contiguous().numpy().data.cast("B"))
+            for start in range(0, columns, step):
+                stop = min(start + step, columns)
+                block = torch.empty(stop - start, rows, dtype=torch.int8)
+                for first, last in tiles:
+                    height = last - first
+                    file.seek(first * columns + start * height)
+                    part = np.fromfile(file, np.int8, (stop - start) * height)
+                    block[:, first:last] = torch.from_numpy(part).view(-1, height)
+                yield block
 
 
 def _ahead(blocks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if isinstance(model, Glm4ForCausalLM):
             model = checkpoints.save(model, folder / "checkpoint")
         location = locate(None) if model is None else Location(model, {})
-        silent = {"stage": lambda name: nullcontext(), "bar": lambda size: nullcontext(lambda count: None)}
+        silent = {"stage": lambda name: nullcontext(), "bar": lambda *size_and_name: nullcontext(lambda count: None)}
         build(location, folder / "bundle", BuildOptions(**options), **silent)
         return folder / "bundle"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from glm4export import calibrate as module
-from glm4export.calibrate import calibrate, compensate, compensations, token_sequences
+from glm4export import gptq
+from glm4export.calibrate import calibrate, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
+from glm4export.gptq import _cut, compensate, compensations
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.reference import Text, reference_logits
 from glm4export.verify import kl_divergence
@@ -65,7 +68,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate(scheme: Scheme) -> None
 
 def test_factor_is_the_inverse_hessians() -> None:
     inputs = correlated(300, 96)
-    for part in compensations(inputs, 16, max_window=40, damping=0.01):
+    for part in compensations(inputs, 16, max_group=40, damping=0.01):
         x = inputs[:, part.start : part.start + len(part.upper)]
         hessian = x.T @ x
         hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
@@ -73,9 +76,16 @@ def test_factor_is_the_inverse_hessians() -> None:
         torch.testing.assert_close(part.upper.T @ part.upper @ hessian, torch.eye(len(hessian)), rtol=0, atol=1e-3)
 
 
-def test_windows_are_whole_blocks_of_about_equal_size() -> None:
+def test_compensations_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "MAX_BYTES", 4 * 192 * 70)
+    parts = compensations(correlated(300, 192), 16)
+    assert [part.start for part in parts] == [0, 64, 128]
+    assert sum(part.upper.nbytes for part in parts) <= 4 * 192 * 70
+
+
+def test_groups_are_whole_blocks_of_about_equal_size() -> None:
     def cut(columns: int, block: int, most: int) -> list[tuple[int, int]]:
-        return list(module._cut(columns, block, most))
+        return list(_cut(columns, block, most))
 
     assert cut(4096, 128, 4096) == [(0, 4096)]
     assert cut(6144, 128, 4096) == [(0, 3072), (3072, 6144)]
@@ -166,8 +176,9 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     names = {name for name in checkpoint.tensors if name.endswith("_proj.weight") and "q_proj" not in name} | {head}
     assert set(done.schemes) == names == {path.stem for path in whole.iterdir()}
     assert done.schemes[next(name for name in names if "down_proj" in name)] == schemes["down_proj"]
-    linears = [name for name in checkpoint.tensors if name.endswith("_proj.weight") or name == head]
-    assert sum(read) == sum(np.prod(checkpoint.tensors[name].shape) for name in linears)
+    linears = module.linears(config, checkpoint)
+    assert set(linears) == {name for name in checkpoint.tensors if name.endswith("_proj.weight")} | {head}
+    assert sum(read) == sum(4 * np.prod(checkpoint.tensors[name].shape) for name in linears)
 
     real = module.windows
     monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
@@ -181,6 +192,36 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
         errors = [float((x - original).square().mean() / original.square().mean()) for x in (a, b)]
         assert errors[0] < 0.1  # and not the same bits: a sum in another order may turn a rounding, and what follows
         assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def calibrated_bytes(checkpoint: Path, out: Path) -> dict[str, bytes]:
+    """What calibration with 512 tokens writes."""
+    config = read_config(checkpoint / "config.json")
+    sequences = np.random.default_rng(0).integers(0, config.vocab_size, (4, 128)).tolist()
+    calibrate(config, Checkpoint.open(checkpoint), sequences, lambda name: Scheme(4, 32), out)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    """Large enough that BLAS and LAPACK share the work among threads; as many threads in both."""
+    model = checkpoints.random_model(hidden_size=512, intermediate_size=768, num_hidden_layers=1)
+    folder = checkpoints.save(model, tmp_path / "checkpoint")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    here = calibrated_bytes(folder, tmp_path / "here")
+    there = multiprocessing.get_context("spawn").Process(
+        target=_calibrate_there, args=(folder, tmp_path / "there", torch.get_num_threads())
+    )
+    there.start()
+    there.join()
+    assert there.exitcode == 0
+    assert len(here) == 2 * (6 + 1)  # data and scales of a layer's linears and the head
+    assert here == {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+
+
+def _calibrate_there(checkpoint: Path, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    calibrated_bytes(checkpoint, out)
 
 
 def test_token_sequences(demo: tuple[Glm4Config, Checkpoint], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,10 @@ import torch
 from transformers import Glm4ForCausalLM
 
 from glm4export.checkpoint import locate
+from glm4export.compile import BuildOptions
+from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.verify import PROMPTS, kl_divergence
-from glm4runtime.contract import read_manifest
+from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.tokenizer import Tokenizer
 
 from . import checkpoints
@@ -102,7 +105,7 @@ def demo_steps(build_bundle: Build) -> dict[str, Path]:
     """The embedded model for TensorRT."""
     return {
         precision: build_bundle(None, precision=precision, target="tensorrt", max_seq_len=256)
-        for precision in ("fp32", "fp16")
+        for precision in ("fp32", "fp16", "int8", "int4")
     }
 
 
@@ -132,13 +135,57 @@ def test_three_sequences_of_unequal_lengths(build_bundle: Build) -> None:
         assert np.abs(logits[row] - reference(model, text)[-2:]).max() <= TOLERANCE
 
 
-def test_fp16_is_as_close_as_fp16_gets(demo_steps: dict[str, Path], demo_reference: Glm4ForCausalLM) -> None:
-    bundle = demo_steps["fp16"]
-    ids = Tokenizer.from_file(bundle / "tokenizer.json").encode(PROMPTS[3])
-    found = StepGraph(bundle).run(np.array([ids]), ones(len(ids)))[0]
-    wanted = reference(demo_reference, ids)
-    assert kl_divergence(wanted, found).mean() < 1e-5
-    assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.98
+@pytest.mark.parametrize(("precision", "mean_kl"), [("fp16", 1e-5), ("int8", 2e-3), ("int4", 3e-2)])
+def test_lower_precisions_stay_close(
+    precision: str, mean_kl: float, demo_steps: dict[str, Path], demo_reference: Glm4ForCausalLM
+) -> None:
+    bundle = demo_steps[precision]
+    tokenizer, found, wanted = Tokenizer.from_file(bundle / "tokenizer.json"), [], []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        found.append(StepGraph(bundle).run(np.array([ids]), ones(len(ids)))[0])
+        wanted.append(reference(demo_reference, ids))
+    divergence = kl_divergence(np.concatenate(wanted), np.concatenate(found)).mean()
+    assert divergence < mean_kl
+
+
+@pytest.mark.parametrize("head_bits", [4, 8, 16])
+def test_quantized_weights_are_those_of_the_quantizer(head_bits: int, build_bundle: Build) -> None:
+    """Stored bytes as ONNX reads them, in the layout of MatMul: int4 in blocks, int8 by output channel."""
+    model = checkpoints.random_model(vocab_size=98, hidden_size=64, intermediate_size=96)
+    bundle = build_bundle(model, precision="int4", target="tensorrt", head_bits=head_bits, block_size=64)
+    graph = onnx.load(bundle / "step.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    down = model.model.layers[1].mlp.down_proj.weight.detach()
+    scheme = Scheme(4, 32, scale_dtype=torch.float16, positive=True)  # 96 inputs: blocks of 64 don't fit
+    wanted = dequantize(quantize(down, scheme), scheme)
+    integers, scales = (stored[f"model.layers.1.mlp.down_proj.weight.int4{part}"] for part in ("", "_scales"))
+    assert integers.shape == (96, 64) and scales.shape == (3, 64) and (scales > 0).all()
+    found = integers.astype(np.float32) * scales.astype(np.float32).repeat(32, 0)
+    assert np.array_equal(found, wanted.numpy().T)
+    head = model.lm_head.weight.detach().numpy()
+    if head_bits == 16:
+        assert np.array_equal(stored["lm_head.weight"], head.astype(np.float16).T)
+    else:
+        integers, scales = (stored[f"lm_head.weight.int{head_bits}{part}"] for part in ("", "_scales"))
+        assert integers.shape == (64, 98) and scales.shape == {4: (1, 98), 8: (98,)}[head_bits]
+        error = np.abs(integers.astype(np.float32) * scales.astype(np.float32) - head.T)
+        assert (error <= 0.51 * scales.astype(np.float32) + 1e-7).mean() > 0.97  # a few largest weights are clipped
+    assert {node.op_type for node in graph.node if "Dequantize" in node.op_type} == {"DequantizeLinear"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"symmetric": False}, "--asymmetric does not go with --target tensorrt"),
+        ({"embedding_bits": 8}, "--embedding-bits 8 does not go with --target tensorrt"),
+        ({"precision": "int8", "calibrate": Path("x")}, "--calibrate does not go with --precision int8"),
+        ({"prefill_precision": "int8"}, "--prefill-precision int8 goes with --target cpu"),
+    ],
+)  # fmt: skip
+def test_what_tensorrt_does_not_take(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BuildOptions(**{"precision": "int4", "target": "tensorrt", **options})
 
 
 def test_only_standard_operators_and_the_names_of_the_contract(demo_steps: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
@@ -34,11 +35,21 @@ PREFILL_INT8: tuple[Pass, ...] = (lift_weights, fuse_qkv, quantize_rows, *_QUANT
 
 TRT_FP32: tuple[Pass, ...] = (lift_weights, fuse_qkv, lower_attention_standard, simplify)
 TRT_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, lower_attention_standard, simplify)
+TRT_INT: tuple[Pass, ...] = (
+    lift_weights, rescale_fp16, fuse_qkv, dequantize_linears, lower_attention_standard, simplify,
+)  # fmt: skip
 
 # --attention plugin; the optimizer runs before, since it would put the function's body into its nodes' places
 TRT_PLUGIN_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, simplify, lower_attention_plugin)
 TRT_PLUGIN_BF16: tuple[Pass, ...] = (lift_weights, fuse_qkv, simplify, lower_attention_plugin)
-PLUGIN: dict[str, tuple[Pass, ...]] = {"fp16": TRT_PLUGIN_FP16, "bf16": TRT_PLUGIN_BF16}
+TRT_PLUGIN_INT: tuple[Pass, ...] = (
+    lift_weights, rescale_fp16, fuse_qkv, dequantize_linears, simplify, lower_attention_plugin,
+)  # fmt: skip
+PLUGIN: dict[str, tuple[Pass, ...]] = {
+    "fp16": TRT_PLUGIN_FP16,
+    "bf16": TRT_PLUGIN_BF16,
+    **{precision: TRT_PLUGIN_INT for precision in ("int8", "int4")},
+}
 
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
@@ -51,6 +62,7 @@ PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("tensorrt", "fp32"): TRT_FP32,
     ("tensorrt", "fp16"): TRT_FP16,
     ("tensorrt", "bf16"): TRT_FP32,
+    **{("tensorrt", precision): TRT_INT for precision in ("int8", "int4")},
 }
 
 

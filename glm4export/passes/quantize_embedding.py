@@ -31,7 +31,7 @@ def quantize_embedding(skeleton: Skeleton) -> dict[str, int]:
         replacement = skeleton.insert_before(node, "model.embed_tokens/Cast", "Cast", [rows.outputs[0]], to)
     else:
         scheme = scheme_of(recipe.shape[1], formats.embedding_bits, formats)
-        data, *rest = store_quantized(skeleton, node, _EMBEDDING, recipe, scheme, flat=True)
+        data, *rest = store_quantized(skeleton, node, _EMBEDDING, recipe, scheme, layout="flat")
         replacement = skeleton.insert_before(
             node,
             "model.embed_tokens/GatherBlockQuantized",

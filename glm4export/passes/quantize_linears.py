@@ -36,17 +36,17 @@ def quantize_linears(skeleton: Skeleton) -> dict[str, int]:
 
 def scheme_of(columns: int, bits: int, formats: Formats) -> Scheme:
     """How a weight with that many columns is quantized."""
-    return Scheme(bits, block_for(columns, formats.block), formats.symmetric, SCALE_DTYPE)
+    return Scheme(bits, block_for(columns, formats.block), formats.symmetric, SCALE_DTYPE, positive=formats.qdq)
 
 
 def store_quantized(
-    skeleton: Skeleton, anchor: ir.Node, name: str, recipe: Recipe, scheme: Scheme, *, flat: bool = False
+    skeleton: Skeleton, anchor: ir.Node, name: str, recipe: Recipe, scheme: Scheme, *, layout: str = "blocks"
 ) -> list[ir.Value]:
     """Store a matrix [rows, columns] quantized: its data, scales and, where asymmetric, zero points, in that order.
 
     Scales are stored as float16; the Cast to wider activations is folded when the graph is loaded.
     """
-    data = skeleton.weight(f"{name}.data", Recipe(QuantizedPart(recipe.expr, scheme, "data", flat), "uint8"))
+    data = skeleton.weight(f"{name}.data", Recipe(QuantizedPart(recipe.expr, scheme, "data", layout), "uint8"))
     scales = skeleton.weight(f"{name}.scales", Recipe(QuantizedPart(recipe.expr, scheme, "scales"), "float16"))
     if recipe.dtype != "float16":
         to = {"to": int(ONNX_DTYPES[recipe.dtype])}

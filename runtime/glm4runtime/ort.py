@@ -77,6 +77,21 @@ class OrtRunner:
         self._token.bind_input(self._decode_binding, INPUT_IDS)
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
+    @property
+    def device(self) -> str:
+        """Where cache and inputs live: ``cpu`` or ``cuda``."""
+        return self._token.device
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens computed in one run."""
+        return self._chunk
+
+    @property
+    def decode_graph(self) -> Any:
+        """The decode graph's onnxruntime session, for runs over a cache of one's own."""
+        return self._decode
+
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         """Append a prompt (or more of one), in chunks; returns the last token's logits, float32 [vocab].
 
