@@ -29,6 +29,7 @@ from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
 from glm4export.skeleton import DTYPE_NAMES, Formats, Fp16Scales, Skeleton
+from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.trace import trace
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
 from glm4graphs.config import Glm4Config
@@ -77,6 +78,7 @@ class BuildOptions:
     embedding_bits: int = 16
     prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
     calibrate: Path | None = None  # a text file; weights are quantized with an eye on the inputs that it gives them
+    attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:
         if (self.target, self.precision) not in passes.PIPELINES:
@@ -99,6 +101,11 @@ class BuildOptions:
             )
         if self.target == TENSORRT and self.formats is not None:
             self._check_qdq()
+        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in passes.PLUGIN):
+            raise UserError(
+                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(passes.PLUGIN)}, "
+                f"not with {self.target} and {self.precision}"
+            )
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""
@@ -196,8 +203,26 @@ def compile_graph(
     skeleton = Skeleton(model, config, max_seq_len, scales, options.formats)
     own = name == PREFILL and options.prefill_precision is not None
     pipeline = passes.PREFILL_INT8 if own else passes.PIPELINES[options.target, options.precision]
+    if options.attention == "plugin":
+        plugin_geometry(config, max_seq_len, options.compute_dtype)
+        pipeline = passes.PLUGIN[options.precision]
     passes.run(pipeline, skeleton, skip_simplify=not options.simplify)
     return skeleton
+
+
+def plugin_geometry(config: Glm4Config, max_seq_len: int, dtype: torch.dtype) -> Geometry:
+    """What the attention plugin's kernels are compiled for. Raises UserError where they don't take it."""
+    name = str(dtype).removeprefix("torch.")
+    return Geometry(
+        num_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        max_seq=max_seq_len,
+        scale=config.head_dim**-0.5,
+        dtype=name,
+        cache_dtype=name,
+    )
 
 
 @contextmanager

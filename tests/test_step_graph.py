@@ -16,6 +16,7 @@ from glm4export.calibrate import token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.compile import BuildOptions
 from glm4export.config import read_config
+from glm4export.estimate import weight_bytes
 from glm4export.observe import observe
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.verify import PROMPTS, kl_divergence
@@ -150,6 +151,14 @@ def test_lower_precisions_stay_close(
         wanted.append(reference(demo_reference, ids))
     divergence = kl_divergence(np.concatenate(wanted), np.concatenate(found)).mean()
     assert divergence < mean_kl
+
+
+def test_estimate_is_what_a_build_takes(demo_steps: dict[str, Path]) -> None:
+    for precision, bundle in demo_steps.items():
+        options = BuildOptions(precision, "tensorrt", 256, calibrate=Path() if precision == "fp8" else None)
+        graph = onnx.load(bundle / "step.onnx", load_external_data=False).graph
+        lengths = [int(e.value) for t in graph.initializer for e in t.external_data if e.key == "length"]
+        assert weight_bytes(read_config(bundle / "config.json"), options) == sum(lengths), precision
 
 
 @pytest.mark.parametrize("head_bits", [4, 8, 16])

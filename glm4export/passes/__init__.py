@@ -11,6 +11,7 @@ from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
+from glm4export.passes.lower_attention_plugin import lower_attention_plugin
 from glm4export.passes.lower_attention_standard import lower_attention_standard
 from glm4export.passes.quantize_embedding import quantize_embedding
 from glm4export.passes.quantize_fp8 import quantize_fp8
@@ -43,6 +44,18 @@ TRT_INT: tuple[Pass, ...] = (
 TRT_FP8: tuple[Pass, ...] = (
     lift_weights, rescale_fp16, fuse_qkv, quantize_fp8, dequantize_linears, lower_attention_standard, simplify,
 )  # fmt: skip
+
+# --attention plugin; the optimizer runs before, since it would put the function's body into its nodes' places
+TRT_PLUGIN_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, simplify, lower_attention_plugin)
+TRT_PLUGIN_BF16: tuple[Pass, ...] = (lift_weights, fuse_qkv, simplify, lower_attention_plugin)
+TRT_PLUGIN_INT: tuple[Pass, ...] = (
+    lift_weights, rescale_fp16, fuse_qkv, dequantize_linears, simplify, lower_attention_plugin,
+)  # fmt: skip
+PLUGIN: dict[str, tuple[Pass, ...]] = {
+    "fp16": TRT_PLUGIN_FP16,
+    "bf16": TRT_PLUGIN_BF16,
+    **dict.fromkeys(("int8", "int4"), TRT_PLUGIN_INT),
+}
 
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
