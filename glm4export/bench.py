@@ -15,6 +15,7 @@ from glm4export.machine import Limits, describe, measure_limits, memory_bytes, p
 from glm4export.workload import Workload, workload
 from glm4runtime.cache import Buffer
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, Manifest, UserError, past_name, present_name
+from glm4runtime.ort import OrtRunner
 from glm4runtime.sampling import Sampler, SamplingParams
 from glm4runtime.session import Session
 
@@ -69,9 +70,13 @@ def plan(
 def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Report:
     """Measure a session; its cache is overwritten. provider, threads: what it was loaded with.
 
-    Raises UserError where memory is too short for the largest batch.
+    Raises UserError where memory is too short for the largest batch, or a step graph is to run more than one sequence.
     """
     runner, manifest = session.runner, session.manifest
+    if max(what.batches) > 1 and not isinstance(runner, OrtRunner):
+        raise UserError(
+            f"--batch {max(what.batches)}: bundles for {manifest.target} are measured with one sequence; leave it out"
+        )
     _require_memory(manifest, max(what.batches), what.contexts[0] + what.steps)
     work = workload(session.folder, manifest, provider=provider, chunk=runner.prefill_chunk)
     ids = np.random.default_rng(0).integers(0, manifest.vocab_size, max(*what.prefill, *what.contexts)).tolist()
@@ -85,10 +90,10 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         runner.rewind(context)
     peak, proportional = process_memory()
     for batch in what.batches:
-        if batch > 1:
+        if batch > 1 and isinstance(runner, OrtRunner):
             context = what.contexts[0]
             _note(f"decode of {batch} sequences at {context} tokens")
-            rows = BatchDecoder(session, batch, context + what.steps)
+            rows = BatchDecoder(runner, batch, context + what.steps)
             steps[batch, context] = _time_steps(rows.step, partial(rows.rewind, context), what)
             del rows
     _note("limits of this machine")
@@ -113,16 +118,15 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
 
 
 class BatchDecoder:
-    """Greedy steps of several sequences of one length through the session's decode graph, each with its own cache.
+    """Greedy steps of several sequences of one length through a session's decode graph, each with its own cache.
 
     The cache holds ones instead of a text's keys and values, which takes as long.
     """
 
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+    def __init__(self, runner: OrtRunner, batch: int, capacity: int) -> None:
         """capacity: tokens of every sequence that there is room for."""
-        spec, vocab = session.manifest.cache, session.manifest.vocab_size
-        self._graph, self.length = session.runner.decode_graph, 0
-        device = session.runner.device
+        spec, vocab, device = runner.manifest.cache, runner.manifest.vocab_size, runner.device
+        self._graph, self.length = runner.decode_graph, 0
         self._binding = self._graph.io_binding()
         shape = (batch, spec.kv_heads, capacity, spec.head_dim)
         ones = np.ones(shape, spec.dtype)  # written out: zero pages that were never written aren't read from memory

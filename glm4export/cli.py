@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glm4runtime.contract import MANIFEST, UserError
+from glm4runtime.contract import MANIFEST, TENSORRT, UserError
+from glm4runtime.providers import PROVIDERS, default_provider
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 TARGETS = ("auto", "cpu", "cuda", "tensorrt")
@@ -305,9 +306,8 @@ def _add_bench(commands: Any) -> None:
     )
     command.add_argument(
         "--batch",
-        default="1,2,4,8",
         metavar="N,N",
-        help="sequences decoded at once; beyond 1 at the shortest context (default: %(default)s)",
+        help="sequences decoded at once; beyond 1 at the shortest context (default: 1,2,4,8; for tensorrt 1)",
     )
     command.add_argument("--steps", type=int, default=32, metavar="N", help="decode steps a run (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (default: %(default)s)")
@@ -332,11 +332,11 @@ def _bench(arguments: argparse.Namespace) -> int:
         session.runner.max_seq_len,
         prefill=prefill,
         contexts=contexts,
-        batches=batches or bench.BATCHES,
+        batches=batches or ((1,) if session.manifest.target == TENSORRT else bench.BATCHES),
         steps=arguments.steps,
         repeats=arguments.repeats,
     )
-    provider = arguments.provider or session.manifest.target
+    provider = arguments.provider or default_provider(session.manifest)
     report = bench.bench(session, plan, provider=provider, threads=arguments.threads)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else bench_report.table(report))
     if arguments.plot:
@@ -363,7 +363,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _add_session_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--provider", choices=("cpu", "cuda"), help="default: the bundle's target")
+    command.add_argument(
+        "--provider",
+        choices=PROVIDERS,
+        help="default: the bundle's target; bundles for tensorrt run on their engine by default, and in ONNX Runtime "
+        "on the other four",
+    )
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.onnxfile import FLOAT16, Graph, read_graph
-from glm4runtime.contract import DECODE, PREFILL, Manifest
+from glm4runtime.contract import DECODE, PREFILL, STEP, Manifest
 
 # The inputs of which a token reads one row, not the whole: embeddings (with scales and zero points), rotary tables.
-_LOOKED_UP = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3), "GroupQueryAttention": (7, 8)}
+_LOOKED_UP = {
+    "Gather": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "GroupQueryAttention": (7, 8),
+    "RotaryEmbedding": (1, 2),
+}
 _INT8_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _ACCURACY_INT8 = 4  # MatMulNBits' accuracy_level: it multiplies in int8
 
@@ -67,7 +72,8 @@ class Workload:
 
 def workload(folder: Path, manifest: Manifest, *, provider: str, chunk: int) -> Workload:
     """Read a bundle's graphs, not its weights. Raises BundleError where one can't be read."""
-    prefill, decode = (read_graph(folder / manifest.graphs[name].file) for name in (PREFILL, DECODE))
+    names = (STEP, STEP) if STEP in manifest.graphs else (PREFILL, DECODE)
+    prefill, decode = (read_graph(folder / manifest.graphs[name].file) for name in names)
     layers, head = linear_weights(manifest.config)
     # ONNX Runtime has no fp16 matmul on x86: it widens the weights once, when it loads them.
     widened = provider == "cpu"

@@ -1,227 +1,335 @@
-"""A stand-in for TensorRT's native half, under its own Python front end of quickly deployable plugins.
+"""A stand-in for a GPU: CUDA's runtime and TensorRT as ``glm4runtime.trt`` calls them, over host memory.
 
-The front end is the wheel ``tensorrt-cu12-bindings``' ``tensorrt_bindings/plugin``: the decorators' validation and the
-templates that TensorRT calls while it builds an engine. Here those calls are made in TensorRT's order, with symbolic
-dimensions that can be evaluated.
+It has no mercy: device memory starts as NaN, work waits on its stream until that is synchronized, a captured graph
+replays the addresses and shapes it was captured with, addresses must lie in what was allocated, on the right side of a
+copy. An engine is a file that names a step graph, which ONNX Runtime runs. Every name here is one of the real packages
+(``tests/test_trt_names.py``); how real devices behave beyond that, it doesn't know.
 """
 
 from __future__ import annotations
 
-import enum
-import importlib
-import importlib.util
-import sys
+import ctypes
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
-_OPERATIONS = {
-    "SUM": lambda a, b: a + b,
-    "PROD": lambda a, b: a * b,
-    "MAX": max,
-    "MIN": min,
-    "SUB": lambda a, b: a - b,
-    "EQUAL": lambda a, b: int(a == b),
-    "LESS": lambda a, b: int(a < b),
-    "FLOOR_DIV": lambda a, b: a // b,
-    "CEIL_DIV": lambda a, b: -(-a // b),
-}
-DimensionOperation = enum.Enum("DimensionOperation", list(_OPERATIONS))  # type: ignore[misc]
-DataType = enum.Enum("DataType", ["FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64", "BOOL"])  # type: ignore[misc]
+ALIGNMENT = 256
 
 
-class IDimensionExpr:
-    """A constant, a named dimension, or an operation on two."""
+class cudaError_t(IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+    cudaErrorStreamCaptureUnsupported = 900
 
-    def __init__(self, value: int | str | tuple[Any, IDimensionExpr, IDimensionExpr]) -> None:
-        self.value = value
 
-    def evaluate(self, sizes: dict[str, int]) -> int:
-        if isinstance(self.value, int):
-            return self.value
-        if isinstance(self.value, str):
-            return sizes[self.value]
-        operation, first, second = self.value
-        return int(_OPERATIONS[operation.name](first.evaluate(sizes), second.evaluate(sizes)))
+class cudaMemcpyKind(IntEnum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
 
-    def is_constant(self) -> bool:
-        return isinstance(self.value, int) or (
-            isinstance(self.value, tuple) and all(operand.is_constant() for operand in self.value[1:])
+
+class cudaStreamCaptureMode(IntEnum):
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+class cudaDeviceAttr(IntEnum):
+    cudaDevAttrComputeCapabilityMajor = 75
+    cudaDevAttrComputeCapabilityMinor = 76
+
+
+class FakeCuda:
+    """``cuda.bindings.runtime`` for one stream. ``calls``: all, in order. ``failing``: names that return an error."""
+
+    cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr = cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr
+    cudaStreamNonBlocking = 1
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.failing: dict[str, cudaError_t] = {}
+        self.memory: dict[str, dict[int, int]] = {"device": {}, "pinned": {}}  # size by address
+        self.handles: set[Any] = set()  # streams and graphs not destroyed yet
+        self.pending: list[Callable[[], None]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self._blocks: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        method = getattr(FakeCuda, f"_{name}")
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            if name in self.failing:
+                return (self.failing[name], None)
+            result = method(self, *arguments)
+            return (cudaError_t.cudaSuccess,) if result is None else (cudaError_t.cudaSuccess, result)
+
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.calls]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Put work on the stream: into the graph being captured, or behind what waits."""
+        (self.pending if self.captured is None else self.captured).append(work)
+
+    def require(self, place: str, address: int, size: int) -> None:
+        held = self.memory[place]
+        assert any(base <= address and address + size <= base + length for base, length in held.items()), (
+            f"{size} bytes at {address:#x} are not {place} memory"
         )
 
-    def get_constant_value(self) -> int:
-        return self.evaluate({})
+    def _allocate(self, place: str, size: int) -> int:
+        block = ctypes.create_string_buffer(b"\xff" * (size + ALIGNMENT), size + ALIGNMENT)
+        address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
+        self._blocks[address] = block
+        self.memory[place][address] = size
+        return address
+
+    def _copy(self, to: int, source: int, size: int, kind: int, *, pageable: bool = False) -> None:
+        down = kind == cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.require("pinned" if down else "device", to, size)
+        if not pageable:
+            self.require("device" if down else "pinned", source, size)
+        ctypes.memmove(to, source, size)
+
+    def _cudaGetDeviceCount(self) -> int:
+        return 1
+
+    def _cudaDeviceGetAttribute(self, attribute: int, device: int) -> int:
+        return {75: 8, 76: 9}[attribute]
+
+    def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
+        return error.name.encode()
+
+    def _cudaGetErrorString(self, error: cudaError_t) -> bytes:
+        return b"as the driver puts it"
+
+    def _cudaMalloc(self, size: int) -> int:
+        assert size > 0
+        return self._allocate("device", size)
+
+    def _cudaMallocHost(self, size: int) -> int:
+        return self._allocate("pinned", size)
+
+    def _cudaFree(self, address: int) -> None:
+        del self.memory["device"][address]
+
+    def _cudaFreeHost(self, address: int) -> None:
+        del self.memory["pinned"][address]
+
+    def _cudaMemset(self, address: int, value: int, size: int) -> None:
+        self.require("device", address, size)
+        ctypes.memset(address, value, size)
+
+    def _cudaMemcpy(self, to: int, source: int, size: int, kind: int) -> None:
+        self._copy(to, source, size, kind, pageable=True)
+
+    def _cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
+        assert stream in self.handles
+        self.submit(partial(self._copy, to, source, size, kind))
+
+    def _cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, height: int, stream: int) -> None:
+        assert stream in self.handles and 0 < width <= pitch and height > 0
+        self.require("device", address, (height - 1) * pitch + width)
+
+        def fill() -> None:
+            for row in range(height):
+                ctypes.memset(address + row * pitch, value, width)
+
+        self.submit(fill)
+
+    def _handle(self) -> int:
+        self.handles.add(handle := 1000 + len(self.calls))
+        return handle
+
+    def _cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._handle()
+
+    def _cudaStreamSynchronize(self, stream: int) -> None:
+        assert stream in self.handles and self.captured is None
+        pending, self.pending = self.pending, []
+        for work in pending:
+            work()
+
+    def _cudaDeviceSynchronize(self) -> None:
+        for stream in [handle for handle in self.handles if isinstance(handle, int)]:
+            self._cudaStreamSynchronize(stream)
+
+    def _cudaStreamBeginCapture(self, stream: int, mode: int) -> None:
+        assert not self.pending, "captured before the warm-up was done"
+        self.captured = []
+
+    def _cudaStreamEndCapture(self, stream: int) -> Any:
+        assert self.captured is not None
+        graph, self.captured = tuple(self.captured), None
+        self.handles.add(graph)
+        return graph
+
+    def _cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        self.handles.add(replay := ("replay", graph))
+        return replay
+
+    def _cudaGraphLaunch(self, replay: Any, stream: int) -> None:
+        assert replay in self.handles and stream in self.handles
+        self.pending.extend(replay[1])
+
+    def _destroy(self, handle: Any) -> None:
+        self.handles.remove(handle)
+
+    _cudaStreamDestroy = _cudaGraphDestroy = _cudaGraphExecDestroy = _destroy
 
 
-class ExprBuilder:
-    def constant(self, value: int) -> IDimensionExpr:
-        return IDimensionExpr(value)
-
-    def operation(self, operation: Any, first: IDimensionExpr, second: IDimensionExpr) -> IDimensionExpr:
-        return IDimensionExpr((operation, first, second))
+class Severity(IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
 
 
-class _Dims(tuple):  # type: ignore[type-arg]
-    MAX_DIMS = 8
+class ILogger:
+    Severity = Severity
 
-
-class _Registry:
     def __init__(self) -> None:
-        self.creators: dict[tuple[str, str], Any] = {}
+        pass
 
-    def register_creator(self, creator: Any, namespace: str) -> bool:
-        self.creators[namespace, creator.name] = creator
+
+class ExecutionContextAllocationStrategy(IntEnum):
+    USER_MANAGED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(IntEnum):
+    EAGER = 1
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self.dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._strategy = strategy
+
+
+class IExecutionContext:
+    """One set of addresses, shapes and a profile."""
+
+    def __init__(self, engine: ICudaEngine, config: Any) -> None:
+        self._engine, self._config = engine, config
+        self._profile, self._shapes, self._addresses, self._scratch = 0, {}, {}, (0, 0)
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self._engine._cuda.require("device", memory, size)
+        self._scratch = memory, size
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory % ALIGNMENT == 0
+        self._addresses[name] = memory
+        return name in self._engine._inputs or name in self._engine._outputs
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._engine._cuda.calls.append(("set_optimization_profile_async", profile_index))
+        self._profile, self._shapes = profile_index, {}
+        return profile_index < len(self._engine._profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._engine._cuda.calls.append(("set_input_shape", name, tuple(shape)))
+        if not self._engine._allows(self._profile, name, tuple(shape)):
+            return False
+        self._shapes[name] = tuple(shape)
         return True
 
-    def get_creator(self, name: str, version: str, namespace: str) -> Any:
-        return self.creators[namespace, name]
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._engine._inputs if name not in self._shapes]
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._engine._capturable
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        cuda = self._engine._cuda
+        cuda.calls.append(("execute_async_v3", dict(self._shapes)))
+        assert self._scratch[0] and stream_handle in cuda.handles
+        if self._engine._broken or self.infer_shapes():
+            return False
+        cuda.submit(partial(self._engine._run, dict(self._shapes), dict(self._addresses)))
+        return True
 
 
-@dataclass
-class _TensorDesc:
-    dims: Any = None
-    type: Any = None
-    format: Any = "LINEAR"
-    scale: float = 1.0
+class ICudaEngine:
+    """A step graph in ONNX Runtime, reading and writing at addresses."""
+
+    device_memory_size_v2 = 1000
+
+    def __init__(self, cuda: FakeCuda, graph: Path, profiles: Any) -> None:
+        self._cuda, self._profiles = cuda, profiles
+        self._broken, self._capturable = False, True
+        self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self.contexts: list[IExecutionContext] = []
+
+    def create_execution_context(self, config: Any) -> IExecutionContext:
+        self.contexts.append(IExecutionContext(self, config))
+        return self.contexts[-1]
+
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def _allows(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
+        ranges, declared = self._profiles[profile], self._inputs[name].shape
+        return len(declared) == len(shape) and all(
+            size == dim if isinstance(dim, int) else getattr(ranges, dim)[0] <= size <= getattr(ranges, dim)[2]
+            for size, dim in zip(shape, declared, strict=True)
+        )
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feed = {}
+        for name, shape in shapes.items():
+            dtype = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
+            feed[name] = self._view(addresses[name], shape, dtype[self._inputs[name].type])
+        for name, value in zip(self._outputs, self._session.run(self._outputs, feed), strict=True):
+            self._view(addresses[name], value.shape, value.dtype)[...] = value
+
+    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._cuda.require("device", address, size)
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
 
 
-@dataclass
-class _DynamicDesc:
-    desc: _TensorDesc
+class FakeTensorRT(types.SimpleNamespace):
+    """The module: reads an "engine" whose bytes are the path of a step graph. ``engine``: the last one read."""
 
+    def __init__(self, cuda: FakeCuda, profiles: Any, *, flavour: str = "tensorrt_rtx") -> None:
+        super().__init__(
+            __version__="1.7.1",
+            ILogger=ILogger,
+            ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+            engine=None,
+            broken=False,  # that its engines refuse to run
+            capturable=True,
+        )
+        if flavour == "tensorrt_rtx":
+            self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+        module = self
 
-@dataclass
-class _Field:
-    name: str
-    data: Any
-    type: Any
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self._logger = logger
 
+            def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
+                text = bytes(serialized_engine).decode()
+                if not text.endswith(".onnx"):
+                    self._logger.log(Severity.WARNING, "a warning")
+                    self._logger.log(Severity.ERROR, "not an engine\nat all")
+                    return None
+                module.engine = ICudaEngine(cuda, Path(text), profiles)
+                module.engine._broken, module.engine._capturable = module.broken, module.capturable
+                return module.engine
 
-def _module() -> types.ModuleType:
-    trt = types.ModuleType("tensorrt")
-    interfaces = (
-        "IPluginV3", "IPluginV3QuickCore", "IPluginV3QuickBuild", "IPluginV3QuickRuntime", "IPluginV3QuickAOTBuild",
-        "IPluginCreatorV3Quick", "ITensor", "ISymExpr",
-    )  # fmt: skip
-    for name in interfaces:
-        setattr(trt, name, type(name, (), {}))
-    trt.__dict__.update(
-        DataType=DataType, float32=DataType["FLOAT"], float16=DataType["HALF"], bfloat16=DataType["BF16"],
-        int8=DataType["INT8"], int32=DataType["INT32"], int64=DataType["INT64"], bool=DataType["BOOL"],
-        TensorFormat=types.SimpleNamespace(LINEAR="LINEAR"),
-        PluginFieldType=enum.Enum("PluginFieldType", [
-            "INT8", "INT16", "INT32", "INT64", "FLOAT16", "FLOAT32", "FLOAT64", "CHAR", "UNKNOWN",
-        ]),
-        PluginField=_Field, PluginFieldCollection=list, TensorRTPhase=types.SimpleNamespace(BUILD=0),
-        QuickPluginCreationRequest=enum.Enum("QuickPluginCreationRequest", [
-            "UNKNOWN", "PREFER_JIT", "PREFER_AOT", "STRICT_JIT", "STRICT_AOT",
-        ]),
-        PluginArgType=types.SimpleNamespace(INT=0), PluginArgDataType=types.SimpleNamespace(INT8=0, INT16=1, INT32=2),
-        IDimensionExpr=IDimensionExpr, DimensionOperation=DimensionOperation, Dims=_Dims,
-        DimsExprs=lambda length: [None] * length, PluginTensorDesc=_TensorDesc, DynamicPluginTensorDesc=_DynamicDesc,
-        Logger=type("Logger", (), {"WARNING": 1, "log": lambda self, severity, text: None}),
-    )  # fmt: skip
-    registry = _Registry()
-    trt.get_plugin_registry = lambda: registry  # type: ignore[attr-defined]
-    return trt
-
-
-@contextmanager
-def tensorrt() -> Iterator[types.ModuleType]:
-    """``import tensorrt`` gives the stand-in, and ``tensorrt.plugin`` the wheel's front end."""
-    found = importlib.util.find_spec("tensorrt_bindings")
-    assert found is not None and found.submodule_search_locations
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "tensorrt"}
-    for name in before:
-        del sys.modules[name]
-    trt = _module()
-    trt.__path__ = [str(Path(found.submodule_search_locations[0]))]
-    sys.modules["tensorrt"] = trt
-    try:
-        trt.plugin = importlib.import_module("tensorrt.plugin")  # type: ignore[attr-defined]
-        yield trt
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-@dataclass
-class _LaunchParams:
-    grid_x: Any = None
-    grid_y: Any = None
-    grid_z: Any = None
-    block_x: Any = None
-    block_y: Any = None
-    block_z: Any = None
-    shared_mem: Any = None
-
-
-class _Setter(dict[int, Any]):
-    nbSymExprs = 0
-
-
-@dataclass
-class Built:
-    """What an engine would hold of one plugin layer, for one tactic."""
-
-    kernel_name: str
-    ptx: str
-    params: _LaunchParams
-    scalars: list[Any]
-    output_types: list[Any]
-    output_shapes: list[list[IDimensionExpr]]
-    aliases: dict[int, int]
-    tactics: list[int] = field(default_factory=list)
-
-    def launch(self, sizes: dict[str, int]) -> tuple[tuple[int, ...], list[int]]:
-        """Grid and scalars at those sizes of the dynamic dimensions."""
-        grid = tuple(getattr(self.params, f"grid_{axis}").expr.evaluate(sizes) for axis in "xyz")
-        return grid, [scalar.expr.evaluate(sizes) for scalar in self.scalars]
-
-    def shapes(self, sizes: dict[str, int]) -> list[list[int]]:
-        return [[dim.evaluate(sizes) for dim in shape] for shape in self.output_shapes]
-
-
-Tensor = tuple[str, Sequence[int | str]]  # a DataType's name, and dims
-
-
-def build(trt: Any, plugin_id: str, inputs: Sequence[Tensor], attributes: dict[str, Any], tactic: int = 0) -> Built:
-    """Create the plugin as TensorRT's ONNX parser does, and call it as its builder does."""
-    namespace, name = plugin_id.split("::")
-    front_end = importlib.import_module("tensorrt.plugin._lib")
-    creator = front_end.QDP_CREATORS[plugin_id]
-    assert [entry.name for entry in creator.field_names] == list(attributes)
-    fields = [_Field(key, np.array([value]), None) for key, value in attributes.items()]
-    plugin = creator.create_plugin(
-        name, namespace, fields, trt.TensorRTPhase.BUILD, trt.QuickPluginCreationRequest.STRICT_AOT
-    )
-    kinds = [DataType[kind] for kind, _ in inputs]
-    output_types = plugin.get_output_data_types(kinds, [len(dims) for _, dims in inputs])
-    builder = ExprBuilder()
-    shapes = plugin.get_output_shapes([[IDimensionExpr(dim) for dim in dims] for _, dims in inputs], [], builder)
-    descs = [
-        _DynamicDesc(_TensorDesc(_Dims(dim if isinstance(dim, int) else -1 for dim in dims), kind))
-        for (_, dims), kind in zip(inputs, kinds, strict=True)
-    ]
-    for shape, kind in zip(shapes, output_types, strict=True):
-        dims = _Dims(dim.get_constant_value() if dim.is_constant() else -1 for dim in shape)
-        descs.append(_DynamicDesc(_TensorDesc(dims, kind)))
-    supported = plugin.get_supported_format_combinations(descs, len(inputs))
-    assert [entry.type for entry in supported] == [desc.desc.type for desc in descs]
-    plugin.configure_plugin(descs[: len(inputs)], descs[len(inputs) :])
-    tactics = plugin.get_valid_tactics()
-    plugin.set_tactic(tactic)
-    params, setter = _LaunchParams(), _Setter()
-    plugin.get_launch_params(None, descs, len(inputs), params, setter, builder)
-    kernel_name, ptx = plugin.get_kernel(
-        [desc.desc for desc in descs[: len(inputs)]], [desc.desc for desc in descs[len(inputs) :]]
-    )
-    aliases = {index: plugin.get_aliased_input(index) for index in range(len(output_types))}
-    scalars = [setter[index] for index in range(setter.nbSymExprs)]
-    return Built(kernel_name, ptx.decode(), params, scalars, output_types, shapes, aliases, tactics)
+        self.Runtime = Runtime

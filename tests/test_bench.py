@@ -172,7 +172,7 @@ def test_batches_compute_what_one_sequence_does(bundles: dict[str, Path]) -> Non
     for buffer in runner._cache._buffers.values():
         buffer.array.fill(1)
     runner.length = 5
-    rows = bench.BatchDecoder(session, 3, 8)
+    rows = bench.BatchDecoder(runner, 3, 8)
     rows.rewind(5)
     rows.step()
     first = rows._logits.array.copy()

@@ -26,8 +26,8 @@ from glm4export.tensorrt.plugin.register import Tactic, register
 from glm4export.tensorrt.plugin.tiles import CAPABILITIES, DEVICE_SHARED, SHARED_LIMIT, decode_tiles, prefill_tiles
 from glm4runtime.contract import UserError
 
-from . import fake_tensorrt
-from .fake_tensorrt import Built, Tensor
+from . import fake_tensorrt_plugin
+from .fake_tensorrt_plugin import Built, Tensor
 
 GLM4_9B = Geometry(32, 2, 128, 64, 4096, 128**-0.5)
 PROGRAMS = 264  # twice an H100's multiprocessors
@@ -46,7 +46,7 @@ SCALE: Tensor = ("FLOAT", [2])
 def trt() -> Iterator[Any]:
     if importlib.util.find_spec("tensorrt_bindings") is None:
         pytest.skip("the wheel tensorrt-cu12-bindings is not installed")
-    with fake_tensorrt.tensorrt() as module:
+    with fake_tensorrt_plugin.tensorrt() as module:
         register(89)
         yield module
 
@@ -59,7 +59,7 @@ def parameters(built: Built) -> list[str]:
 
 def test_append_updates_the_caches_in_place(trt: Any) -> None:
     inputs = [QKV, CACHE, CACHE, POSITIONS, INDICES, TABLE, TABLE, SCALE, SCALE]
-    built = fake_tensorrt.build(trt, "glm4::AppendToCache", inputs, {})
+    built = fake_tensorrt_plugin.build(trt, "glm4::AppendToCache", inputs, {})
     assert built.aliases == {0: 1, 1: 2}
     assert built.output_types == [trt.float16, trt.float16]
     assert built.shapes({"batch": 3, "seq": 5}) == [[3, 2, 4096, 128]] * 2
@@ -85,7 +85,7 @@ def test_kernels_take_inputs_scalars_and_outputs_in_tensorrts_order(
 @pytest.mark.parametrize("tactic", Tactic)
 def test_attend_in_shares_that_follow_from_the_sizes(tactic: Tactic, trt: Any) -> None:
     inputs = [QKV, CACHE, CACHE, POSITIONS, INDICES, MASK, TABLE, TABLE, SCALE, SCALE]
-    built = fake_tensorrt.build(trt, "glm4::FlashAttention", inputs, ATTRIBUTES, int(tactic))
+    built = fake_tensorrt_plugin.build(trt, "glm4::FlashAttention", inputs, ATTRIBUTES, int(tactic))
     assert sorted(built.tactics) == [Tactic.DECODE, Tactic.PREFILL]
     assert set(built.aliases.values()) == {-1}
     assert built.output_types == [trt.float16, trt.float32, trt.float32]
@@ -106,7 +106,7 @@ def test_attend_in_shares_that_follow_from_the_sizes(tactic: Tactic, trt: Any) -
 def test_combine_works_in_place(trt: Any) -> None:
     partial: Tensor = ("FLOAT", ["batch", 2, "splits", "rows", 128])
     lse: Tensor = ("FLOAT", ["batch", 2, "splits", "rows"])
-    built = fake_tensorrt.build(trt, "glm4::CombineSplits", [("HALF", ["batch", "seq", 4096]), partial, lse], {})
+    built = fake_tensorrt_plugin.build(trt, "glm4::CombineSplits", [("HALF", ["batch", "seq", 4096]), partial, lse], {})
     assert built.aliases == {0: 0}
     assert built.launch({"batch": 2, "seq": 1, "splits": 64, "rows": 16}) == ((16, 2, 2), [1, 64, 16])
     assert parameters(built) == [".u64"] * 3 + [".u32"] * 3 + [".u64"]
@@ -116,9 +116,11 @@ def test_bfloat16_and_int8(trt: Any) -> None:
     cache: Tensor = ("INT8", CACHE[1])
     qkv, table = ("BF16", QKV[1]), ("BF16", TABLE[1])
     inputs = [qkv, cache, cache, POSITIONS, INDICES, table, table, SCALE, SCALE]
-    assert fake_tensorrt.build(trt, "glm4::AppendToCache", inputs, {}).output_types == [trt.int8, trt.int8]
+    assert fake_tensorrt_plugin.build(trt, "glm4::AppendToCache", inputs, {}).output_types == [trt.int8, trt.int8]
     inputs = [qkv, cache, cache, POSITIONS, INDICES, MASK, table, table, SCALE, SCALE]
-    assert fake_tensorrt.build(trt, "glm4::FlashAttention", inputs, ATTRIBUTES, 1).output_types[0] == trt.bfloat16
+    assert (
+        fake_tensorrt_plugin.build(trt, "glm4::FlashAttention", inputs, ATTRIBUTES, 1).output_types[0] == trt.bfloat16
+    )
 
 
 def test_what_the_kernels_do_not_take_is_refused_while_the_engine_is_built(trt: Any) -> None:
@@ -134,7 +136,7 @@ def test_what_the_kernels_do_not_take_is_refused_while_the_engine_is_built(trt: 
         SCALE,
     ]
     with pytest.raises(UserError, match="activations in float32 are not supported"):
-        fake_tensorrt.build(trt, "glm4::AppendToCache", single, {})
+        fake_tensorrt_plugin.build(trt, "glm4::AppendToCache", single, {})
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

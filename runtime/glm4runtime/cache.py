@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,23 @@ class Buffer:
         self.shape = tuple(shape)
         self.dtype: Any = _ONNX_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
         self.device = device
+        self._stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)  # of the same size
         if device == "cpu":
-            self.array = np.zeros(self.shape, np.dtype(dtype))
+            self.array = np.zeros(self.shape, self._stored)
             self.address: int = self.array.ctypes.data
         else:
-            self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self.dtype, device, 0)
+            self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self._stored, device, 0)
             self.address = self._value.data_ptr()
+
+    @cached_property
+    def host(self) -> np.ndarray:
+        """Host memory of the buffer's shape to fill before :meth:`upload`; on ``cpu`` the buffer itself."""
+        return self.array if self.device == "cpu" else np.zeros(self.shape, self._stored)
+
+    def upload(self) -> None:
+        """Copy :attr:`host`, all of it, to the device."""
+        if self.device != "cpu":
+            self._value.update_inplace(self.host)
 
     def write(self, data: np.ndarray) -> None:
         """Copy host data of the buffer's whole shape and dtype into it."""
@@ -36,6 +48,10 @@ class Buffer:
             np.copyto(self.array, data)
         else:
             self._value.update_inplace(data)
+
+    def clear(self) -> None:
+        """Fill the buffer with zeros; on ``cpu`` it starts with them."""
+        self.write(np.zeros(self.shape, self._stored))
 
     def bind_input(self, binding: Any, name: str, shape: Sequence[int] | None = None) -> None:
         """Bind the buffer's first elements, seen as ``shape`` (all of it when None), to a graph input."""
@@ -63,3 +79,8 @@ class Cache:
         for (layer, part), buffer in self._buffers.items():
             buffer.bind_input(binding, past_name(layer, part))
             buffer.bind_output(binding, present_name(layer, part))
+
+    def clear(self) -> None:
+        """Make every row finite: a step graph multiplies the rows it masks by zero, and zero times NaN is NaN."""
+        for buffer in self._buffers.values():
+            buffer.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from glm4runtime.lookup import PromptLookup, check_limit
-from glm4runtime.ort import OrtRunner
+from glm4runtime.runner import Runner
 from glm4runtime.sampling import Sampler, SamplingParams
 
 
@@ -20,7 +20,7 @@ class Generation(Iterator[int]):
 
     def __init__(
         self,
-        runner: OrtRunner,
+        runner: Runner,
         prompt: Sequence[int],
         params: SamplingParams,
         stop: Sequence[int] | None = None,
@@ -29,7 +29,7 @@ class Generation(Iterator[int]):
         """Prefill the prompt now; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens a run,
-        see :mod:`glm4runtime.lookup`; None runs one token at a time. Raises UserError as ``OrtRunner.prefill``, and for
+        see :mod:`glm4runtime.lookup`; None runs one token at a time. Raises UserError as ``Runner.prefill``, and for
         a lookup out of range.
         """
         if lookup is not None:

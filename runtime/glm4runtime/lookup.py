@@ -9,7 +9,8 @@ limit and whatever is accepted. Their logits and the cache are equal to the bit.
 
 1. From two tokens a run on, a row's bits do not depend on what else is in the run. Only a lone token has kernels of its
    own (4-bit MatMulNBits, GroupQueryAttention), which round differently. Measured on ONNX Runtime 1.32's CPU kernels
-   (AVX2) in every precision, and checked by ``tests/test_lookup.py``; other CPUs and GPUs were not measured.
+   (AVX2) in every precision, for step graphs too, and checked by ``tests/test_lookup.py`` and, in fp32,
+   ``tests/test_step_runner.py``; other CPUs, GPUs and TensorRT's engines were not measured.
 2. So whether a token is run alone must not depend on guesses. A token is run alone where the pair that it ends is new
    to the text, and among others, if need be beside a filler, where the pair occurred before. That is a rule about the
    text alone, and accepted guesses obey it: each was copied from a place where the same pair stands.
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glm4runtime.contract import UserError
-from glm4runtime.ort import MAX_RUN, OrtRunner
+from glm4runtime.runner import MAX_RUN, Runner
 
 __all__ = ["MAX_DRAFT", "NgramIndex", "PromptLookup", "check_limit"]
 
@@ -82,7 +83,7 @@ class PromptLookup:
     ``runs`` of the decode graph were made, with ``drafted`` guesses in them, of which ``accepted`` proved right.
     """
 
-    def __init__(self, runner: OrtRunner, prompt: Sequence[int], limit: int) -> None:
+    def __init__(self, runner: Runner, prompt: Sequence[int], limit: int) -> None:
         """prompt: the tokens in the runner's cache. limit: guesses a run at most, 0 to MAX_DRAFT."""
         self.runs = self.drafted = self.accepted = 0
         self._runner = runner

@@ -10,7 +10,8 @@ from typing import Any
 from glm4runtime.chat import ChatTemplate
 from glm4runtime.contract import BundleError, Manifest, read_manifest
 from glm4runtime.generate import Generation
-from glm4runtime.ort import OrtRunner
+from glm4runtime.providers import open_runner
+from glm4runtime.runner import Runner
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.tokenizer import Tokenizer
 
@@ -26,16 +27,24 @@ def load(
 ) -> Session:
     """Open a bundle that ``glm4export build`` made.
 
-    bundle: its folder. provider: ``cpu`` or ``cuda``, by default the bundle's target. threads: 0 lets ONNX Runtime
-    choose. max_seq_len: length of the cache in tokens, by default the bundle's. prefill_chunk: prompt tokens computed
-    in one run, which bounds the memory that a long prompt takes. check_hashes: compare every file's sha256 first.
+    bundle: its folder. provider: ``cpu`` or ``cuda``, by default the bundle's target. A bundle for TensorRT runs on its
+    engine (``engine``, the default), or in ONNX Runtime on ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, its
+    execution providers of these names. threads: 0 lets ONNX Runtime choose. max_seq_len: length of the cache in tokens,
+    by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
+    prompt takes. check_hashes: compare every file's sha256 first.
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder, check_hashes=check_hashes)
-    runner = OrtRunner(
-        folder, manifest, provider=provider, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
+    runner = open_runner(
+        folder,
+        manifest,
+        provider=provider,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        check_hashes=check_hashes,
     )
     return Session(folder, manifest, runner)
 
@@ -43,7 +52,7 @@ def load(
 class Session:
     """One bundle in memory with the cache of one sequence. Not thread-safe: open one session for each worker."""
 
-    def __init__(self, folder: Path, manifest: Manifest, runner: OrtRunner) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, runner: Runner) -> None:
         self.folder = folder
         self.manifest = manifest
         self.runner = runner

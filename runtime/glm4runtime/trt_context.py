@@ -1,0 +1,103 @@
+"""An execution context of a TensorRT engine, and the inputs it reads at addresses that stay. Never run on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glm4runtime.contract import ATTENTION_MASK, BundleError, Manifest, UserError
+from glm4runtime.cuda import ALIGNMENT, Cuda, Memory
+from glm4runtime.step import INTEGERS, RunInputs, Staircase, cache_shapes, input_shapes
+
+
+class RunContext:
+    """One execution context with the inputs it reads: a block of integers, filled on the host, and a mask."""
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        memory: Memory,
+        stream: Any,
+        context: Any,
+        manifest: Manifest,
+        width: int,
+        rows: int,
+        shared: Mapping[str, int],
+    ) -> None:
+        """shared: addresses of the cache's inputs and outputs and of the logits, by name."""
+        self.context, self._stream = context, stream
+        self._max_seq, self._cache = manifest.cache.max_seq_len, cache_shapes(manifest.cache)
+        self._set = (0, 0, -1)  # tokens, rows of logits and profile that the context is set to
+        shapes = input_shapes(width, rows, self._max_seq)
+        offsets, size = _offsets({name: shapes[name] for name in INTEGERS})
+        integers = memory.device(size, "inputs")
+        pinned, view = memory.pinned(size)
+        to = cuda.api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.upload = cuda.checked("cudaMemcpyAsync", integers, pinned, size, to, stream)
+
+        def part(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            return view[offsets[name] :][: 8 * math.prod(shape)].view(np.int64).reshape(shape)
+
+        self._inputs = RunInputs(width, rows, part)
+        mask = memory.device(width * self._max_seq, "mask")
+        pitch = self._max_seq + 1
+
+        def fill(first: int, bandwidth: int, height: int, value: bool) -> None:
+            cuda("cudaMemset2DAsync", mask + first, pitch, int(value), bandwidth, height, stream)
+
+        self._stairs = Staircase(width, self._max_seq, fill)
+        first = self._stairs.first()
+        cuda("cudaMemcpy", mask, first.ctypes.data, first.nbytes, to)
+        own = {name: integers + offset for name, offset in offsets.items()}
+        for name, address in {**shared, **own, ATTENTION_MASK: mask}.items():
+            if not context.set_tensor_address(name, address):
+                raise BundleError(f"the engine has no tensor {name!r}; build it again")
+
+    def fill(self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False) -> None:
+        """Ready the inputs of a run: integers on the host, the mask on the device."""
+        self._inputs.fill(tokens, start, every_row=every_row)
+        self._stairs.move(start, len(tokens))
+
+    def shape(self, count: int, rows: int, profile: int) -> None:
+        """Set the context to runs of ``count`` tokens with ``rows`` of logits, where it isn't."""
+        if self._set == (count, rows, profile):
+            return
+        shapes = input_shapes(count, rows, self._max_seq)
+        if self._set[2] != profile:  # a change of profile forgets the shapes
+            if not self.context.set_optimization_profile_async(profile, int(self._stream)):
+                raise UserError(f"set_optimization_profile_async to profile {profile} failed")
+            shapes |= self._cache
+        self._set = (count, rows, profile)
+        for name, dims in shapes.items():
+            if not self.context.set_input_shape(name, dims):
+                raise BundleError(f"the engine refuses {name} of {list(dims)}; build it again")
+        if missing := self.context.infer_shapes():
+            raise BundleError(f"the engine has inputs that a step graph has not: {', '.join(missing)}; build it again")
+
+
+def create_context(engine: Any, module: Any, *, captured: bool) -> Any:
+    """An execution context whose scratch memory is given to it.
+
+    TensorRT-RTX compiles kernels for a shape while others, slower ones, already run; a graph would hold on to those.
+    The context that is captured waits for its kernels instead.
+    """
+    allocation = module.ExecutionContextAllocationStrategy.USER_MANAGED
+    kernels = getattr(module, "DynamicShapesKernelSpecializationStrategy", None)
+    if kernels is None or not captured:
+        return engine.create_execution_context(allocation)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(allocation)
+    config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+    return engine.create_execution_context(config)
+
+
+def _offsets(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], int]:
+    """Where each int64 tensor begins in a block that holds them all, in bytes, and the block's size."""
+    offsets, size = {}, 0
+    for name, shape in shapes.items():
+        offsets[name] = size
+        size += -(-8 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return offsets, size
