@@ -135,6 +135,10 @@ class Checkpoint:
         """None: a checkpoint alone has no calibrated weights; see :class:`glm4export.calibrate.Calibrated`."""
         return None
 
+    def cache_scales(self, layer: int, part: str) -> Tensor:
+        """Never asked for: a build with an int8 cache calibrates; see :class:`glm4export.calibrate.Calibrated`."""
+        raise AssertionError(f"layer {layer}: a checkpoint alone has no scales for its cache")
+
     def check(self, config: Glm4Config) -> None:
         """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError."""
         expected = expected_tensors(config)
