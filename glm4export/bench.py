@@ -102,6 +102,7 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
     return Report(
         bundle=str(session.folder),
         precision=manifest.precision,
+        cache_dtype=manifest.cache.dtype,
         provider=provider,
         threads=threads,
         max_seq_len=runner.max_seq_len,

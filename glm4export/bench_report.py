@@ -73,6 +73,7 @@ class Report:
 
     bundle: str
     precision: str
+    cache_dtype: str
     provider: str
     threads: int  # 0: onnxruntime's choice
     max_seq_len: int
@@ -96,7 +97,8 @@ def table(report: Report) -> str:
     machine, limits, work, plan = report.machine, report.limits, report.workload, report.plan
     features = f" ({', '.join(machine.features)})" if machine.features else ""
     lines = [
-        f"{report.bundle}: {report.precision} on {report.provider}, {machine.cores} cores of {machine.cpu}{features}",
+        f"{report.bundle}: {report.precision} with a {report.cache_dtype} cache on {report.provider}, "
+        f"{machine.cores} cores of {machine.cpu}{features}",
         f"medians of {plan.repeats} runs (lowest to highest); arithmetic is that of linears alone",
         "",
         f"{'prompt tokens':>15}{'tok/s':>9}{'':<20}{'first token':>12}{work.prefill_arithmetic + ' peak':>12}",

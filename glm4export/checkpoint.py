@@ -139,6 +139,10 @@ class Checkpoint:
         """A checkpoint alone has run over no text; see :class:`glm4export.calibrate.Calibrated`."""
         raise AssertionError(f"{name}: a build that scales inputs is calibrated")
 
+    def cache_scales(self, layer: int, part: str) -> Tensor:
+        """Never asked for: a build with an int8 cache calibrates; see :class:`glm4export.calibrate.Calibrated`."""
+        raise AssertionError(f"layer {layer}: a checkpoint alone has no scales for its cache")
+
     def check(self, config: Glm4Config) -> None:
         """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError."""
         expected = expected_tensors(config)

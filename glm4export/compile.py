@@ -50,6 +50,7 @@ from glm4runtime.contract import (
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
+CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
 TARGETS = ("cpu", "cuda", "tensorrt")
 
 BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordinary ones clear of fp16's subnormals
@@ -77,7 +78,8 @@ class BuildOptions:
     head_bits: int = 8
     embedding_bits: int = 16
     prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
-    calibrate: Path | None = None  # a text file; weights are quantized with an eye on the inputs that it gives them
+    kv_cache: str | None = None  # one of CACHES; None: the dtype that attention computes in
+    calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
     attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:
@@ -92,8 +94,13 @@ class BuildOptions:
                 f"--prefill-precision {self.prefill_precision} goes with --target cpu and --precision int8 or int4, "
                 f"not with {self.target} and {self.precision}"
             )
-        if self.calibrate is not None and self.formats is None:
-            raise UserError(f"--calibrate goes with --precision int8 or int4, not with {self.precision}")
+        if self.kv_cache is not None:
+            self._check_cache(self.kv_cache)
+        if self.calibrate is not None and self.formats is None and self.cache_dtype != "int8":
+            raise UserError(
+                f"--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: {self.precision} with a "
+                f"{self.cache_dtype} cache has nothing to calibrate"
+            )
         if self.precision in CALIBRATED and self.calibrate is None:
             raise UserError(
                 f"--precision {self.precision} needs --calibrate FILE, a text like the model's use: activations are "
@@ -122,13 +129,48 @@ class BuildOptions:
                 "channel and lose too little to be worth it; leave it out, or build int4"
             )
 
+    def _check_cache(self, wanted: str) -> None:
+        if CACHES.get(wanted) not in ("int8", self.compute_name):
+            raise UserError(
+                f"--kv-cache {wanted} does not go with --precision {self.precision} on --target {self.target}: "
+                f"attention computes in {self.compute_name} there, and onnxruntime's kernel keeps the cache in that "
+                "dtype or in int8 (another float it would convert whole, at every step); "
+                "leave --kv-cache out, or give int8"
+            )
+        if wanted != "int8":
+            return
+        if self.target == TENSORRT:
+            raise UserError(
+                "--kv-cache int8 does not go with --target tensorrt, whose attention takes no scales; leave it out"
+            )
+        if not takes_int8_cache(self.target, self.precision):
+            raise UserError(
+                "--kv-cache int8 does not go with --precision fp32 on --target cuda: onnxruntime's CUDA attention "
+                "computes in fp16 or bf16; build --precision fp16"
+            )
+        if self.calibrate is None:
+            raise UserError(
+                "--kv-cache int8 needs --calibrate FILE: a text like the model's use, from which every channel of the "
+                "cache gets its scale"
+            )
+
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of activations and cache: quantized weights are used with fp32 on a CPU, with fp16 elsewhere."""
+        """The dtype of activations: quantized weights are used with fp32 on a CPU, with fp16 elsewhere."""
         if self.precision == "bf16":
             return torch.bfloat16
         wide = self.precision == "fp32" or (self.precision != "fp16" and self.target == "cpu")
         return torch.float32 if wide else torch.float16
+
+    @property
+    def compute_name(self) -> str:
+        """The same in ONNX's spelling, such as ``float16``."""
+        return str(self.compute_dtype).removeprefix("torch.")
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of the KV cache in ONNX's spelling."""
+        return self.compute_name if self.kv_cache is None else CACHES[self.kv_cache]
 
     @property
     def formats(self) -> Formats | None:
@@ -156,7 +198,8 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
                 skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
         recipes = _shared_recipes(skeletons)
         layout = lay_out(recipes)
-        require_space(folder, layout.size * (1 if options.calibrate is None else 2))
+        calibrated_weights = options.calibrate is not None and options.formats is not None
+        require_space(folder, layout.size * (2 if calibrated_weights else 1))
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
@@ -185,7 +228,7 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
                 layers=config.num_hidden_layers,
                 kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
-                dtype=str(options.compute_dtype).removeprefix("torch."),
+                dtype=options.cache_dtype,
                 max_seq_len=max_seq_len,
             ),
             graphs=graphs,
@@ -206,6 +249,8 @@ def compile_graph(
     if options.attention == "plugin":
         plugin_geometry(config, max_seq_len, options.compute_dtype)
         pipeline = passes.PLUGIN[options.precision]
+    if options.cache_dtype == "int8":
+        pipeline = passes.behind_lowering(pipeline, passes.INT8_CACHE[options.target, name])
     passes.run(pipeline, skeleton, skip_simplify=not options.simplify)
     return skeleton
 
@@ -229,9 +274,9 @@ def plugin_geometry(config: Glm4Config, max_seq_len: int, dtype: torch.dtype) ->
 def _reader(
     config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage, bar: Bar
 ) -> Iterator[TensorReader]:
-    """What recipes read: the checkpoint, with its linears quantized by calibration where that was asked for."""
+    """What recipes read: the checkpoint, with what calibration found where that was asked for."""
     formats = options.formats
-    if options.calibrate is None or formats is None:
+    if options.calibrate is None:
         yield checkpoint
         return
     try:
@@ -241,6 +286,8 @@ def _reader(
     sequences = token_sequences(text, checkpoint.folder)
 
     def scheme_for(name: str) -> Scheme | None:
+        if formats is None:  # the text is for the cache alone
+            return None
         head = name in ("lm_head.weight", "model.embed_tokens.weight")  # a tied head's data is the embedding's
         bits = formats.head_bits if head else formats.linear_bits
         blocks = bits == 4 or (bits == 8 and not formats.qdq)
@@ -252,6 +299,11 @@ def _reader(
         with stage("calibrate"), bar(total, "calibrate") as progress:
             calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
         yield calibrated
+
+
+def takes_int8_cache(target: str, precision: str) -> bool:
+    """Whether attention can keep an int8 cache there: CUDA's in onnxruntime computes in fp16 and bf16 only."""
+    return target != TENSORRT and (target, precision) != ("cuda", "fp32")
 
 
 def detect_target() -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.checkpoint import expected_tensors
-from glm4export.compile import CALIBRATED, BuildOptions, sequence_limit
+from glm4export.compile import CALIBRATED, BuildOptions, sequence_limit, takes_int8_cache
 from glm4export.passes import PIPELINES
 from glm4export.passes.quantize_linears import SCALE_DTYPE
 from glm4export.quantize import block_for
 from glm4graphs.config import Glm4Config
-from glm4runtime.contract import TENSORRT
+from glm4runtime.contract import DTYPE_BYTES, TENSORRT
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -34,34 +34,40 @@ def weight_bytes(config: Glm4Config, options: BuildOptions) -> int:
     if options.target != TENSORRT:
         columns = math.ceil(columns / _ROTARY_COLUMNS) * _ROTARY_COLUMNS
     tables = 2 * positions * columns * options.compute_dtype.itemsize
+    cache_scales = 2 * config.num_hidden_layers * config.kv_size * 4 if options.cache_dtype == "int8" else 0  # float32
     input_scales = 2 * _INPUTS_OF_LAYER * config.num_hidden_layers if options.precision == "fp8" else 0
-    return (
-        tables + input_scales + sum(_stored(name, shape, options) for name, shape in expected_tensors(config).items())
-    )
+    weights = sum(_stored(name, shape, options) for name, shape in expected_tensors(config).items())
+    return weights + tables + cache_scales + input_scales
 
 
-def cache_bytes_per_token(config: Glm4Config, options: BuildOptions) -> int:
-    """Bytes that a token of one sequence takes in the KV cache."""
-    return 2 * config.num_hidden_layers * config.kv_size * options.compute_dtype.itemsize
+def cache_bytes_per_token(config: Glm4Config, dtype: str) -> int:
+    """Bytes that a token of one sequence takes in a KV cache of that dtype (ONNX's spelling)."""
+    return 2 * config.num_hidden_layers * config.kv_size * DTYPE_BYTES[dtype]
 
 
 def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
     """Facts as JSON-ready values. ``memory``: bytes that the machine has; a model fits with a tenth left over.
 
     Running takes the weights twice (prefill and decode each hold them as their kernels want them) and the cache.
+    Each precision comes with the default cache and, under ``int8_cache``, with that one (None where it can't be built).
     """
     positions = sequence_limit(config, None)
     precisions = {}
     for precision in (precision for built_for, precision in PIPELINES if built_for == target):
         options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
-        weights, token = weight_bytes(config, options), cache_bytes_per_token(config, options)
+        weights = weight_bytes(config, options)
         left = 0.9 * memory - 2 * weights
-        precisions[precision] = {
-            "weight_bytes": weights,
-            "cache_bytes_per_token": token,
-            "cache_bytes_at_full_length": token * positions,
-            "longest_sequence_here": max(0, min(positions, int(left // token))),
-        }
+
+        def cache(dtype: str, left: float = left) -> dict[str, int]:
+            token = cache_bytes_per_token(config, dtype)
+            return {
+                "cache_bytes_per_token": token,
+                "cache_bytes_at_full_length": token * positions,
+                "longest_sequence_here": max(0, min(positions, int(left // token))),
+            }
+
+        int8 = cache("int8") if takes_int8_cache(target, precision) else None
+        precisions[precision] = {"weight_bytes": weights, **cache(options.cache_dtype), "int8_cache": int8}
     return {
         "parameters": parameters(config),
         "max_positions": positions,

@@ -76,11 +76,22 @@ def model_text(name: str, facts: dict[str, Any]) -> str:
         f"  {'precision':<10}{'weights':>10}{'cache a token':>15}{'at full length':>16}{'fits here':>22}",
     ]
     for precision, row in facts["precisions"].items():
-        longest = row["longest_sequence_here"]
-        fits = "no" if not longest else "yes" if longest == positions else f"up to {longest} tokens"
+        fits = _fits(row, positions)
         sizes = [_bytes(row[key]) for key in ("weight_bytes", "cache_bytes_per_token", "cache_bytes_at_full_length")]
         lines.append(f"  {precision:<10}{sizes[0]:>10}{sizes[1]:>15}{sizes[2]:>16}{fits:>22}")
+    small = {precision: row["int8_cache"] for precision, row in facts["precisions"].items() if row["int8_cache"]}
+    size = next(iter(small.values()))
+    fit = ", ".join(f"{precision} {_fits(row, positions)}" for precision, row in small.items())
+    lines.append(
+        f"with --kv-cache int8: {_bytes(size['cache_bytes_per_token'])} a token, "
+        f"{_bytes(size['cache_bytes_at_full_length'])} at full length; fits here: {fit}"
+    )
     return "\n".join(lines)
+
+
+def _fits(row: dict[str, Any], positions: int) -> str:
+    longest = row["longest_sequence_here"]
+    return "no" if not longest else "yes" if longest == positions else f"up to {longest} tokens"
 
 
 def _graph(path: Path) -> dict[str, Any]:

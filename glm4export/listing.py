@@ -44,6 +44,7 @@ def golden_listings() -> dict[str, str]:
         for target, precision in PIPELINES
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
+    variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
     listings = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None

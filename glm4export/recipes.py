@@ -36,9 +36,13 @@ class TensorReader(Protocol):
         """Those rows as calibration quantized them; None where it didn't, or by another scheme."""
         ...
 
+    def cache_scales(self, layer: int, part: str) -> Tensor:
+        """An int8 cache's step in each channel of a layer's ``key`` or ``value``: float32 [kv_heads, 1, head_dim]."""
+        ...
+
 
 class Expr(Protocol):
-    """An expression over checkpoint tensors, of one or two dims."""
+    """An expression over checkpoint tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -262,6 +266,28 @@ class InputScale:
     def __str__(self) -> str:
         scaled = f", 2^{round(math.log2(self.factor))}" if self.factor != 1 else ""
         return f"input_scale({', '.join(self.linears)}{scaled})"
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """The step of an int8 cache in each channel of one layer's ``key`` or ``value``: measured, not in checkpoints.
+
+    [kv_heads, 1, head_dim], as it multiplies a cache [batch, kv_heads, max_seq, head_dim].
+    """
+
+    layer: int
+    part: str
+    config: Glm4Config
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.config.num_key_value_heads, 1, self.config.head_dim)
+
+    def read(self, reader: TensorReader, window: Window) -> Tensor:
+        return reader.cache_scales(self.layer, self.part)[_slices(window)]
+
+    def __str__(self) -> str:
+        return f"cache_scales({self.part}, layer {self.layer})"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,17 @@ THRESHOLDS = {
 }
 
 
+INT8_CACHE = Thresholds(mean_kl=1e-2, top1=0.96)  # as int8 weights: it bounds the precisions that are closer than that
+
+
+def thresholds_of(manifest: Manifest) -> Thresholds:
+    """The defaults for a bundle: its precision's, or the int8 cache's where those are stricter."""
+    own = THRESHOLDS[manifest.precision]
+    if manifest.cache.dtype != "int8":
+        return own
+    return Thresholds(max(own.mean_kl, INT8_CACHE.mean_kl), min(own.top1, INT8_CACHE.top1))
+
+
 @dataclass(frozen=True)
 class Phase:
     """How far logits are from the reference's over the positions of one phase."""
@@ -71,6 +82,7 @@ class Report:
     """What ``glm4export verify`` found."""
 
     precision: str
+    cache_dtype: str
     target: str
     phases: tuple[Phase, ...]
     greedy: tuple[Parting, ...]
@@ -120,8 +132,15 @@ def verify(
     )
     phases = tuple(_phase(name, ours, theirs) for name, ours, theirs in compared if any(ours))
     greedy = tuple(_parting(name, text, rows) for (name, _), text, rows in zip(named, texts, wanted, strict=True))
-    limits = thresholds or THRESHOLDS[manifest.precision]
-    return Report(manifest.precision, manifest.target, phases, greedy, _failures(phases, limits))
+    limits = thresholds or thresholds_of(manifest)
+    return Report(
+        precision=manifest.precision,
+        cache_dtype=manifest.cache.dtype,
+        target=manifest.target,
+        phases=phases,
+        greedy=greedy,
+        failures=_failures(phases, limits),
+    )
 
 
 def table(report: Report) -> str:

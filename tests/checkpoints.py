@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM
 
 SMALL: dict[str, Any] = {
@@ -39,6 +40,16 @@ def random_model(seed: int = 0, **overrides: Any) -> Glm4ForCausalLM:
             else:
                 tensor.normal_(std=0.15)
     return model
+
+
+def save_with_tokenizer(model: Glm4ForCausalLM, folder: Path) -> Path:
+    """The same with a tokenizer of as many tokens as the model has: bytes, as far as they go. Builds can calibrate."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())[: model.config.vocab_size]
+    raw = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    save(model, folder)
+    raw.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def save(model: Glm4ForCausalLM, folder: Path, **kwargs: Any) -> Path:

@@ -95,7 +95,9 @@ def test_figures_follow_from_one_another(bundles: dict[str, Path], run: Callable
 
 def test_table(bundles: dict[str, Path], run: Callable[..., str]) -> None:
     lines = run(bundles["fp32"], *QUICK).splitlines()
-    assert lines[0].startswith(f"{bundles['fp32']}: fp32 on cpu, {machine.cores()} cores of {machine.cpu_name()}")
+    assert lines[0].startswith(
+        f"{bundles['fp32']}: fp32 with a float32 cache on cpu, {machine.cores()} cores of {machine.cpu_name()}"
+    )
     first = [line.split()[0] for line in lines if line]
     assert {"8", "24"} <= set(first)
     assert [line.split()[:3] for line in lines if "×" in line][1:] == [["1", "×", n] for n in ("4", "16")] + [

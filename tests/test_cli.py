@@ -178,7 +178,14 @@ def test_build_prints_what_it_made(source: Path, tmp_path: Path, capsys: pytest.
     facts = json.loads(captured.out)
     size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir() if path.name != MANIFEST)
     out = str(tmp_path / "a")
-    assert facts == {"bundle": out, "target": "cpu", "precision": "fp32", "bytes": size, "max_seq_len": 40}
+    assert facts == {
+        "bundle": out,
+        "target": "cpu",
+        "precision": "fp32",
+        "bytes": size,
+        "max_seq_len": 40,
+        "cache_dtype": "float32",
+    }
     assert captured.err == ""
 
 

@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gelu, one layer": {"num_hidden_layers": 1, "hidden_act": "gelu", "vocab_size": 13, "head_dim": 16},
 }
 # Which weights a precision stores in which format is the build's matter; here every kernel of decoding gets its turn.
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp32 with an int8 cache")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def sessions(build_bundle: Build) -> dict[str, Session]:
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def demo(request: pytest.FixtureRequest, build_bundle: Build, demo_bundles: dict[str, Path]) -> Session:
-    bundle = demo_bundles.get(request.param) or build_bundle(None, precision=request.param, target="cpu")
+    precision, *cache = request.param.split(" with an ")
+    options = {"kv_cache": "int8", "calibrate": locate(None).folder / "heldout.txt"} if cache else {}
+    bundle = demo_bundles.get(request.param) or build_bundle(None, precision=precision, target="cpu", **options)
     return load(bundle, max_seq_len=512)
 
 

@@ -109,8 +109,15 @@ def test_prefill_and_decode_ask_for_the_same_weights(config: Glm4Config) -> None
     assert prefill.recipes == decode.recipes
 
 
-def test_heads_too_narrow_for_the_rotary_kernel_are_refused(tmp_path: Path) -> None:
-    folder = checkpoints.save(checkpoints.random_model(head_dim=8), tmp_path)
+@pytest.mark.parametrize(
+    ("head_dim", "message"),
+    [
+        (8, r"head_dim=8 with 4 rotary columns.*multiples of 16"),
+        (24, r"head_dim=24: ONNX Runtime's attention takes heads whose size is a multiple of 16"),
+    ],
+)
+def test_heads_that_the_kernel_does_not_take_are_refused(head_dim: int, message: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(checkpoints.random_model(head_dim=head_dim), tmp_path)
     skeleton = skeleton_of(read_config(folder / "config.json"), "decode")
-    with pytest.raises(UserError, match=r"head_dim=8 with 4 rotary columns.*multiples of 16"):
+    with pytest.raises(UserError, match=message):
         passes.run(passes.ORT_FP16, skeleton)

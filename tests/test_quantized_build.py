@@ -107,7 +107,7 @@ def test_estimate_is_what_a_build_takes(name: str, build_bundle: Build) -> None:
     graph = onnx.load(bundle / "decode.onnx", load_external_data=False).graph
     lengths = [int(e.value) for t in graph.initializer for e in t.external_data if e.key == "length"]
     assert weight_bytes(config, options) == sum(lengths)
-    assert cache_bytes_per_token(config, options) == read_manifest(bundle).cache.bytes_per_token
+    assert cache_bytes_per_token(config, options.cache_dtype) == read_manifest(bundle).cache.bytes_per_token
     assert parameters(config) == model.num_parameters()
 
 
@@ -179,7 +179,8 @@ def test_calibrated_weights_are_closer_and_leave_nothing_behind(build_bundle: Bu
 
 
 def test_calibration_needs_text_and_a_quantized_precision(build_bundle: Build, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--calibrate goes with --precision int8 or int4, not with fp16"):
+    message = "--calibrate goes with --precision int8 or int4, or with --kv-cache int8: fp16 with a float16 cache has"
+    with pytest.raises(UserError, match=message):
         BuildOptions("fp16", calibrate=tmp_path)
     with pytest.raises(UserError, match="cannot be read as text"):
         build_bundle(None, precision="int4", target="cpu", calibrate=tmp_path / "missing.txt")

@@ -13,13 +13,16 @@ from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
 from glm4export.passes.lower_attention_plugin import lower_attention_plugin
 from glm4export.passes.lower_attention_standard import lower_attention_standard
+from glm4export.passes.quantize_cache import quantize_cache
 from glm4export.passes.quantize_embedding import quantize_embedding
 from glm4export.passes.quantize_fp8 import quantize_fp8
 from glm4export.passes.quantize_linears import quantize_linears
 from glm4export.passes.quantize_rows import quantize_rows
 from glm4export.passes.rescale_fp16 import rescale_fp16
 from glm4export.passes.simplify import simplify
+from glm4export.passes.widen_cache import widen_cache
 from glm4export.skeleton import Skeleton
+from glm4runtime.contract import DECODE, PREFILL
 
 Counts = dict[str, int]
 Pass = Callable[[Skeleton], Counts]
@@ -71,6 +74,21 @@ PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     **{("tensorrt", precision): TRT_INT for precision in ("int8", "int4")},
     ("tensorrt", "fp8"): TRT_FP8,
 }
+
+
+# --kv-cache int8 puts one of these behind lower_attention_gqa. CPU kernels take float caches for many tokens at once.
+INT8_CACHE: dict[tuple[str, str], Pass] = {
+    ("cpu", PREFILL): widen_cache,
+    ("cpu", DECODE): quantize_cache,
+    ("cuda", PREFILL): quantize_cache,
+    ("cuda", DECODE): quantize_cache,
+}
+
+
+def behind_lowering(pipeline: tuple[Pass, ...], step: Pass) -> tuple[Pass, ...]:
+    """The same passes with one more, right behind the lowering of attention."""
+    at = pipeline.index(lower_attention_gqa) + 1
+    return (*pipeline[:at], step, *pipeline[at:])
 
 
 def run(passes: tuple[Pass, ...], skeleton: Skeleton, *, skip_simplify: bool = False) -> dict[str, Counts]:

@@ -13,6 +13,7 @@ from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4runtime.contract import ATTENTION_MASK, UserError
 
 CONTRIB = "com.microsoft"
+_HEAD_COLUMNS = 16  # a rotated head must have a multiple of this many
 _ROTARY_COLUMNS = 8  # cos and sin must have a multiple of this many
 
 
@@ -51,6 +52,11 @@ def _pad_rotary_tables(skeleton: Skeleton) -> None:
         raise UserError(
             f"head_dim={config.head_dim} with {config.rotary_dim} rotary columns: ONNX Runtime's attention rotates "
             f"multiples of {2 * _ROTARY_COLUMNS} columns, and a head has no room for {2 * columns}"
+        )
+    if config.head_dim % _HEAD_COLUMNS:
+        raise UserError(
+            f"head_dim={config.head_dim}: ONNX Runtime's attention takes heads whose size is a multiple of "
+            f"{_HEAD_COLUMNS}"
         )
     for name, recipe in list(skeleton.recipes.items()):
         if isinstance(recipe.expr, RotaryTable) and recipe.expr.columns != columns:
