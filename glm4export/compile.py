@@ -160,7 +160,9 @@ def build(
         layout = lay_out(recipes)
         require_space(folder, layout.size * (1 if options.calibrate is None else 2))
         if engines is not None:
-            engines.check(folder, {name: (r.dtype, r.nbytes) for name, r in recipes.items()})  # before the weights are written: they take the longest
+            engines.check(
+                folder, {name: (r.dtype, r.nbytes) for name, r in recipes.items()}
+            )  # before the weights are written: they take the longest
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
@@ -243,7 +245,7 @@ def _reader(
 
 
 def detect_target() -> str:
-    """The fastest here: ``tensorrt`` with a GPU and a flavour of TensorRT, ``cuda`` with onnxruntime's, else ``cpu``."""
+    """The fastest here: with a GPU ``tensorrt``, or ``cuda`` where only onnxruntime can use it; else ``cpu``."""
     if installed_flavours() and gpu_capability() is not None:
         return TENSORRT
     try:

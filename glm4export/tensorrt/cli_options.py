@@ -38,7 +38,9 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
     group.add_argument(
         "--workspace", type=float, metavar="GB", help="GPU memory that a kernel may use as scratch (default: all)"
     )
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept measurements, for later builds (tensorrt)")
+    group.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="keep measurements for later builds (tensorrt)"
+    )
     group.add_argument(
         "--version-compatible", action="store_true", help="an engine that later versions load, too (tensorrt)"
     )

@@ -169,13 +169,13 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
     job = Job(
         flavour=flavour.name,
         compute_capability=capability,
-        graph=os.path.abspath(graph),
-        engine=os.path.abspath(folder / f"{stem}.engine"),
+        graph=str(graph.absolute()),
+        engine=str((folder / f"{stem}.engine").absolute()),
         layers=manifest.cache.layers,
         profiles=profiles,
         optimization_level=options.optimization_level,
         workspace=None if options.workspace_gb is None else int(options.workspace_gb * 1e9),
-        timing_cache=None if options.timing_cache is None else os.path.abspath(options.timing_cache),
+        timing_cache=None if options.timing_cache is None else str(options.timing_cache.absolute()),
         version_compatible=options.version_compatible,
         weight_streaming=options.weight_streaming,
     )
@@ -245,7 +245,7 @@ def _process(job: Job) -> Iterator[tuple[Any, subprocess.Popen[bytes], Any]]:
                 stdout=output,
                 stderr=output,
                 pass_fds=(writer,),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)},
                 cwd="/",  # python -m looks for modules in the working directory first
                 start_new_session=True,  # Ctrl-C is for this process, which ends the other
             )

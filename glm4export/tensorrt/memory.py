@@ -10,7 +10,7 @@ What was seen of TensorRT-RTX 1.7.1, which builds alike on every machine (``tool
 - The engine is written from that piece in 64 MiB parts. ``build_serialized_network`` would make another copy of it, and
   a second optimization profile stores fp16 weights again; neither is used here.
 
-So the process's own memory peaks at the weights, plus the rearranged ones, plus 0.2 GB and 2% for the compiler itself.
+So the process's own memory peaks at the weights, plus the rearranged ones, plus 0.3 GB for the compiler itself.
 Builder flags, optimisation level, tiling level, number of threads, workspace and ``load_initializer`` with mapped
 memory changed none of it; STRIP_PLAN and REFIT need a GPU.
 
@@ -27,8 +27,7 @@ from glm4export.onnxfile import read_graph
 from glm4runtime.contract import UserError
 
 _REARRANGED = ("qkv_proj", "gate_up_proj", "lm_head")  # module names, where the weight is in floating point
-_COMPILER_BYTES = 200_000_000
-_COMPILER_SHARE = 0.02
+_COMPILER_BYTES = 300_000_000
 
 
 Weights = Mapping[str, tuple[str, int]]  # dtype in ONNX's spelling such as ``float16``, and bytes
@@ -43,7 +42,7 @@ def peak_bytes(weights: Weights) -> int:
     """The most memory of its own that building an engine of these weights takes; see above for the formula."""
     stored = sum(nbytes for _, nbytes in weights.values())
     rearranged = sum(nbytes for name, (dtype, nbytes) in weights.items() if _is_rearranged(name, dtype))
-    return int((stored + rearranged) * (1 + _COMPILER_SHARE)) + _COMPILER_BYTES
+    return stored + rearranged + _COMPILER_BYTES
 
 
 def require_memory(weights: Weights) -> int:

@@ -1,9 +1,9 @@
 """Builds one engine in a process of its own: ``python -m glm4export.tensorrt.worker FD``, a Job as JSON on stdin.
 
-A process of its own, because compiling is one long call into TensorRT (6 of 7.5 s of a small build without a single call
-of its progress monitor) which only the process's end interrupts at once; because a build that runs out of memory or
-crashes must not take the caller with it; and because its peak memory is then its own. Events go to file descriptor FD, a
-JSON object a line. It ends when its standard input does, as it does when the caller is killed.
+A process of its own, because compiling is one long call into TensorRT (6 of 7.5 s of a small build without a single
+call of its progress monitor) which only the process's end interrupts at once; because a build that runs out of memory
+or crashes must not take the caller with it; and because its peak memory is then its own. Events go to file descriptor
+FD, a JSON object a line. It ends when its standard input does, as it does when the caller is killed.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _writer(module: Any, file: Any, say: Say) -> Any:
 
         def __init__(self) -> None:
             module.IStreamWriter.__init__(self)
-            self.size, self.digest, self.error = 0, hashlib.sha256(), None
+            self.size, self.digest = 0, hashlib.sha256()
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
             try:
@@ -238,4 +239,3 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     os._exit(status)  # without the libraries' own exit: TensorRT's takes seconds to free an engine's memory
-
