@@ -106,7 +106,7 @@ def test_engines_of_the_embedded_model(precision: str, bundles: dict[str, Path],
 
 
 def test_memory_is_as_estimated(build_bundle: Build) -> None:
-    """A layer of GLM-4-9B's width: large enough that rearranged weights left out would put the peak above the estimate."""
+    """A layer of GLM-4-9B's width: were rearranged weights not counted, the peak would pass the estimate."""
     model = checkpoints.random_model(
         hidden_size=4096, intermediate_size=8192, num_attention_heads=32, head_dim=128, num_hidden_layers=1
     )
