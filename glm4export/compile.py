@@ -18,11 +18,12 @@ import onnx_ir as ir
 import torch
 
 from glm4export import passes
-from glm4export.calibrate import Calibrated, calibrate, linears, token_sequences
+from glm4export.calibrate import calibrate, token_sequences
 from glm4export.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.config import ConfigError, read_config, read_token_ids
 from glm4export.genai import FILE as GENAI_CONFIG
 from glm4export.genai import genai_config
+from glm4export.observe import linears
 from glm4export.output import new_bundle, require_space
 from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
@@ -240,8 +241,8 @@ def _reader(
         stored = (checkpoint.tensors[name] for name in linears(config, checkpoint))
         total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
         with stage("calibrate"), bar(total, "calibrate") as progress:
-            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
-        yield Calibrated(checkpoint, calibration)
+            calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
+        yield calibrated
 
 
 def detect_target() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4export import calibrate as module
-from glm4export.calibrate import calibrate, token_sequences
+from glm4export import gptq, observe
+from glm4export.calibrate import Calibration, calibrate, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
 from glm4export.gptq import _cut, compensate, compensations
@@ -72,6 +73,13 @@ def test_factor_is_the_inverse_hessians() -> None:
         hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
         assert torch.equal(part.upper, part.upper.triu())
         torch.testing.assert_close(part.upper.T @ part.upper @ hessian, torch.eye(len(hessian)), rtol=0, atol=1e-3)
+
+
+def test_compensations_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "MAX_BYTES", 4 * 192 * 70)
+    parts = compensations(correlated(300, 192), 16)
+    assert [part.start for part in parts] == [0, 64, 128]
+    assert sum(part.upper.nbytes for part in parts) <= 4 * 192 * 70
 
 
 def test_groups_are_whole_blocks_of_about_equal_size() -> None:
@@ -133,9 +141,10 @@ def test_calibration_lowers_the_divergence_on_text_it_has_not_seen(
     seen = token_sequences(text[:half], checkpoint.folder, tokens=2048)
     texts = [Text(ids, 0) for ids in token_sequences(text[half:], checkpoint.folder, tokens=768)]
     scheme = Scheme(4, 128)
-    done = calibrate(
+    observed = calibrate(
         config, checkpoint, seen, lambda name: None if "embed" in name or name == "lm_head.weight" else scheme, tmp_path
     )
+    done = observed.calibration
     assert len(done.schemes) == 6 * config.num_hidden_layers
     assert "lm_head.weight" not in done
     shapes = {name: checkpoint.tensors[name].shape for name in done.schemes}
@@ -158,21 +167,22 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     def scheme_for(name: str) -> Scheme | None:
         return schemes.get(name.split(".")[-2], Scheme(8, 32))
 
-    def run(name: str) -> tuple[Path, module.Calibration]:
+    def run(name: str) -> tuple[Path, Calibration]:
         (tmp_path / name).mkdir()
-        return tmp_path / name, calibrate(config, checkpoint, sequences, scheme_for, tmp_path / name, read.append)
+        done = calibrate(config, checkpoint, sequences, scheme_for, tmp_path / name, read.append)
+        return tmp_path / name, done.calibration
 
     whole, done = run("whole")
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     names = {name for name in checkpoint.tensors if name.endswith("_proj.weight") and "q_proj" not in name} | {head}
     assert set(done.schemes) == names == {path.stem for path in whole.iterdir()}
     assert done.schemes[next(name for name in names if "down_proj" in name)] == schemes["down_proj"]
-    linears = module.linears(config, checkpoint)
+    linears = observe.linears(config, checkpoint)
     assert set(linears) == {name for name in checkpoint.tensors if name.endswith("_proj.weight")} | {head}
     assert sum(read) == sum(4 * np.prod(checkpoint.tensors[name].shape) for name in linears)
 
-    real = module.windows
-    monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
+    real = observe.windows
+    monkeypatch.setattr(observe, "windows", lambda shape: real(shape, 1000))
     _, again = run("windowed")
     for name in names:
         rows, columns = checkpoint.tensors[name].shape
@@ -183,6 +193,36 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
         errors = [float((x - original).square().mean() / original.square().mean()) for x in (a, b)]
         assert errors[0] < 0.1  # and not the same bits: a sum in another order may turn a rounding, and what follows
         assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def calibrated_bytes(checkpoint: Path, out: Path) -> dict[str, bytes]:
+    """What calibration with 512 tokens writes."""
+    config = read_config(checkpoint / "config.json")
+    sequences = np.random.default_rng(0).integers(0, config.vocab_size, (4, 128)).tolist()
+    calibrate(config, Checkpoint.open(checkpoint), sequences, lambda name: Scheme(4, 32), out)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    """Large enough that BLAS and LAPACK share the work among threads; as many threads in both."""
+    model = checkpoints.random_model(hidden_size=512, intermediate_size=768, num_hidden_layers=1)
+    folder = checkpoints.save(model, tmp_path / "checkpoint")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    here = calibrated_bytes(folder, tmp_path / "here")
+    there = multiprocessing.get_context("spawn").Process(
+        target=_calibrate_there, args=(folder, tmp_path / "there", torch.get_num_threads())
+    )
+    there.start()
+    there.join()
+    assert there.exitcode == 0
+    assert len(here) == 2 * (6 + 1)  # data and scales of a layer's linears and the head
+    assert here == {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}
+
+
+def _calibrate_there(checkpoint: Path, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    calibrated_bytes(checkpoint, out)
 
 
 def test_token_sequences(demo: tuple[Glm4Config, Checkpoint], tmp_path: Path) -> None:
