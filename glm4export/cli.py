@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from glm4export.tensorrt.cli_options import add_engine_options, engine_builder, engine_facts, engine_lines
 from glm4runtime.contract import MANIFEST, TENSORRT, UserError
 from glm4runtime.providers import PROVIDERS, default_provider
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="glm4export", description="Compile GLM-4 to ONNX prefill and decode graphs, and run them.", epilog=_EXAMPLE
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_build, _add_generate, _add_verify, _add_inspect, _add_prepare, _add_bench):
+    for add in (_add_build, _add_engine, _add_generate, _add_verify, _add_inspect, _add_prepare, _add_bench):
         add(commands)
     return parser
 
@@ -102,8 +103,8 @@ def _add_build(commands: Any) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="text like the model's use: gives an int8 cache and fp8 activations their scales, and int8 and int4 weights "
-        "that are closer to fp32, in a slower build",
+        help="text like the model's use: gives an int8 cache and fp8 activations their scales, and int8 and int4 "
+        "weights that are closer to fp32, in a slower build",
     )
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
@@ -117,6 +118,7 @@ def _add_build(commands: Any) -> None:
         choices=("int8",),
         help="weights of its own for prefill, faster and more accurate than int4's, in more memory (cpu)",
     )
+    add_engine_options(command, may_skip=True)
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--token", help="hub access token (default: the stored one, or HF_TOKEN)")
     command.add_argument("--no-simplify", action="store_true", help="keep the graphs as the passes left them")
@@ -145,17 +147,47 @@ def _build(arguments: argparse.Namespace) -> int:
         calibrate=arguments.calibrate,
         attention=arguments.attention,
     )
+    builder = engine_builder(arguments, target)
     name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
     out = arguments.output or Path(f"{name}-{arguments.precision}")
-    manifest = build(location, out, options, stage=stage, bar=byte_bar)
+    manifest = build(location, out, options, stage=stage, bar=byte_bar, engines=builder)
     size = sum(spec.size for spec in manifest.files.values())
     if arguments.json:
         facts = {"bundle": str(out), "target": target, "precision": manifest.precision, "bytes": size}
+        engines = {} if builder is None else {"engines": engine_facts(builder.built)}
         cache = manifest.cache
-        print(json.dumps({**facts, "max_seq_len": cache.max_seq_len, "cache_dtype": cache.dtype}))
+        print(json.dumps({**facts, "max_seq_len": cache.max_seq_len, "cache_dtype": cache.dtype, **engines}))
     else:
         what = f"{manifest.precision}{' with an int8 cache' if manifest.cache.dtype == 'int8' else ''} for {target}"
         print(f"{out}: {what}, {size / 1e6:.1f} MB, {manifest.cache.max_seq_len} positions")
+        print(*engine_lines([] if builder is None else builder.built), sep="\n", end="\n" * (builder is not None))
+    return 0
+
+
+def _add_engine(commands: Any) -> None:
+    command = commands.add_parser(
+        "engine",
+        help="build TensorRT engines for a finished bundle; no checkpoint needed",
+        epilog="example: glm4export engine glm-4-9b-fp16 --compute-capability 8.6 8.9",
+    )
+    command.add_argument("bundle", type=Path, metavar="BUNDLE", help="one that was built for --target tensorrt")
+    add_engine_options(command, may_skip=False)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=_engine)
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from glm4export.tensorrt.engines import add_engines
+    from glm4runtime.contract import read_manifest
+
+    read_manifest(arguments.bundle)  # a bundle that isn't one is told before a TensorRT that isn't there
+    builder = engine_builder(arguments, TENSORRT)
+    assert builder is not None
+    add_engines(arguments.bundle, builder)
+    if arguments.json:
+        print(json.dumps({"bundle": str(arguments.bundle), "engines": engine_facts(builder.built)}))
+    else:
+        print(f"{arguments.bundle}:", *engine_lines(builder.built), sep="\n")
     return 0
 
 

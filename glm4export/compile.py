@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
 from glm4export.skeleton import DTYPE_NAMES, Formats, Fp16Scales, Skeleton
+from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.trace import trace
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
@@ -98,8 +99,8 @@ class BuildOptions:
             self._check_cache(self.kv_cache)
         if self.calibrate is not None and self.formats is None and self.cache_dtype != "int8":
             raise UserError(
-                f"--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: {self.precision} with a "
-                f"{self.cache_dtype} cache has nothing to calibrate"
+                "--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: "
+                f"{self.precision} with a {self.cache_dtype} cache has nothing to calibrate"
             )
         if self.precision in CALIBRATED and self.calibrate is None:
             raise UserError(
@@ -182,7 +183,22 @@ class BuildOptions:
         return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
 
-def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar) -> Manifest:
+class Engines(Protocol):
+    """Builds TensorRT engines of a bundle: :class:`glm4export.tensorrt.engines.EngineBuilder`."""
+
+    def check(self, folder: Path, weights: Mapping[str, tuple[str, int]]) -> None:
+        """Raise UserError where memory, or the disk under ``folder``, has no room for engines of these weights.
+
+        Weights by name: their dtype and bytes.
+        """
+
+    def add(self, folder: Path, manifest: Manifest) -> Manifest:
+        """Build them beside graph and weights; returns the manifest with their files."""
+
+
+def build(
+    location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar, engines: Engines | None = None
+) -> Manifest:
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
     config = read_config(location.folder / CONFIG)
     tokens = read_token_ids(location.folder)
@@ -200,6 +216,8 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
         layout = lay_out(recipes)
         calibrated_weights = options.calibrate is not None and options.formats is not None
         require_space(folder, layout.size * (2 if calibrated_weights else 1))
+        if engines is not None:  # before the weights are written: they take the longest
+            engines.check(folder, {name: (recipe.dtype, recipe.nbytes) for name, recipe in recipes.items()})
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
@@ -234,6 +252,8 @@ def build(location: Location, out: Path, options: BuildOptions, *, stage: Stage,
             graphs=graphs,
             files=_file_specs(folder, files),
         )
+        if engines is not None:
+            manifest = engines.add(folder, manifest)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -307,7 +327,9 @@ def takes_int8_cache(target: str, precision: str) -> bool:
 
 
 def detect_target() -> str:
-    """``cuda`` where an NVIDIA device and an onnxruntime that can use it are here, else ``cpu``."""
+    """The fastest here: with a GPU ``tensorrt``, or ``cuda`` where only onnxruntime can use it; else ``cpu``."""
+    if installed_flavours() and gpu_capability() is not None:
+        return TENSORRT
     try:
         import onnxruntime
     except ModuleNotFoundError:

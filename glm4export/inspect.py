@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from glm4export.checkpoint import CONFIG, Location
 from glm4export.config import read_config
 from glm4export.estimate import estimate
 from glm4export.machine import memory_bytes
+from glm4export.tensorrt.network import FUSED
 from glm4runtime.contract import BundleError, read_manifest
+from glm4runtime.engine_spec import EngineSpec, read_engine_specs
 
 
 def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
             "bytes_per_token": cache.bytes_per_token,
             "bytes_at_full_length": cache.bytes_per_token * cache.max_seq_len,
         },
+        "engines": [_engine(spec, cache.layers) for spec in read_engine_specs(folder)],
         "graphs": {name: _graph(folder / spec.file) for name, spec in manifest.graphs.items()},
         "files": {name: {"size": spec.size, "sha256": spec.sha256} for name, spec in manifest.files.items()},
     }
@@ -57,6 +61,8 @@ def text(facts: dict[str, Any]) -> str:
     for name, graph in facts["graphs"].items():
         nodes = ", ".join(f"{count} {kind}" for kind, count in graph["nodes"].items())
         lines.append(f"  {name:<10} {_bytes(graph['weight_bytes'])} of weights; {nodes}")
+    for engine in facts["engines"]:
+        lines += _engine_lines(engine)
     lines += [f"  {_bytes(spec['size']):>10}  {name}" for name, spec in facts["files"].items()]
     return "\n".join(lines)
 
@@ -104,6 +110,38 @@ def _graph(path: Path) -> dict[str, Any]:
         int(entry.value) for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length"
     )
     return {"nodes": dict(counts.most_common()), "weight_bytes": sum(lengths)}
+
+
+def _engine(spec: EngineSpec, layers: int) -> dict[str, Any]:
+    """An engine's facts from its sidecar; ``fused`` has how many of the model's layers TensorRT recognised, and all."""
+    fused = {kind.lower(): [spec.layers.get(kind, 0), each * layers] for kind, each in FUSED.items()}
+    return {"file": spec.file, **dataclasses.asdict(spec), "fused": fused}
+
+
+def _engine_lines(engine: dict[str, Any]) -> list[str]:
+    sizes = [
+        f"{_bytes(engine[key])} {what}"
+        for key, what in (("weight_bytes", "of weights"), ("scratch_bytes", "of scratch memory"))
+        if engine[key] is not None
+    ]
+    device = f", on the device {' and '.join(sizes)}" if sizes else ""
+    lines = [
+        f"  {engine['file']}",
+        f"    {engine['flavour']} {engine['version']} for compute capability {engine['compute_capability']}, "
+        f"{engine['attention']} attention, {_bytes(engine['size'])}{device}",
+        "    fused      "
+        + ", ".join(f"{kind.replace('_', ' ')} {found} of {of}" for kind, (found, of) in engine["fused"].items()),
+        "    layers     "
+        + ", ".join(f"{count} {kind}" for kind, count in sorted(engine["layers"].items(), key=lambda item: -item[1])),
+    ]
+    for profile in engine["profiles"]:
+        dims = ", ".join(f"{dim} {low} to {high} (best {best})" for dim, (low, best, high) in _ranges(profile))
+        lines.append(f"    profile    {profile['name']}: {dims}")
+    return lines
+
+
+def _ranges(profile: dict[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+    return [(dim, profile[dim]) for dim in ("batch", "seq", "rows")]
 
 
 def _bytes(size: float) -> str:

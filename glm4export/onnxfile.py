@@ -16,9 +16,19 @@ import numpy as np
 
 from glm4runtime.contract import BundleError
 
-FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16 = 1, 2, 3, 6, 10, 16  # TensorProto.DataType
+FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16, INT4 = 1, 2, 3, 6, 10, 16, 22  # TensorProto.DataType
 _ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT8: 1, 4: 2, 5: 2, INT32: 4, 7: 8, 9: 1, FLOAT16: 2, 11: 8, BFLOAT16: 2}
-_HALF_BYTE = (21, 22)  # uint4, int4
+_NAMES = {
+    FLOAT: "float32",
+    UINT8: "uint8",
+    INT8: "int8",
+    INT32: "int32",
+    7: "int64",
+    FLOAT16: "float16",
+    BFLOAT16: "bfloat16",
+    INT4: "int4",
+}
+_HALF_BYTE = (21, INT4)  # 21: uint4
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,11 @@ class Stored:
 
     dtype: int
     shape: tuple[int, ...]
+
+    @property
+    def dtype_name(self) -> str:
+        """Its dtype in ONNX's spelling, lower case; its number where no bundle stores such."""
+        return _NAMES.get(self.dtype, str(self.dtype))
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,21 @@ def new_bundle(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def link_bundle(bundle: Path, folder: Path) -> None:
+    """Fill the empty ``folder`` of :func:`new_bundle` with what ``bundle`` holds, as hard links where they're possible.
+
+    A file that is to change must be removed first: written into, it would change in both places.
+    """
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, target)
+
+    shutil.copytree(bundle, folder, copy_function=link, dirs_exist_ok=True)
+
+
 def require_space(folder: Path, size: int) -> None:
     """Raise OutputError when the disk under ``folder`` has less than ``size`` bytes free: now, not in an hour."""
     free = shutil.disk_usage(folder).free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -34,3 +34,10 @@ def byte_bar(total: int, what: str = "write weights") -> Iterator[Progress]:
     """A bar over ``total`` bytes with rate and time left."""
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"  {what}", leave=False, disable=None) as bar:
         yield bar.update
+
+
+@contextmanager
+def engine_line(name: str) -> Iterator[Callable[[str], None]]:
+    """A line with what TensorRT is doing, and for how long; it tells no share of the work that could fill a bar."""
+    with tqdm(bar_format=f"  build {name} {{desc}}{{elapsed}}", leave=False, disable=None) as line:
+        yield lambda phase: line.set_description_str(f"{phase} ")

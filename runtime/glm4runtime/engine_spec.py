@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm4runtime.contract import STEP, WEIGHTS, BundleError, FieldReader, Manifest
@@ -45,6 +46,14 @@ class EngineSpec:
     weights_sha256: str  # of weights.bin
     size: int
     sha256: str
+    layers: Mapping[str, int] = field(default_factory=dict)  # of the parsed network, by TensorRT's LayerType
+    weight_bytes: int | None = None  # on the device, as TensorRT states it; None where it doesn't
+    scratch_bytes: int | None = None  # activations of one execution context, likewise
+
+    @property
+    def attentions(self) -> int:
+        """Attentions that TensorRT recognised as such; the decoder layers of the model, where all were."""
+        return self.layers.get("ATTENTION_OUTPUT", 0)
 
     @property
     def file(self) -> str:
@@ -69,10 +78,14 @@ class EngineSpec:
                 f"{where}: sidecar format {version}, this version reads {FORMAT_VERSION}; build the engine again"
             )
         profiles = [FieldReader(profile, f"{where}: profiles") for profile in read("profiles", list)]
+        layers = read.child("layers") if "layers" in read.data else FieldReader({}, where)
         return cls(
             **{name: read(name, str) for name in _TEXT_FIELDS},
             version_compatible=read("version_compatible", bool),
             size=read.positive("size"),
+            layers={kind: layers(kind, int) for kind in layers.data},
+            weight_bytes=read.optional("weight_bytes", int),
+            scratch_bytes=read.optional("scratch_bytes", int),
             profiles=tuple(
                 Profile(profile("name", str), *(_range(profile, dim) for dim in ("batch", "seq", "rows")))
                 for profile in profiles

@@ -1,0 +1,107 @@
+"""The one place where TensorRT and TensorRT-RTX differ for the compiler.
+
+Both come as a Python module with the same builder, parser and network classes. Full TensorRT times kernels on the GPU
+at hand, so it builds for that GPU only. TensorRT-RTX compiles for named GPUs on any machine and leaves the choice of
+kernels to the machine that runs the engine.
+
+Full TensorRT has never been run by this project's authors: it can't be installed without NVIDIA's own package index.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from glm4runtime.contract import UserError
+from glm4runtime.engine_spec import FLAVOURS, Profile
+from glm4runtime.trt_module import import_flavour
+
+MOST_ROWS = 16  # of logits that a run is asked for; the runtime's MAX_RUN, which a test compares
+
+# TensorRT-RTX 1.7.1's compiler fails ("more than one op named attention_mask.1_iota") on some geometries, the embedded
+# model's among them, when the most tokens that a profile allows is 2 to 64. More than asked for costs scratch memory.
+_RTX_LEAST_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What one flavour of TensorRT can do; ``name`` is a key of FLAVOURS and the name of the pip extra."""
+
+    name: str
+    cross_compiles: bool  # builds without a GPU, for any compute capability that it knows
+    times_kernels: bool  # measures on the GPU while it builds, so that a timing cache saves work
+    version_compatible: bool  # can build engines that later versions load
+    shares_weights: bool  # between the profiles of one engine; RTX 1.7.1 stores fp16 weights once for each profile
+
+    def load(self) -> Any:
+        """Its Python module. Raises UserError, naming the package and the pip command, where it isn't installed."""
+        return import_flavour(self.name)
+
+    def profiles(self, max_batch: int, chunk: int) -> tuple[Profile, ...]:
+        """Optimization profiles for runs of 1 to ``chunk`` tokens of 1 to ``max_batch`` sequences.
+
+        Prefill asks for one row of logits, the verification of drafts for up to MOST_ROWS.
+        """
+        if self.shares_weights:
+            return (
+                Profile("prefill", (1, 1, max_batch), (1, chunk, chunk), (1, 1, 1)),
+                Profile("decode", (1, max_batch, max_batch), (1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
+            )
+        width = max(chunk, _RTX_LEAST_WIDTH)
+        return (Profile("step", (1, max_batch, max_batch), (1, 1, width), (1, 1, MOST_ROWS)),)
+
+    def capabilities(self, module: Any) -> dict[str, Any]:
+        """What :attr:`cross_compiles` can build for: ``8.9`` and the module's name for it."""
+        members = module.ComputeCapability.__members__.items()
+        return {f"{name[2:-1]}.{name[-1]}": member for name, member in members if name.startswith("SM")}
+
+
+TENSORRT = Flavour("tensorrt", False, True, True, True)
+TENSORRT_RTX = Flavour("tensorrt-rtx", True, False, False, False)
+BY_NAME = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+
+
+def choose_flavour(name: str | None) -> Flavour:
+    """The flavour called ``name``, or the installed one; full TensorRT where both are and there's a GPU.
+
+    Raises UserError where none is installed.
+    """
+    if name is not None:
+        BY_NAME[name].load()
+        return BY_NAME[name]
+    found = installed_flavours()
+    if not found:
+        raise UserError(
+            "neither tensorrt nor tensorrt_rtx is installed; pip install 'glm4export[tensorrt-rtx]' "
+            "(or 'glm4export[tensorrt]', on the machine with the GPU)"
+        )
+    if TENSORRT in found and (len(found) == 1 or gpu_capability() is not None):
+        return TENSORRT
+    return found[-1]
+
+
+def installed_flavours() -> list[Flavour]:
+    """Flavours whose module can be found, without importing it."""
+    return [flavour for flavour in BY_NAME.values() if find_spec(FLAVOURS[flavour.name]) is not None]
+
+
+def gpu_capability() -> str | None:
+    """The compute capability of the first visible NVIDIA GPU, such as ``8.9``; None where driver or GPU is missing."""
+    major, minor, device, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    if cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in ((major, _CAPABILITY_MAJOR), (minor, _CAPABILITY_MINOR)):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return f"{major.value}.{minor.value}"
+
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR

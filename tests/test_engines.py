@@ -1,0 +1,485 @@
+"""Real TensorRT-RTX engines, built without a GPU, and everything that can go wrong on the way to one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from glm4export import cli, inspect
+from glm4export.tensorrt import engines, flavour, memory, worker
+from glm4export.tensorrt.engines import EngineBuilder, EngineOptions, add_engines, plan
+from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
+from glm4export.tensorrt.network import Log, require_fused
+from glm4export.tensorrt.worker import Job
+from glm4runtime.contract import BundleError, UserError, read_manifest
+from glm4runtime.engine_spec import Profile, read_engine_specs
+from glm4runtime.lookup import MAX_DRAFT
+
+from . import checkpoints
+from .conftest import Build
+
+trt = pytest.importorskip("tensorrt_rtx")
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
+CAPABILITIES = ("8.0", "8.9", "12.0")
+LAYERS = 4  # of the embedded model
+
+
+def silent(name: str) -> Any:
+    return nullcontext(lambda phase: None)
+
+
+def builder(show: engines.Show = silent, **options: Any) -> EngineBuilder:
+    return EngineBuilder(plan(EngineOptions(**{"compute_capabilities": ("8.9",), **options})), show)
+
+
+@pytest.fixture(scope="module")
+def bundles(build_bundle: Build) -> dict[str, Path]:
+    """The embedded model for TensorRT, without engines."""
+    return {p: build_bundle(None, precision=p, target="tensorrt", max_seq_len=64) for p in PRECISIONS}
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path], tmp_path: Path) -> Path:
+    """One of them to do anything with."""
+    return Path(shutil.copytree(bundles["fp16"], tmp_path / "bundle"))
+
+
+@pytest.fixture
+def job(bundle: Path) -> Job:
+    profiles = TENSORRT_RTX.profiles(1, 64)
+    engine = str(bundle / "x.engine")
+    return Job(
+        "tensorrt-rtx", "8.9", str(bundle / "step.onnx"), engine, LAYERS, profiles, None, None, None, False, False
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_engines_of_the_embedded_model(precision: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    before = contents(bundles[precision])
+    bundle = Path(shutil.copytree(bundles[precision], tmp_path / "bundle"))
+    made = builder(compute_capabilities=CAPABILITIES, max_batch=3, prefill_chunk=32)
+    manifest = add_engines(bundle, made)
+    assert read_manifest(bundle, check_hashes=True) == manifest
+    specs = read_engine_specs(bundle)
+    assert [spec.compute_capability for spec in specs] == ["12.0", "8.0", "8.9"]  # by file name
+    assert {spec.file for spec in specs} == {
+        f"engines/tensorrt-rtx-sm{c.replace('.', '')}.engine" for c in CAPABILITIES
+    }
+    for spec in specs:
+        assert spec.layers["ATTENTION_OUTPUT"] == spec.attentions == LAYERS
+        assert spec.layers["ROTARY_EMBEDDING"] == spec.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
+        assert spec.precision == precision and spec.version == trt.__version__
+        assert spec.profiles == (Profile("step", (1, 3, 3), (1, 1, 128), (1, 1, 16)),)
+        spec.require(
+            manifest, flavour="tensorrt-rtx", version=trt.__version__, compute_capability=spec.compute_capability
+        )
+        weights = manifest.files["weights.bin"].size
+        assert spec.weight_bytes is not None and 0.95 * weights < spec.weight_bytes < 1.05 * weights
+        assert spec.scratch_bytes is not None and spec.scratch_bytes > 0
+        assert (bundle / spec.file).stat().st_size == spec.size > spec.weight_bytes
+    sizes = {spec.compute_capability: spec.sha256 for spec in specs}
+    assert len(set(sizes.values())) == 3, "an engine for every capability, each its own"
+    after = contents(bundle)
+    assert {name for name in after if name not in before} == {
+        *(spec.file for spec in specs),
+        *(spec.file.replace(".engine", ".json") for spec in specs),
+    }
+    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert all(built.own_memory <= built.estimated_memory for built in made.built)
+
+
+def test_memory_is_as_estimated(build_bundle: Build) -> None:
+    """A layer of GLM-4-9B's width: were rearranged weights not counted, the peak would pass the estimate."""
+    model = checkpoints.random_model(
+        hidden_size=4096, intermediate_size=8192, num_attention_heads=32, head_dim=128, num_hidden_layers=1
+    )
+    made = builder()
+    add_engines(build_bundle(model, precision="fp16", target="tensorrt", max_seq_len=64), made)
+    (built,) = made.built
+    assert built.estimated_memory / 1.25 < built.own_memory <= built.estimated_memory
+    assert built.resident_memory > built.own_memory, "with the mapped weights file"
+
+
+def test_the_estimate_of_a_9b_model() -> None:
+    """The formula on GLM-4-9B's weights in fp16: each matrix that is rearranged, twice."""
+    hidden, kv, wide, vocab = 4096, 256, 13696, 151552
+    weights = {
+        "model.embed_tokens.weight": ("float16", 2 * hidden * vocab),
+        "lm_head.weight": ("float16", 2 * hidden * vocab),
+    }
+    for layer in range(40):
+        name = f"model.layers.{layer}"
+        weights |= {
+            f"{name}.self_attn.qkv_proj.weight": ("float16", 2 * hidden * (hidden + 2 * kv)),
+            f"{name}.self_attn.o_proj.weight": ("float16", 2 * hidden * hidden),
+            f"{name}.mlp.gate_up_proj.weight": ("float16", 2 * hidden * 2 * wide),
+            f"{name}.mlp.down_proj.weight": ("float16", 2 * hidden * wide),
+        }
+    stored = sum(size for _, size in weights.values())
+    doubled = 2 * hidden * (vocab + 40 * (hidden + 2 * kv + 2 * wide))
+    assert stored == 18_795_724_800
+    assert memory.peak_bytes(weights) == stored + doubled + 300_000_000
+
+
+def test_int4_is_rearranged_and_int8_is_not() -> None:
+    assert memory.peak_bytes({"a.o_proj.weight.int4": ("int4", 7)}) == 300_000_014
+    assert memory.peak_bytes({"a.qkv_proj.weight.int8": ("int8", 7)}) == 300_000_007
+    assert memory.peak_bytes({"a.qkv_proj.bias": ("float16", 7), "a.o_proj.weight": ("float16", 7)}) == 300_000_014
+
+
+def test_too_little_memory_is_told_before(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(bundle)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: (4_000_000_000, 250_000_000))
+    told = r"takes about 0\.3 GB of memory; 0\.2 GB of 4\.0 GB are free\. Free some memory, or build on another machine"
+    with pytest.raises(UserError, match=told):
+        add_engines(bundle, builder())
+    monkeypatch.setattr(memory, "memory_bytes", lambda: (250_000_000, 250_000_000))
+    with pytest.raises(UserError, match=r"Build on a machine with more memory .*or choose --precision int8 or int4"):
+        add_engines(bundle, builder())
+    assert contents(bundle) == before
+
+
+def test_too_little_memory_is_told_before_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "memory_bytes", lambda: (250_000_000, 250_000_000))
+    monkeypatch.setattr("glm4export.compile.write_weights", lambda *a: pytest.fail("weights were written"))
+    out = tmp_path / "out"
+    assert cli.main(["build", "-o", str(out), "--target", "tensorrt", "--compute-capability", "8.9"]) == 2
+    assert "building this engine takes about 0.3 GB" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    argv = ["build", "-o", str(out), "--target", "tensorrt", "--max-seq-len", "64", "--compute-capability", "8.9"]
+    assert cli.main([*argv, "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert engine["file"] == "engines/tensorrt-rtx-sm89.engine" and engine["attentions"] == LAYERS
+    read_manifest(out, check_hashes=True)
+    (facts,) = inspect.inspect_bundle(out)["engines"]
+    assert facts["fused"] == {"attention_output": [4, 4], "rotary_embedding": [8, 8], "kv_cache_update": [8, 8]}
+    assert cli.main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"tensorrt-rtx {trt.__version__} for compute capability 8.9, standard attention, 12.0 MB" in shown
+    assert "attention output 4 of 4, rotary embedding 8 of 8, kv cache update 8 of 8" in shown
+    assert "17 MATRIX_MULTIPLY" in shown
+    assert "profile    step: batch 1 to 1 (best 1), seq 1 to 128 (best 1), rows 1 to 16 (best 1)" in shown
+
+
+def test_a_bundle_without_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    argv = ["build", "-o", str(tmp_path / "out"), "--target", "tensorrt", "--engine", "none", "--max-seq-len", "8"]
+    assert cli.main(argv) == 0
+    assert read_engine_specs(tmp_path / "out") == [] and not (tmp_path / "out" / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "cpu", "--compute-capability", "8.9"], "--compute-capability goes with --target tensorrt, not"),
+        (["--target", "cpu", "--engine", "none"], "--engine goes with --target tensorrt, not with cpu"),
+        (["--compute-capability", "7.0"], "--compute-capability 7.0: tensorrt-rtx builds for 7.5, 8.0, 8.6, 8.9, "),
+        (["--compute-capability", "SM89"], "--compute-capability SM89: tensorrt-rtx builds for 7.5"),
+        ([], "no GPU here to build an engine for: name the GPU's compute capability with --compute-ca"),
+        (["--engine", "tensorrt"], "tensorrt is not installed; pip install 'glm4export[tensorrt]'"),
+        (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: expected at least 1"),
+        (["--compute-capability", "8.9", "--prefill-chunk", "-1"], "--prefill-chunk -1: expected at least 1"),
+        (["--compute-capability", "8.9", "--workspace", "0"], "--workspace 0: expected more than 0 GB"),
+        (["--compute-capability", "8.9", "--timing-cache", "x"], "--timing-cache is not something that tensorrt-rtx"),
+        (["--compute-capability", "8.9", "--version-compatible"], "--version-compatible is not something that tens"),
+    ],
+)  # fmt: skip
+def test_mistakes(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    target = [] if "--target" in options else ["--target", "tensorrt"]
+    assert cli.main(["build", "-o", str(tmp_path / "out"), *target, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"glm4export: error: {message}") and captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ([], "neither tensorrt nor tensorrt_rtx is installed; pip install 'glm4export[tensorrt-rtx]'"),
+        (["--engine", "tensorrt-rtx"], "tensorrt_rtx is not installed; pip install 'glm4export[tensorrt-rtx]'"),
+    ],
+)
+def test_without_a_module(
+    engine: list[str], message: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for argv in (["build", "-o", str(bundle) + "2", "--target", "tensorrt"], ["engine", str(bundle)]):
+        assert cli.main([*argv, *engine]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"glm4export: error: {message}") and captured.err.count("\n") == 1
+
+
+def test_engines_need_a_tensorrt_bundle(demo_bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["engine", str(demo_bundles["fp16"]), "--compute-capability", "8.9"]) == 2
+    assert "built for cpu; engines are made of bundles for --target tensorrt" in capsys.readouterr().err
+
+
+def test_the_installed_flavour_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flavour.choose_flavour("tensorrt-rtx") is TENSORRT_RTX
+    for found, here, chosen in (
+        ([TENSORRT_RTX], "8.9", TENSORRT_RTX),
+        ([TENSORRT], None, TENSORRT),
+        ([TENSORRT, TENSORRT_RTX], "8.9", TENSORRT),
+        ([TENSORRT, TENSORRT_RTX], None, TENSORRT_RTX),
+    ):
+        monkeypatch.setattr(flavour, "installed_flavours", lambda found=found: found)
+        monkeypatch.setattr(flavour, "gpu_capability", lambda here=here: here)
+        assert flavour.choose_flavour(None) is chosen
+
+
+def test_full_tensorrt_builds_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
+    with pytest.raises(UserError, match=r"tensorrt builds for the GPU at hand, and there is none; see --engine"):
+        plan(EngineOptions("tensorrt"))
+    monkeypatch.setattr(engines, "gpu_capability", lambda: "9.0")
+    assert plan(EngineOptions("tensorrt", version_compatible=True)).compute_capabilities == ("9.0",)
+    assert plan(EngineOptions("tensorrt", ("9.0",))).compute_capabilities == ("9.0",)
+    with pytest.raises(
+        UserError, match=r"--compute-capability 8\.9: tensorrt builds for the GPU at hand, which is 9\.0"
+    ):
+        plan(EngineOptions("tensorrt", ("8.9",)))
+
+
+def test_tensorrt_rtx_builds_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "gpu_capability", lambda: "8.6")
+    assert plan(EngineOptions("tensorrt-rtx")).compute_capabilities == ("8.6",)
+    assert plan(EngineOptions("tensorrt-rtx", ("8.9", "8.0", "8.9"))).compute_capabilities == ("8.9", "8.0")
+
+
+def test_profiles_of_full_tensorrt(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its configuration, made with RTX's module, whose builder has the same methods."""
+    assert flavour.MOST_ROWS == MAX_DRAFT + 1
+    profiles = TENSORRT.profiles(max_batch=4, chunk=32)
+    assert profiles == (
+        Profile("prefill", (1, 1, 4), (1, 32, 32), (1, 1, 1)),
+        Profile("decode", (1, 4, 4), (1, 1, 16), (1, 1, 16)),
+    )
+    job = replace(
+        job,
+        profiles=profiles,
+        optimization_level=1,
+        workspace=1 << 20,
+        version_compatible=True,
+        weight_streaming=True,
+        timing_cache=str(tmp_path / "timing"),
+    )
+    log = Log()
+    logger = worker.logger(trt, log)
+    made = trt.Builder(logger)
+    network = worker.new_network(trt, made)
+    parser = worker.parse(trt, network, logger, Path(job.graph), log)
+    config = worker.configure(trt, made, network, job, TENSORRT)
+    assert config.num_optimization_profiles == 2 and config.builder_optimization_level == 1
+    assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE) and config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
+    worker._save_timing_cache(config, job)
+    assert (tmp_path / "timing").stat().st_size > 0
+    worker.configure(trt, made, network, job, TENSORRT)  # reads what was saved
+    (tmp_path / "timing").write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"timing: not a timing cache of this TensorRT and GPU"):
+        worker.configure(trt, made, network, job, TENSORRT)
+    del parser
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("input_ids", (-1, -1), ((1, 1), (2, 5), (4, 9))),
+        ("logit_rows", (-1, -1), ((1, 1), (2, 1), (4, 3))),
+        ("write_indices", (-1,), ((1,), (2,), (4,))),
+        ("attention_mask", (-1, 1, -1, 64), ((1, 1, 1, 64), (2, 1, 5, 64), (4, 1, 9, 64))),
+        ("past_key_values.0.key", (-1, 2, 64, 16), ((1, 2, 64, 16), (2, 2, 64, 16), (4, 2, 64, 16))),
+    ],
+)
+def test_shapes_of_a_profile(name: str, shape: tuple[int, ...], expected: Any) -> None:
+    assert worker.shapes(name, shape, Profile("step", (1, 2, 4), (1, 5, 9), (1, 1, 3))) == expected
+
+
+def test_a_parser_error_names_node_and_layer(bundle: Path, job: Job) -> None:
+    path = bundle / "step.onnx"
+    model = onnx.load(path, load_external_data=False)
+    node = next(node for node in model.graph.node if node.name.startswith("model.layers.2.") and node.op_type == "Mul")
+    node.op_type = "BitwiseXor"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=rf"can't take node '{node.name}' \(BitwiseXor\) of model\.layers\.2: "):
+        engines.run(job, lambda phase: None)
+
+
+def test_a_graph_that_is_none(bundle: Path, job: Job) -> None:
+    (bundle / "step.onnx").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="TensorRT can't take the graph as a whole: "):
+        engines.run(job, lambda phase: None)
+
+
+def test_what_tensorrt_cannot_compile_is_told(job: Job) -> None:
+    """A profile of up to 32 tokens: the compiler's own error, which the flavour's profiles keep clear of."""
+    job = replace(job, profiles=(Profile("step", (1, 1, 1), (1, 1, 32), (1, 1, 16)),))
+    with pytest.raises(
+        UserError, match=r"tensorrt-rtx 1\.\S+ could not build the engine: .*more than one op named"
+    ) as told:
+        engines.run(job, lambda phase: None)
+    assert "\n" not in str(told.value) and Log.HARMLESS not in str(told.value)
+
+
+def test_attention_that_was_not_recognised() -> None:
+    require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6, "CAST": 1}, 3)
+    with pytest.raises(UserError, match=r"recognised 5 of 6 kv cache update layers; .*upgrade it"):
+        require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 5}, 3)
+    with pytest.raises(UserError, match="recognised 0 of 3 attention output layers"):
+        require_fused({"ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6}, 3)
+
+
+def test_a_full_disk(job: Job) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        engines.run(replace(job, engine="/dev/full"), lambda phase: None)
+
+
+def test_a_worker_that_is_killed_or_dies(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = watch_workers(monkeypatch)
+    with pytest.raises(UserError, match=r"the building process was killed, as the kernel does when memory runs out"):
+        engines.run(job, lambda phase: processes[-1].kill())
+    with pytest.raises(UserError, match=r"the building process ended with status -11"):
+        engines.run(job, lambda phase: processes[-1].send_signal(signal.SIGSEGV))
+    with pytest.raises(UserError, match=r"ended with status 1; its last words: KeyError: 'nothing'"):
+        engines.run(replace(job, flavour="nothing"), lambda phase: None)
+    assert all(process.returncode is not None for process in processes)
+
+
+def watch_workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(engines.subprocess, "Popen", start)
+    return started
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_build_ends_at_once(
+    error: type[BaseException], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, processes = contents(bundle), watch_workers(monkeypatch)
+
+    @contextmanager
+    def show(name: str) -> Iterator[Callable[[str], None]]:
+        def phase(what: str) -> None:
+            raise error
+
+        yield phase
+
+    with pytest.raises(error):
+        add_engines(bundle, builder(show))
+    assert [process.returncode for process in processes] == [-signal.SIGKILL]
+    assert contents(bundle) == before and [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+SIGNALLED = """
+import os, signal, subprocess, sys
+from contextlib import contextmanager
+from glm4export import cli, progress
+from glm4export.tensorrt import engines
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
+popen = subprocess.Popen
+
+def start(*arguments, **options):
+    process = popen(*arguments, **options)
+    print(process.pid, flush=True)
+    return process
+
+engines.subprocess.Popen = start
+
+@contextmanager
+def line(name):
+    yield lambda phase: os.kill(os.getpid(), int(sys.argv[1]))
+
+progress.engine_line = line
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_signals(number: int, code: int, bundle: Path) -> None:
+    before = contents(bundle)
+    argv = [str(number), "engine", str(bundle), "--compute-capability", "8.9"]
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert contents(bundle) == before
+    worker_id = int(done.stdout)
+    for _ in range(100):  # the worker of a killed process notices by its closed standard input
+        if not Path(f"/proc/{worker_id}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker_id}").exists()
+    if number != signal.SIGKILL:  # a killed process leaves its folder for the next build to remove
+        assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_an_engine_is_replaced_and_others_stay(bundle: Path) -> None:
+    add_engines(bundle, builder(compute_capabilities=("8.9",)))
+    opened = (bundle / "engines/tensorrt-rtx-sm89.engine").open("rb")  # as a running session has it
+    first = {spec.compute_capability: spec for spec in read_engine_specs(bundle)}
+    add_engines(bundle, builder(max_batch=2))
+    add_engines(bundle, builder(compute_capabilities=("8.0",)))
+    specs = {spec.compute_capability: spec for spec in read_engine_specs(bundle)}
+    assert sorted(specs) == ["8.0", "8.9"] and specs["8.9"].profiles[0].batch == (1, 2, 2)
+    read_manifest(bundle, check_hashes=True)
+    assert len(opened.read()) == first["8.9"].size
+    opened.close()
+
+
+def test_hard_links_are_made_where_possible(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inode = (bundle / "weights.bin").stat().st_ino
+    add_engines(bundle, builder())
+    assert (bundle / "weights.bin").stat().st_ino == inode, "gigabytes that weren't copied"
+
+    def refuse(source: Any, target: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    add_engines(bundle, builder(compute_capabilities=("8.0",)))
+    assert (bundle / "weights.bin").stat().st_ino != inode
+    assert len(read_engine_specs(bundle)) == 2
+    read_manifest(bundle, check_hashes=True)
+
+
+def test_a_bundle_of_another_kind_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        add_engines(tmp_path / "nowhere", builder())
