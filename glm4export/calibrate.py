@@ -1,8 +1,8 @@
-"""Run a checkpoint over a text in float32, layer by layer, and quantize each linear by the inputs that it saw.
+"""Quantize each linear by the inputs that it sees while the float32 model runs over a text.
 
-The model streams: a linear is read in windows of rows, each of which is used for the float32 output, quantized by
-:mod:`glm4export.gptq`, written out and dropped. In memory are the calibration tokens' activations, one window, and what
-one linear's columns are compensated by.
+The model streams as :mod:`glm4export.observe` runs it: each window of a linear is quantized by :mod:`glm4export.gptq`
+when it is there anyway, written out and dropped. In memory are the calibration tokens' activations, one window, and
+what one linear's columns are compensated by.
 """
 
 from __future__ import annotations
@@ -15,24 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glm4export.checkpoint import Checkpoint
 from glm4export.gptq import Compensation, compensate, compensations
+from glm4export.observe import Observation, Progress, observe
 from glm4export.quantize import Quantized, Scheme
-from glm4export.recipes import Window, whole
-from glm4export.weights import windows
-from glm4graphs.attention import attention
+from glm4export.recipes import Window
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import Attention, DecoderLayer, rms_norm
-from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import UserError
 
 TOKENS = 4096  # calibrated on unless told otherwise
 SEQUENCE = 256  # tokens in a sequence
 
 SchemeFor = Callable[[str], Scheme | None]
-Progress = Callable[[int], None]  # told how many more bytes of weights were read
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A checkpoint as recipes read it, with the linears that calibration has quantized."""
+    """A checkpoint as recipes read it, with what a text told: linears that calibration has quantized, and reaches."""
 
     checkpoint: Checkpoint
+    observation: Observation
     calibration: Calibration
 
     def read(self, name: str, window: Window) -> Tensor:
@@ -98,11 +95,13 @@ class Calibrated:
             return None
         return self.calibration.quantized(name, rows)
 
+    def cache_scales(self, layer: int, part: str) -> Tensor:
+        """As :meth:`Observation.cache_scales`."""
+        return self.observation.cache_scales(layer, part)
 
-def linears(config: Glm4Config, checkpoint: Checkpoint) -> list[str]:
-    """The weights that :func:`calibrate` reads, and asks for a scheme of."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return [name for name in checkpoint.tensors if name.endswith("_proj.weight")] + [head]
+    def input_reach(self, name: str) -> float:
+        """The largest magnitude that a linear's input had."""
+        return self.observation.inputs[name]
 
 
 def token_sequences(text: str, folder: Path, *, tokens: int = TOKENS, length: int = SEQUENCE) -> list[list[int]]:
@@ -125,151 +124,37 @@ def calibrate(
     scheme_for: SchemeFor,
     folder: Path,
     progress: Progress = lambda count: None,
-) -> Calibration:
-    """Quantize every linear that ``scheme_for`` (given the weight's name) has a scheme for, into ``folder``.
+) -> Calibrated:
+    """Observe the model, and quantize every linear that ``scheme_for`` (given the weight's name) has a scheme for.
 
     Inputs are those of the float32 model: on the embedded checkpoint the inputs that the quantized layers before
     would give are no better (mean KL 2.90e-3 and 2.91e-3), and cost a second pass. An embedding isn't a linear; tied to
-    the head it is quantized as the head.
+    the head it is quantized as the head. Quantized linears are kept in ``folder``.
     """
-    run = _Run(checkpoint, scheme_for, Calibration(folder, {}, {}), progress, sequences)
-    with torch.no_grad():
-        x = _embed(checkpoint, run.padded)
-        length = x.shape[1]
-        rotary = rotary_tables(config, length)
-        cache = torch.zeros(1, config.num_key_value_heads, length, config.head_dim)
-        for index in range(config.num_hidden_layers):
-            with torch.device("meta"):
-                layer = DecoderLayer(config)
-            x, _ = _stream(layer, run, f"model.layers.{index}.")(x, run.mask, (cache, cache), rotary)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        if scheme_for(head) is not None:
-            with torch.device("meta"):
-                norm = rms_norm(config)
-            x = _stream(norm, run, "model.norm.")(x)
-            for rows, _ in windows(checkpoint.tensors[head].shape):
-                run.rows(head, x, rows, wanted=False)
-    return run.calibration
+    quantizer = _Quantizer(scheme_for, Calibration(folder, {}, {}))
+    observation = observe(config, checkpoint, sequences, quantizer, progress)
+    return Calibrated(checkpoint, observation, quantizer.calibration)
 
 
-class _Run:
-    """What the streamed linears share."""
+class _Quantizer:
+    """A visitor that quantizes the linears that have a scheme."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        scheme_for: SchemeFor,
-        calibration: Calibration,
-        progress: Progress,
-        sequences: Sequence[Sequence[int]],
-    ) -> None:
-        self.checkpoint, self.scheme_for, self.progress = checkpoint, scheme_for, progress
-        self.calibration = calibration
-        tensors = [torch.tensor(sequence) for sequence in sequences]
-        self.padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        self.mask = (torch.arange(self.padded.shape[1]) < lengths[:, None]).long()
+    def __init__(self, scheme_for: SchemeFor, calibration: Calibration) -> None:
+        self.scheme_for, self.calibration = scheme_for, calibration
         self._latest: tuple[Tensor, int, list[Compensation]] | None = None
 
-    def rows(self, name: str, x: Tensor, rows: tuple[int, int], *, wanted: bool = True) -> Tensor:
-        """``x @ weight[rows].T`` for x [..., in] (empty unless ``wanted``); quantizes the rows along the way."""
-        columns = self.checkpoint.tensors[name].shape[1]
-        stored = self.checkpoint.read(name, (rows, (0, columns)))
-        weight = stored.float()
+    def wants(self, name: str) -> bool:
+        return self.scheme_for(name) is not None
+
+    def take(self, name: str, inputs: Tensor, first: int, weight: Tensor) -> None:
         scheme = self.scheme_for(name)
-        if scheme is not None:
-            self.calibration.schemes[name], self.calibration.columns[name] = scheme, columns
-            self.calibration.add(name, rows[0], compensate(weight, scheme, self._compensations(x, scheme)))
-        self.progress(stored.nbytes)
-        return x @ weight.T if wanted else x[:0]
+        assert scheme is not None
+        self.calibration.schemes[name], self.calibration.columns[name] = scheme, weight.shape[1]
+        self.calibration.add(name, first, compensate(weight, scheme, self._compensations(inputs, scheme)))
 
-    def _compensations(self, x: Tensor, scheme: Scheme) -> list[Compensation]:
-        """Of that very tensor; kept for its next reader: queries, keys and values share one input."""
-        if self._latest is None or self._latest[0] is not x or self._latest[1] != scheme.block:
+    def _compensations(self, inputs: Tensor, scheme: Scheme) -> list[Compensation]:
+        """Kept for the next reader of that very tensor: queries, keys and values share one input."""
+        if self._latest is None or self._latest[0] is not inputs or self._latest[1] != scheme.block:
             self._latest = None  # frees the one before
-            real = x.flatten(0, -2) if self.mask.all() else x[self.mask.bool()]  # no copy where nothing was padded
-            self._latest = (x, scheme.block, compensations(real, scheme.block))
+            self._latest = (inputs, scheme.block, compensations(inputs, scheme.block))
         return self._latest[2]
-
-
-class _Linear(nn.Module):
-    """A linear that reads its weight as it runs."""
-
-    def __init__(self, run: _Run, name: str, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.run, self.name, self.bias = run, name, bias
-        self.shape = run.checkpoint.tensors[name].shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.empty(*x.shape[:-1], self.shape[0])
-        for rows, _ in windows(self.shape):
-            y[..., slice(*rows)] = self.run.rows(self.name, x, rows)
-        return y if self.bias is None else y.add_(self.bias)
-
-
-class _OneByOne(nn.Module):
-    """Attention of one sequence at a time: the scores of all of them would be 200 MB at 32B, several times over."""
-
-    def __init__(self, of: Attention) -> None:
-        super().__init__()
-        self.of = of
-
-    def forward(
-        self, x: Tensor, mask: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, None]:
-        of, config = self.of, self.of.config
-        query, key, value = of.q_proj(x), of.k_proj(x), of.v_proj(x)
-        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5)
-        for index in range(len(x)):
-            one = slice(index, index + 1)
-            query[one] = attention(query[one], key[one], value[one], *past, mask[one], *rotary, *sizes)[0]
-        return of.o_proj(query), None
-
-
-class _GateUp(nn.Module):
-    """Gate and up with the activation between them, some rows of both at a time.
-
-    ``gate_up_proj``'s output for all tokens would be the largest tensor of all, 755 MB at 32B; this is half of it.
-    """
-
-    def __init__(self, linear: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        assert isinstance(linear, _Linear)
-        self.linear, self.activation = linear, activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        run, name, (both, hidden) = self.linear.run, self.linear.name, self.linear.shape
-        y = torch.empty(*x.shape[:-1], both // 2)
-        for (first, last), _ in windows((both // 2, hidden)):
-            gate = self.activation(run.rows(name, x, (first, last)))
-            torch.mul(gate, run.rows(name, x, (both // 2 + first, both // 2 + last)), out=y[..., first:last])
-        return y
-
-
-def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
-    """Make the linears of a module on the meta device stream, and load its other tensors."""
-    for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Linear):
-            module.set_submodule(name, _Linear(run, f"{prefix}{name}.weight", child.bias))
-    state = {
-        name: run.checkpoint.read(prefix + name, whole(tuple(tensor.shape))).float()
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, assign=True)
-    if isinstance(module, DecoderLayer):
-        module.set_submodule("self_attn", _OneByOne(module.self_attn))
-        linear, activation, down = module.mlp.gate_up_proj, module.mlp.activation, module.mlp.down_proj
-        module.set_submodule("mlp", nn.Sequential(_GateUp(linear, activation), down))
-    return module.eval()
-
-
-def _embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
-    """float32 [*tokens.shape, hidden]."""
-    name = "model.embed_tokens.weight"
-    shape = checkpoint.tensors[name].shape
-    x = torch.empty(*tokens.shape, shape[1])
-    for window in windows(shape):
-        first, last = window[0]
-        here = (tokens >= first) & (tokens < last)
-        x[here] = checkpoint.read(name, window)[tokens[here] - first].float()
-    return x

@@ -135,6 +135,10 @@ class Checkpoint:
         """None: a checkpoint alone has no calibrated weights; see :class:`glm4export.calibrate.Calibrated`."""
         return None
 
+    def input_reach(self, name: str) -> float:
+        """A checkpoint alone has run over no text; see :class:`glm4export.calibrate.Calibrated`."""
+        raise AssertionError(f"{name}: a build that scales inputs is calibrated")
+
     def check(self, config: Glm4Config) -> None:
         """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError."""
         expected = expected_tensors(config)

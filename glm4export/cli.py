@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from glm4runtime.contract import MANIFEST, TENSORRT, UserError
 from glm4runtime.providers import PROVIDERS, default_provider
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 TARGETS = ("auto", "cpu", "cuda", "tensorrt")
 
 
@@ -84,6 +84,13 @@ def _add_build(commands: Any) -> None:
     command.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt and answer together (default: the model's limit)"
     )
+    command.add_argument(
+        "--attention",
+        choices=("standard", "plugin"),
+        default="standard",
+        help="tensorrt: in standard operators, or as one node that full TensorRT runs with this package's kernels "
+        "(default: %(default)s)",
+    )
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
         "--block-size", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale (default: 128)"
@@ -127,6 +134,7 @@ def _build(arguments: argparse.Namespace) -> int:
         embedding_bits=arguments.embedding_bits,
         prefill_precision=arguments.prefill_precision,
         calibrate=arguments.calibrate,
+        attention=arguments.attention,
     )
     name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
     out = arguments.output or Path(f"{name}-{arguments.precision}")

@@ -18,16 +18,18 @@ import onnx_ir as ir
 import torch
 
 from glm4export import passes
-from glm4export.calibrate import Calibrated, calibrate, linears, token_sequences
+from glm4export.calibrate import calibrate, token_sequences
 from glm4export.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.config import ConfigError, read_config, read_token_ids
 from glm4export.genai import FILE as GENAI_CONFIG
 from glm4export.genai import genai_config
+from glm4export.observe import linears
 from glm4export.output import new_bundle, require_space
 from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
 from glm4export.skeleton import DTYPE_NAMES, Formats, Fp16Scales, Skeleton
+from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.trace import trace
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
 from glm4graphs.config import Glm4Config
@@ -46,7 +48,8 @@ from glm4runtime.contract import (
     sha256_of,
 )
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 TARGETS = ("cpu", "cuda", "tensorrt")
 
 BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordinary ones clear of fp16's subnormals
@@ -75,6 +78,7 @@ class BuildOptions:
     embedding_bits: int = 16
     prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
     calibrate: Path | None = None  # a text file; weights are quantized with an eye on the inputs that it gives them
+    attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:
         if (self.target, self.precision) not in passes.PIPELINES:
@@ -90,8 +94,18 @@ class BuildOptions:
             )
         if self.calibrate is not None and self.formats is None:
             raise UserError(f"--calibrate goes with --precision int8 or int4, not with {self.precision}")
+        if self.precision in CALIBRATED and self.calibrate is None:
+            raise UserError(
+                f"--precision {self.precision} needs --calibrate FILE, a text like the model's use: activations are "
+                "scaled by what they reach on it"
+            )
         if self.target == TENSORRT and self.formats is not None:
             self._check_qdq()
+        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in passes.PLUGIN):
+            raise UserError(
+                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(passes.PLUGIN)}, "
+                f"not with {self.target} and {self.precision}"
+            )
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""
@@ -119,9 +133,9 @@ class BuildOptions:
     @property
     def formats(self) -> Formats | None:
         """How weights are stored; None where they are stored as they're computed with."""
-        if self.precision not in ("int8", "int4"):
+        if self.precision not in ("fp8", "int8", "int4"):
             return None
-        bits = int(self.precision.removeprefix("int"))
+        bits = 4 if self.precision == "int4" else 8
         qdq = self.target == TENSORRT
         return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
@@ -189,8 +203,26 @@ def compile_graph(
     skeleton = Skeleton(model, config, max_seq_len, scales, options.formats)
     own = name == PREFILL and options.prefill_precision is not None
     pipeline = passes.PREFILL_INT8 if own else passes.PIPELINES[options.target, options.precision]
+    if options.attention == "plugin":
+        plugin_geometry(config, max_seq_len, options.compute_dtype)
+        pipeline = passes.PLUGIN[options.precision]
     passes.run(pipeline, skeleton, skip_simplify=not options.simplify)
     return skeleton
+
+
+def plugin_geometry(config: Glm4Config, max_seq_len: int, dtype: torch.dtype) -> Geometry:
+    """What the attention plugin's kernels are compiled for. Raises UserError where they don't take it."""
+    name = str(dtype).removeprefix("torch.")
+    return Geometry(
+        num_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        max_seq=max_seq_len,
+        scale=config.head_dim**-0.5,
+        dtype=name,
+        cache_dtype=name,
+    )
 
 
 @contextmanager
@@ -218,8 +250,8 @@ def _reader(
         stored = (checkpoint.tensors[name] for name in linears(config, checkpoint))
         total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
         with stage("calibrate"), bar(total, "calibrate") as progress:
-            calibration = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
-        yield Calibrated(checkpoint, calibration)
+            calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
+        yield calibrated
 
 
 def detect_target() -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from glm4export.checkpoint import expected_tensors
-from glm4export.compile import BuildOptions, sequence_limit
+from glm4export.compile import CALIBRATED, BuildOptions, sequence_limit
 from glm4export.passes import PIPELINES
 from glm4export.passes.quantize_linears import SCALE_DTYPE
 from glm4export.quantize import block_for
 from glm4graphs.config import Glm4Config
+from glm4runtime.contract import TENSORRT
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _ROTARY_COLUMNS = 8  # tables are padded to a multiple; see passes/lower_attention_gqa.py
+
+_INPUTS_OF_LAYER = 4  # qkv's, o_proj's, gate_up_proj's, down_proj's
 
 
 def parameters(config: Glm4Config) -> int:
@@ -26,9 +30,14 @@ def parameters(config: Glm4Config) -> int:
 def weight_bytes(config: Glm4Config, options: BuildOptions) -> int:
     """Bytes of all tensors in weights.bin, without the gaps between them."""
     positions = sequence_limit(config, options.max_seq_len)
-    columns = math.ceil(config.rotary_dim / 2 / _ROTARY_COLUMNS) * _ROTARY_COLUMNS
+    columns = config.rotary_dim // 2
+    if options.target != TENSORRT:
+        columns = math.ceil(columns / _ROTARY_COLUMNS) * _ROTARY_COLUMNS
     tables = 2 * positions * columns * options.compute_dtype.itemsize
-    return tables + sum(_stored(name, shape, options) for name, shape in expected_tensors(config).items())
+    input_scales = 2 * _INPUTS_OF_LAYER * config.num_hidden_layers if options.precision == "fp8" else 0
+    return (
+        tables + input_scales + sum(_stored(name, shape, options) for name, shape in expected_tensors(config).items())
+    )
 
 
 def cache_bytes_per_token(config: Glm4Config, options: BuildOptions) -> int:
@@ -44,7 +53,7 @@ def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
     positions = sequence_limit(config, None)
     precisions = {}
     for precision in (precision for built_for, precision in PIPELINES if built_for == target):
-        options = BuildOptions(precision, target)
+        options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
         weights, token = weight_bytes(config, options), cache_bytes_per_token(config, options)
         left = 0.9 * memory - 2 * weights
         precisions[precision] = {
@@ -70,6 +79,6 @@ def _stored(name: str, shape: tuple[int, ...], options: BuildOptions) -> int:
     if bits == 16:
         return 2 * numbers
     rows, columns = shape
-    blocks = columns // block_for(columns, formats.block)
+    blocks = 1 if formats.qdq and bits == 8 else columns // block_for(columns, formats.block)
     zero_points = 0 if formats.symmetric else math.ceil(blocks * bits / 8)
     return rows * (columns * bits // 8 + blocks * SCALE_DTYPE.itemsize + zero_points)

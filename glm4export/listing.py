@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from glm4export.checkpoint import CONFIG, Checkpoint, locate
-from glm4export.compile import BuildOptions, compile_graph, fp16_scales
+from glm4export.compile import CALIBRATED, BuildOptions, compile_graph, fp16_scales
 from glm4export.config import read_config
 from glm4export.passes import PIPELINES
 from glm4export.skeleton import Skeleton
@@ -39,7 +39,10 @@ def golden_listings() -> dict[str, str]:
     """For the embedded model, each target and precision: path below ``graphs/golden`` and text."""
     folder = locate(None).folder
     config, checkpoint = read_config(folder / CONFIG), Checkpoint.open(folder)
-    variants = {f"{target}-{precision}": BuildOptions(precision, target) for target, precision in PIPELINES}
+    variants = {
+        f"{target}-{precision}": BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
+        for target, precision in PIPELINES
+    }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
     listings = {}
     for variant, options in variants.items():

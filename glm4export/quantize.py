@@ -29,6 +29,7 @@ from torch import Tensor
 from glm4runtime.contract import UserError
 
 BLOCKS = (128, 64, 32, 16)  # block sizes that every kernel takes, best first
+E4M3_MAX = 448.0  # OCP 8-bit floating point: 4 bits of exponent, 3 of significand, no infinity
 CHUNK_ELEMENTS = 1 << 19  # weights that a thread works on at once: a few 2 MiB buffers, which stay in cache
 
 # Candidate scales, as factors on the inverse of the absmax scale: above 1 the largest weight is clipped.
@@ -155,6 +156,20 @@ def quantize_rows(
 
     _by_chunks(weight, columns, _FACTORS_ROWS, importance, work)
     return data, scales
+
+
+def quantize_rows_fp8(weight: Tensor, *, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Round to fp8 with one scale a row, above zero: float8_e4m3fn [rows, columns] and float32 [rows].
+
+    Each row's largest magnitude becomes E4M3's, 448. Raises ValueError for weights that aren't finite.
+    """
+    reach = weight.float().abs().amax(1)
+    if not reach.isfinite().all():
+        raise ValueError("a weight is not finite")
+    scales = (reach / E4M3_MAX).to(scale_dtype).float()
+    scales[scales == 0] = 1  # a row of zeros, whatever its scale
+    ratios = (weight.float() / scales[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)  # beyond it, torch makes NaN
+    return ratios.to(torch.float8_e4m3fn), scales
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from glm4export.quantize import Quantized, Scheme, joined, quantize, quantize_rows, signed
+from glm4export.quantize import E4M3_MAX, Quantized, Scheme, joined, quantize, quantize_rows, quantize_rows_fp8, signed
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
 
@@ -26,6 +26,10 @@ class TensorReader(Protocol):
 
     def read(self, name: str, window: Window) -> Tensor:
         """A copy of that window of the stored tensor, in its stored dtype."""
+        ...
+
+    def input_reach(self, name: str) -> float:
+        """The largest magnitude that the input of the linear with that weight had in calibration."""
         ...
 
     def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
@@ -210,7 +214,7 @@ class QuantizedPart:
 
 @dataclass(frozen=True)
 class RowQuantizedPart:
-    """A matrix [rows, columns] in int8 with one scale a row: ``data``, stored transposed, or ``scales``.
+    """A matrix [rows, columns] in int8 or fp8 with one scale a row: ``data``, stored transposed, or ``scales``.
 
     Scales have values of ``scale_dtype``.
     """
@@ -218,6 +222,7 @@ class RowQuantizedPart:
     of: Expr
     part: str
     scale_dtype: torch.dtype = torch.float32
+    dtype: str = "int8"  # or "float8_e4m3fn", whose bits are int8 in memory
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -227,15 +232,36 @@ class RowQuantizedPart:
     def transposed(self, reader: TensorReader, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """int8 data [columns, rows] and float32 scales [rows] of some rows."""
         weight = self.of.read(reader, (rows, (0, self.of.shape[1])))
-        data, scales = quantize_rows(weight, scale_dtype=self.scale_dtype)
-        return data.T, scales
+        quantizer = quantize_rows if self.dtype == "int8" else quantize_rows_fp8
+        data, scales = quantizer(weight, scale_dtype=self.scale_dtype)
+        return data.view(torch.int8).T, scales
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
         data, scales = self.transposed(reader, window[-1])
         return data[_slices(window[:1])] if self.part == "data" else scales
 
     def __str__(self) -> str:
-        return f"{self.part}(int8 rows, {self.of})"
+        return f"{self.part}({self.dtype} rows, {self.of})"
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """The fp8 scale of an input that some linears share: what it reached in calibration over E4M3's largest number."""
+
+    linears: tuple[str, ...]
+    factor: float = 1.0  # the graph's activations over the checkpoint's
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    def read(self, reader: TensorReader, window: Window) -> Tensor:
+        reach = max(reader.input_reach(name) for name in self.linears)
+        return torch.tensor(reach * self.factor / E4M3_MAX)
+
+    def __str__(self) -> str:
+        scaled = f", 2^{round(math.log2(self.factor))}" if self.factor != 1 else ""
+        return f"input_scale({', '.join(self.linears)}{scaled})"
 
 
 @dataclass(frozen=True)
@@ -255,8 +281,8 @@ class Recipe:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What its values are in memory; int4 is packed, two to a byte, when it is written."""
-        if self.dtype == "int4":
+        """What its values are in memory: fp8's bits are int8's; int4 is packed, two to a byte, when it is written."""
+        if self.dtype in ("int4", "float8_e4m3fn"):
             return torch.int8
         return cast(torch.dtype, getattr(torch, self.dtype))
 

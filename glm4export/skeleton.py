@@ -105,6 +105,7 @@ _ONNX_NAMES = {
     "uint8": "UINT8",
     "int8": "INT8",
     "int4": "INT4",
+    "float8_e4m3fn": "FLOAT8E4M3FN",
 }
 ONNX_DTYPES = {name: ir.DataType[onnx_name] for name, onnx_name in _ONNX_NAMES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}

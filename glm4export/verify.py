@@ -39,6 +39,7 @@ THRESHOLDS = {
     "fp32": Thresholds(mean_kl=1e-6, top1=0.999),
     "fp16": Thresholds(mean_kl=1e-3, top1=0.98),
     "bf16": Thresholds(mean_kl=1e-2, top1=0.95),
+    "fp8": Thresholds(mean_kl=5e-2, top1=0.90),
     "int8": Thresholds(mean_kl=1e-2, top1=0.96),
     "int4": Thresholds(mean_kl=2e-1, top1=0.80),
 }

@@ -157,6 +157,9 @@ def _ahead(blocks: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 def windows(shape: tuple[int, ...], elements: int = WINDOW_ELEMENTS) -> Iterator[Window]:
     """Cut a shape into whole-row windows of at most ``elements`` elements (at least one row)."""
+    if not shape:
+        yield ()
+        return
     rows = max(1, elements // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         yield ((start, min(start + rows, shape[0])), *whole(shape[1:]))

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4export import calibrate as module
-from glm4export import gptq
-from glm4export.calibrate import calibrate, token_sequences
+from glm4export import gptq, observe
+from glm4export.calibrate import Calibration, calibrate, token_sequences
 from glm4export.checkpoint import Checkpoint, locate
 from glm4export.config import read_config
 from glm4export.gptq import _cut, compensate, compensations
@@ -142,9 +141,10 @@ def test_calibration_lowers_the_divergence_on_text_it_has_not_seen(
     seen = token_sequences(text[:half], checkpoint.folder, tokens=2048)
     texts = [Text(ids, 0) for ids in token_sequences(text[half:], checkpoint.folder, tokens=768)]
     scheme = Scheme(4, 128)
-    done = calibrate(
+    observed = calibrate(
         config, checkpoint, seen, lambda name: None if "embed" in name or name == "lm_head.weight" else scheme, tmp_path
     )
+    done = observed.calibration
     assert len(done.schemes) == 6 * config.num_hidden_layers
     assert "lm_head.weight" not in done
     shapes = {name: checkpoint.tensors[name].shape for name in done.schemes}
@@ -167,21 +167,22 @@ def test_streams_in_windows_and_pads(tied: bool, tmp_path: Path, monkeypatch: py
     def scheme_for(name: str) -> Scheme | None:
         return schemes.get(name.split(".")[-2], Scheme(8, 32))
 
-    def run(name: str) -> tuple[Path, module.Calibration]:
+    def run(name: str) -> tuple[Path, Calibration]:
         (tmp_path / name).mkdir()
-        return tmp_path / name, calibrate(config, checkpoint, sequences, scheme_for, tmp_path / name, read.append)
+        done = calibrate(config, checkpoint, sequences, scheme_for, tmp_path / name, read.append)
+        return tmp_path / name, done.calibration
 
     whole, done = run("whole")
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     names = {name for name in checkpoint.tensors if name.endswith("_proj.weight") and "q_proj" not in name} | {head}
     assert set(done.schemes) == names == {path.stem for path in whole.iterdir()}
     assert done.schemes[next(name for name in names if "down_proj" in name)] == schemes["down_proj"]
-    linears = module.linears(config, checkpoint)
+    linears = observe.linears(config, checkpoint)
     assert set(linears) == {name for name in checkpoint.tensors if name.endswith("_proj.weight")} | {head}
     assert sum(read) == sum(4 * np.prod(checkpoint.tensors[name].shape) for name in linears)
 
-    real = module.windows
-    monkeypatch.setattr(module, "windows", lambda shape: real(shape, 1000))
+    real = observe.windows
+    monkeypatch.setattr(observe, "windows", lambda shape: real(shape, 1000))
     _, again = run("windowed")
     for name in names:
         rows, columns = checkpoint.tensors[name].shape

@@ -12,8 +12,12 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.checkpoint import locate
+from glm4export.calibrate import token_sequences
+from glm4export.checkpoint import Checkpoint, locate
 from glm4export.compile import BuildOptions
+from glm4export.config import read_config
+from glm4export.estimate import weight_bytes
+from glm4export.observe import observe
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.verify import PROMPTS, kl_divergence
 from glm4runtime.contract import UserError, read_manifest
@@ -103,10 +107,10 @@ def test_random_geometries(name: str, build_bundle: Build) -> None:
 @pytest.fixture(scope="module")
 def demo_steps(build_bundle: Build) -> dict[str, Path]:
     """The embedded model for TensorRT."""
-    return {
-        precision: build_bundle(None, precision=precision, target="tensorrt", max_seq_len=256)
-        for precision in ("fp32", "fp16", "int8", "int4")
-    }
+    text = locate(None).folder / "heldout.txt"
+    options: dict[str, Any] = {"target": "tensorrt", "max_seq_len": 256}
+    bundles = {name: build_bundle(None, precision=name, **options) for name in ("fp32", "fp16", "int8", "int4")}
+    return {**bundles, "fp8": build_bundle(None, precision="fp8", calibrate=text, **options)}
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -135,7 +139,7 @@ def test_three_sequences_of_unequal_lengths(build_bundle: Build) -> None:
         assert np.abs(logits[row] - reference(model, text)[-2:]).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("precision", "mean_kl"), [("fp16", 1e-5), ("int8", 2e-3), ("int4", 3e-2)])
+@pytest.mark.parametrize(("precision", "mean_kl"), [("fp16", 1e-5), ("int8", 2e-3), ("int4", 3e-2), ("fp8", 3e-2)])
 def test_lower_precisions_stay_close(
     precision: str, mean_kl: float, demo_steps: dict[str, Path], demo_reference: Glm4ForCausalLM
 ) -> None:
@@ -147,6 +151,14 @@ def test_lower_precisions_stay_close(
         wanted.append(reference(demo_reference, ids))
     divergence = kl_divergence(np.concatenate(wanted), np.concatenate(found)).mean()
     assert divergence < mean_kl
+
+
+def test_estimate_is_what_a_build_takes(demo_steps: dict[str, Path]) -> None:
+    for precision, bundle in demo_steps.items():
+        options = BuildOptions(precision, "tensorrt", 256, calibrate=Path() if precision == "fp8" else None)
+        graph = onnx.load(bundle / "step.onnx", load_external_data=False).graph
+        lengths = [int(e.value) for t in graph.initializer for e in t.external_data if e.key == "length"]
+        assert weight_bytes(read_config(bundle / "config.json"), options) == sum(lengths), precision
 
 
 @pytest.mark.parametrize("head_bits", [4, 8, 16])
@@ -174,6 +186,26 @@ def test_quantized_weights_are_those_of_the_quantizer(head_bits: int, build_bund
     assert {node.op_type for node in graph.node if "Dequantize" in node.op_type} == {"DequantizeLinear"}
 
 
+def test_fp8_scales_are_what_the_text_reached(demo_steps: dict[str, Path]) -> None:
+    """down_proj's input is 2^-7 of the checkpoint's, since fp16 holds it scaled; weights reach 448 in every channel."""
+    folder = locate(None).folder
+    checkpoint, text = Checkpoint.open(folder), (folder / "heldout.txt").read_text(encoding="utf-8")
+    reached = observe(read_config(folder / "config.json"), checkpoint, token_sequences(text, folder)).inputs
+    graph = onnx.load(demo_steps["fp8"] / "step.onnx").graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    scales = {name: float(onnx.numpy_helper.to_array(stored[name])) for name in stored if name.endswith("input_scale")}
+    assert len(scales) == 4 * 4
+    for name, linear, factor in (
+        ("model.layers.2.self_attn.qkv_proj", "model.layers.2.self_attn.k_proj.weight", 1.0),
+        ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.weight", 2.0**-7),
+    ):
+        assert scales[f"{name}.input_scale"] == pytest.approx(reached[linear] * factor / 448, rel=1e-2)
+    weight = onnx.numpy_helper.to_array(stored["model.layers.0.mlp.down_proj.weight.fp8"]).astype(np.float32)
+    assert stored["model.layers.0.mlp.down_proj.weight.fp8"].data_type == onnx.TensorProto.FLOAT8E4M3FN
+    assert np.abs(weight).max(0) == pytest.approx(448.0)
+    assert [node.op_type for node in graph.node].count("QuantizeLinear") == 4 * 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -181,6 +213,8 @@ def test_quantized_weights_are_those_of_the_quantizer(head_bits: int, build_bund
         ({"embedding_bits": 8}, "--embedding-bits 8 does not go with --target tensorrt"),
         ({"precision": "int8", "calibrate": Path("x")}, "--calibrate does not go with --precision int8"),
         ({"prefill_precision": "int8"}, "--prefill-precision int8 goes with --target cpu"),
+        ({"precision": "fp8"}, "--precision fp8 needs --calibrate FILE"),
+        ({"precision": "fp8", "target": "cuda"}, "--precision fp8 does not run on --target cuda"),
     ],
 )  # fmt: skip
 def test_what_tensorrt_does_not_take(options: dict[str, Any], message: str) -> None:

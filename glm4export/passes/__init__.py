@@ -11,8 +11,10 @@ from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
+from glm4export.passes.lower_attention_plugin import lower_attention_plugin
 from glm4export.passes.lower_attention_standard import lower_attention_standard
 from glm4export.passes.quantize_embedding import quantize_embedding
+from glm4export.passes.quantize_fp8 import quantize_fp8
 from glm4export.passes.quantize_linears import quantize_linears
 from glm4export.passes.quantize_rows import quantize_rows
 from glm4export.passes.rescale_fp16 import rescale_fp16
@@ -38,6 +40,23 @@ TRT_INT: tuple[Pass, ...] = (
     lift_weights, rescale_fp16, fuse_qkv, dequantize_linears, lower_attention_standard, simplify,
 )  # fmt: skip
 
+# dequantize_linears finds only the head left: fp8 linears hold no stored weight of the checkpoint's dtype any more
+TRT_FP8: tuple[Pass, ...] = (
+    lift_weights, rescale_fp16, fuse_qkv, quantize_fp8, dequantize_linears, lower_attention_standard, simplify,
+)  # fmt: skip
+
+# --attention plugin; the optimizer runs before, since it would put the function's body into its nodes' places
+TRT_PLUGIN_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, simplify, lower_attention_plugin)
+TRT_PLUGIN_BF16: tuple[Pass, ...] = (lift_weights, fuse_qkv, simplify, lower_attention_plugin)
+TRT_PLUGIN_INT: tuple[Pass, ...] = (
+    lift_weights, rescale_fp16, fuse_qkv, dequantize_linears, simplify, lower_attention_plugin,
+)  # fmt: skip
+PLUGIN: dict[str, tuple[Pass, ...]] = {
+    "fp16": TRT_PLUGIN_FP16,
+    "bf16": TRT_PLUGIN_BF16,
+    **dict.fromkeys(("int8", "int4"), TRT_PLUGIN_INT),
+}
+
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
     ("cpu", "fp16"): ORT_FP16,
@@ -50,6 +69,7 @@ PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("tensorrt", "fp16"): TRT_FP16,
     ("tensorrt", "bf16"): TRT_FP32,
     **{("tensorrt", precision): TRT_INT for precision in ("int8", "int4")},
+    ("tensorrt", "fp8"): TRT_FP8,
 }
 
 

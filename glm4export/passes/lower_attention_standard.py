@@ -10,92 +10,137 @@ length, and it is told where tokens go by inputs of their own, which replace the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import onnx_ir as ir
 
 from glm4export.skeleton import Skeleton
 from glm4graphs.attention import DOMAIN, OP_TYPE
+from glm4graphs.config import Glm4Config
 from glm4runtime.contract import ATTENTION_MASK, POSITION_IDS, WRITE_INDICES, past_name, present_name
 
 OPSET = 24  # the first with TensorScatter
 
+_INT8 = int(ir.DataType.INT8)
 _HEADS_FIRST = (0, 2, 1, 3)  # [batch, seq, heads, head_dim] to [batch, heads, seq, head_dim] and back
 
 
-def lower_attention_standard(skeleton: Skeleton) -> dict[str, int]:
-    """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
-    nodes = skeleton.nodes(OP_TYPE, DOMAIN)
-    positions, indices, mask = _replace_mask(skeleton)
-    _fix_cache_length(skeleton)
-    shapes = _Shapes(skeleton)
-    for node in nodes:
-        _lower(skeleton, node, shapes, positions, indices, mask)
-    skeleton.model.opset_imports.pop(DOMAIN, None)
-    skeleton.model.opset_imports[""] = OPSET
-    return {"attention": len(nodes)}
+class AttentionInputs(NamedTuple):
+    """What attention takes in a step graph."""
+
+    qkv: ir.Value  # [batch, seq, (heads + 2 * kv_heads) * head_dim], queries, keys and values as fuse_qkv packs them
+    past_key: ir.Value  # [batch, kv_heads, max_seq, head_dim]
+    past_value: ir.Value
+    position_ids: ir.Value
+    write_indices: ir.Value
+    attention_mask: ir.Value
+    cos: ir.Value  # [max_seq, rotary_dim / 2]
+    sin: ir.Value
+    key_scale: ir.Value | None = None  # float32 [kv_heads], where the cache is int8
+    value_scale: ir.Value | None = None
 
 
-class _Shapes:
+class Emit(Protocol):
+    """Adds a node: its name within the layer, operator, inputs, outputs' names, and attributes; returns the outputs."""
+
+    def __call__(
+        self, name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
+    ) -> Sequence[ir.Value]: ...
+
+
+class HeadShapes:
     """What Reshape and Split take, the same for every layer."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        config = skeleton.config
-
-        def constant(name: str, values: list[int]) -> ir.Value:
-            return skeleton.constant(f"attention/{name}", ir.tensor(values, dtype=ir.DataType.INT64))
-
-        sizes = [config.query_size, config.kv_size, config.kv_size]
-        self.packed = constant("packed", sizes)
+    def __init__(self, config: Glm4Config, constant: Callable[[str, list[int]], ir.Value]) -> None:
+        self.packed = constant("packed", [config.query_size, config.kv_size, config.kv_size])
         self.query = constant("query_heads", [0, 0, config.num_attention_heads, config.head_dim])
         self.key = self.value = constant("kv_heads", [0, 0, config.num_key_value_heads, config.head_dim])
         self.joined = constant("joined_heads", [0, 0, config.query_size])
 
 
-def _lower(
-    skeleton: Skeleton, node: ir.Node, shapes: _Shapes, positions: ir.Value, indices: ir.Value, mask: ir.Value
-) -> None:
-    assert node.name is not None
+def lower_attention_standard(skeleton: Skeleton) -> dict[str, int]:
+    """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
+    nodes = skeleton.nodes(OP_TYPE, DOMAIN)
+    inputs = step_inputs(skeleton)
+
+    def constant(name: str, values: list[int]) -> ir.Value:
+        return skeleton.constant(f"attention/{name}", ir.tensor(values, dtype=ir.DataType.INT64))
+
+    shapes = HeadShapes(skeleton.config, constant)
+    for node in nodes:
+        _lower(skeleton, node, shapes, inputs)
+    skeleton.model.opset_imports.pop(DOMAIN, None)
+    skeleton.model.opset_imports[""] = OPSET
+    return {"attention": len(nodes)}
+
+
+def step_inputs(skeleton: Skeleton) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Give the graph a step graph's inputs: position_ids, write_indices, attention_mask, and a static cache."""
+    inputs = _replace_mask(skeleton)
+    _fix_cache_length(skeleton)
+    return inputs
+
+
+def attention_inputs(node: ir.Node, inputs: tuple[ir.Value, ir.Value, ir.Value]) -> AttentionInputs:
+    """The inputs of a traced ``glm4::Attention`` node, whose mask those of the step graph replace."""
     packed, _, _, past_key, past_value, _, cos, sin = node.inputs
-    attended, present_key, present_value = node.outputs
-    scope = node.name.removesuffix(f"/{OP_TYPE}")
+    assert packed and past_key and past_value and cos and sin
+    return AttentionInputs(packed, past_key, past_value, *inputs, cos, sin)
 
-    def add(name: str, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        return skeleton.insert_before(node, f"{scope}/{name}", op_type, inputs, attributes).outputs[0]
 
-    def add_as(
-        old: ir.Value, name: str, op_type: str, inputs: Sequence[ir.Value | None], **attributes: Any
-    ) -> ir.Value:
-        """Its output takes the name and the users of ``old``."""
-        new = ir.Value(name=old.name, shape=old.shape, type=old.type)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        skeleton.insert_before(node, f"{scope}/{name}", op_type, inputs, attributes, outputs=[new])
-        return new
-
-    parts = [ir.Value(name=f"{scope}/{part}") for part in ("query", "key", "value")]
-    skeleton.insert_before(node, f"{scope}/Split", "Split", [packed, shapes.packed], {"axis": -1}, outputs=parts)
+def standard_attention(
+    emit: Emit, inputs: AttentionInputs, shapes: HeadShapes, rotary_dim: int, scale: float | ir.Attr
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Attention of one layer in standard operators: what was attended to, and the cache's new keys and values."""
+    parts = emit("Split", "Split", [inputs.qkv, shapes.packed], ("query", "key", "value"), axis=-1)
     query, key, value = (
-        add(f"{part}/Transpose", "Transpose", [add(f"{part}/Reshape", "Reshape", [flat, shape])], perm=_HEADS_FIRST)
+        emit(f"{part}/Transpose", "Transpose", emit(f"{part}/Reshape", "Reshape", [flat, shape]), perm=_HEADS_FIRST)[0]
         for part, flat, shape in zip(
             ("query", "key", "value"), parts, (shapes.query, shapes.key, shapes.value), strict=True
         )
     )
-    rotary = {"interleaved": 1, "rotary_embedding_dim": skeleton.config.rotary_dim}
+    rotary: dict[str, Any] = {"interleaved": 1, "rotary_embedding_dim": rotary_dim}
+    tables = [inputs.cos, inputs.sin, inputs.position_ids]
     query, key = (
-        add(f"{part}/RotaryEmbedding", "RotaryEmbedding", [x, cos, sin, positions], **rotary)
+        emit(f"{part}/RotaryEmbedding", "RotaryEmbedding", [x, *tables], **rotary)[0]
         for part, x in (("query", query), ("key", key))
     )
-    keys, values = (
-        add_as(present, f"{part}/TensorScatter", "TensorScatter", [past, new, indices], axis=2, mode="linear")
-        for part, past, new, present in (
-            ("key", past_key, key, present_key),
-            ("value", past_value, value, present_value),
-        )
-    )
-    heads = add("heads/Attention", "Attention", [query, keys, values, mask], scale=node.attributes["scale"].as_float())
-    rows = add("Transpose", "Transpose", [heads], perm=_HEADS_FIRST)
-    add_as(attended, "Reshape", "Reshape", [rows, shapes.joined])
+
+    def update(part: str, past: ir.Value, new: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """The cache with the new rows, as it's stored and as attention reads it."""
+        if scale is not None:
+            wide = emit(f"{part}/Cast", "Cast", [new], to=int(ir.DataType.FLOAT))
+            new = emit(f"{part}/QuantizeLinear", "QuantizeLinear", [*wide, scale], axis=1, output_dtype=_INT8)[0]
+        rows = [past, new, inputs.write_indices]
+        stored = emit(f"{part}/TensorScatter", "TensorScatter", rows, axis=2, mode="linear")[0]
+        if scale is None:
+            return stored, stored
+        wide = emit(f"{part}/DequantizeLinear", "DequantizeLinear", [stored, scale], axis=1)
+        return stored, emit(f"{part}/CastLike", "CastLike", [*wide, inputs.qkv])[0]
+
+    present_key, keys = update("key", inputs.past_key, key, inputs.key_scale)
+    present_value, values = update("value", inputs.past_value, value, inputs.value_scale)
+    heads = emit("heads/Attention", "Attention", [query, keys, values, inputs.attention_mask], scale=scale)
+    rows = emit("Transpose", "Transpose", heads, perm=_HEADS_FIRST)
+    return emit("Reshape", "Reshape", [*rows, shapes.joined])[0], present_key, present_value
+
+
+def _lower(skeleton: Skeleton, node: ir.Node, shapes: HeadShapes, inputs: tuple[ir.Value, ir.Value, ir.Value]) -> None:
+    assert node.name is not None
+    scope = node.name.removesuffix(f"/{OP_TYPE}")
+
+    def emit(
+        name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
+    ) -> Sequence[ir.Value]:
+        values = [ir.Value(name=f"{scope}/{output}") for output in outputs or (name,)]
+        return skeleton.insert_before(node, f"{scope}/{name}", op_type, inputs, attributes, outputs=values).outputs
+
+    scale = node.attributes["scale"].as_float()
+    made = standard_attention(emit, attention_inputs(node, inputs), shapes, skeleton.config.rotary_dim, scale)
+    for old, new in zip(node.outputs, made, strict=True):
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
     skeleton.graph.remove(node, safe=True)
 
 

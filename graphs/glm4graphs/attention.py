@@ -49,8 +49,8 @@ def attention(
         return x.view(batch, seq, count, head_dim).transpose(1, 2)
 
     cos_rows, sin_rows = cos[positions][:, None], sin[positions][:, None]
-    q = _rotate(heads(query, num_heads), cos_rows, sin_rows)
-    k = _rotate(heads(key, kv_num_heads), cos_rows, sin_rows)
+    q = rotate(heads(query, num_heads), cos_rows, sin_rows)
+    k = rotate(heads(key, kv_num_heads), cos_rows, sin_rows)
     rows = positions[:, None, :, None].expand(batch, kv_num_heads, seq, head_dim)
     present_key = past_key.scatter(2, rows, k)
     present_value = past_value.scatter(2, rows, heads(value, kv_num_heads))
@@ -70,7 +70,7 @@ def _attention_shapes(  # type: ignore[no-untyped-def]
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading columns of x [batch, heads, seq, head_dim] as adjacent pairs; the rest passes through."""
     rotary_dim = 2 * cos.shape[-1]
     even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]

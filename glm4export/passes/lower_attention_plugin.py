@@ -1,0 +1,83 @@
+"""Keep attention one node, ``glm4::Attention``, for TensorRT's plugin, and put beside it what it stands for.
+
+The node takes what the standard lowering's operators take (:class:`AttentionInputs`), and the model carries a local
+function of its name made of exactly those operators: a runtime without the plugin runs that. TensorRT's parser must not
+be shown the node: it looks operators up by name, whatever their domain, and reads a standard Attention into it. An
+engine's graph is made by :mod:`glm4export.tensorrt.plugin.graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from glm4export.passes.lower_attention_standard import (
+    OPSET,
+    AttentionInputs,
+    HeadShapes,
+    attention_inputs,
+    standard_attention,
+    step_inputs,
+)
+from glm4export.skeleton import Skeleton
+from glm4graphs.attention import DOMAIN, OP_TYPE
+from glm4graphs.config import Glm4Config
+
+OUTPUTS = ("attended", "present_key", "present_value")
+ATTRIBUTES = ("num_heads", "kv_num_heads", "scale")
+
+
+def lower_attention_plugin(skeleton: Skeleton) -> dict[str, int]:
+    """Counts: ``attention`` nodes. The last pass: the optimizer would put the function's body in their places."""
+    nodes = skeleton.nodes(OP_TYPE, DOMAIN)
+    inputs = step_inputs(skeleton)
+    for node in nodes:
+        attributes = {name: node.attributes[name].value for name in ATTRIBUTES}
+        outputs = [ir.Value(name=old.name, shape=old.shape, type=old.type) for old in node.outputs]
+        for old, new in zip(node.outputs, outputs, strict=True):
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        kept = attention_inputs(node, inputs)[:8]
+        assert node.name is not None
+        skeleton.insert_before(node, node.name, OP_TYPE, kept, attributes, domain=DOMAIN, outputs=outputs)
+        skeleton.graph.remove(node, safe=True)
+    function = attention_function(skeleton.config)
+    skeleton.model.functions[function.identifier()] = function
+    skeleton.model.opset_imports[""] = OPSET
+    return {"attention": len(nodes)}
+
+
+def attention_function(config: Glm4Config, *, quantized: bool = False) -> ir.Function:
+    """``glm4::Attention`` as a function of standard operators, for one model's heads.
+
+    Its inputs are those of :class:`AttentionInputs`; the last two only where ``quantized`` tells of an int8 cache,
+    whose rows are symmetric int8 with one float32 scale for each kv head's keys and one for its values.
+    """
+    names = AttentionInputs._fields if quantized else AttentionInputs._fields[:8]
+    inputs = AttentionInputs(*(ir.Value(name=name) for name in names))
+    nodes: list[ir.Node] = []
+
+    def emit(
+        name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
+    ) -> Sequence[ir.Value]:
+        attrs = [
+            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
+            for key, value in attributes.items()
+        ]
+        values = [ir.Value(name=output) for output in outputs or (name,)]
+        nodes.append(ir.Node("", op_type, inputs, attrs, outputs=values, name=name))
+        return nodes[-1].outputs
+
+    def constant(name: str, values: list[int]) -> ir.Value:
+        return emit(name, "Constant", [], value=ir.tensor(values, dtype=ir.DataType.INT64))[0]
+
+    scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
+    results = standard_attention(emit, inputs, HeadShapes(config, constant), config.rotary_dim, scale)
+    for value, name in zip(results, OUTPUTS, strict=True):
+        value.name = name
+    body = ir.Graph([value for value in inputs if value is not None], results, nodes=nodes, opset_imports={"": OPSET})
+    kinds = {"num_heads": ir.AttributeType.INT, "kv_num_heads": ir.AttributeType.INT, "scale": ir.AttributeType.FLOAT}
+    return ir.Function(
+        DOMAIN, OP_TYPE, graph=body, attributes=[ir.Attr(name, kinds[name], None) for name in ATTRIBUTES]
+    )

@@ -1,0 +1,69 @@
+"""One attention layer by the plugin's kernels, on torch tensors.
+
+Engines do not come through here; tests and ``tools/gpu_check.py`` do, in the order and with the sizes of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from glm4export.tensorrt.plugin import kernels
+from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, MAX_SPLITS, Geometry, Integers, split_sizes
+from glm4export.tensorrt.plugin.reference import Case
+from glm4export.tensorrt.plugin.tiles import Tile
+
+Grid = tuple[int, int, int]
+
+
+class Launcher(Protocol):
+    """Starts a kernel by its name; ``tile`` is that of its ``attend``."""
+
+    tile: Tile
+
+    def __call__(self, kernel: str, grid: Grid, arguments: Sequence[Tensor | int]) -> None: ...
+
+
+class Interpreted:
+    """Kernels under Triton's interpreter, on CPU tensors; needs TRITON_INTERPRET=1 before Triton is imported."""
+
+    def __init__(self, geometry: Geometry, tile: Tile) -> None:
+        self.tile = tile
+        sizes = {"NUM_HEADS": geometry.num_heads, "KV_HEADS": geometry.kv_heads, "HEAD_DIM": geometry.head_dim}
+        positional = {**sizes, "ROTARY_DIM": geometry.rotary_dim, "MAX_SEQ": geometry.max_seq}
+        blocks: dict[str, float] = {"SCALE": geometry.scale, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        self._constants: dict[str, dict[str, float]] = {
+            "append": {**positional, "BLOCK_M": APPEND_ROWS},
+            "attend": {**positional, **blocks},
+            "combine": {**sizes, "MAX_SPLITS": MAX_SPLITS},
+        }
+
+    def __call__(self, kernel: str, grid: Grid, arguments: Sequence[Tensor | int]) -> None:
+        getattr(kernels, kernel)[grid](*arguments, **self._constants[kernel])
+
+
+def attention(launch: Launcher, case: Case, *, programs: int) -> Tensor:
+    """Append to the case's cache in place and attend to it; returns [batch, seq, num_heads * head_dim]."""
+    shape, seq, batch = case.geometry, case.qkv.shape[1], case.qkv.shape[0]
+    placed = [case.position_ids, case.write_indices]
+    tables = [case.cos, case.sin, case.key_scale, case.value_scale]
+    cache = [case.keys, case.values]
+    launch(
+        "append",
+        (Integers.cdiv(seq, APPEND_ROWS), shape.kv_heads, batch),
+        [case.qkv, *cache, *placed, *tables, seq, *cache],
+    )
+    splits, rows = split_sizes(batch, seq, shape.kv_heads, shape.group, programs, Integers())
+    attended = case.qkv.new_empty(batch, seq, shape.num_heads * shape.head_dim)
+    partial = attended.new_empty(batch, shape.kv_heads, splits, rows, shape.head_dim, dtype=torch.float32)
+    lse = attended.new_empty(batch, shape.kv_heads, splits, rows, dtype=torch.float32)
+    launch(
+        "attend",
+        (Integers.cdiv(seq * shape.group, launch.tile.block_m), splits, batch * shape.kv_heads),
+        [case.qkv, *cache, *placed, case.attention_mask, *tables, seq, splits, rows, attended, partial, lse],
+    )
+    launch("combine", (rows, shape.kv_heads, batch), [attended, partial, lse, seq, splits, rows, attended])
+    return attended
