@@ -130,6 +130,14 @@ def test_a_rewound_session_is_a_fresh_one_to_the_bit(small: Path) -> None:
     assert [row.tobytes() for row in again] == [row.tobytes() for row in fresh]
 
 
+def test_what_was_looked_at_is_gone_after_a_prompt(small: Path) -> None:
+    runner = load(small, provider="cpu").runner
+    runner.verify([5, 6])
+    runner.prefill([7])
+    with pytest.raises(ValueError, match="no verified token is left"):
+        runner.accept()
+
+
 def test_a_full_cache(small: Path) -> None:
     runner = load(small, provider="cpu", max_seq_len=12).runner
     with pytest.raises(UserError, match="the prompt needs 13 tokens, the cache holds 12; shorten it"):
