@@ -174,13 +174,12 @@ class _Run:
     def rows(self, name: str, x: Tensor, rows: tuple[int, int], *, wanted: bool = True) -> Tensor:
         """``x @ weight[rows].T`` for x [..., in] (empty unless ``wanted``); quantizes the rows along the way."""
         columns = self.checkpoint.tensors[name].shape[1]
-        stored = self.checkpoint.read(name, (rows, (0, columns)))
-        weight = stored.float()
+        weight = self.checkpoint.read(name, (rows, (0, columns))).float()
         scheme = self.scheme_for(name)
         if scheme is not None:
             self.calibration.schemes[name], self.calibration.columns[name] = scheme, columns
             self.calibration.add(name, rows[0], compensate(weight, scheme, self._compensations(x, scheme)))
-        self.progress(stored.nbytes)
+        self.progress(weight.numel() * self.checkpoint.tensors[name].dtype.itemsize)
         return x @ weight.T if wanted else x[:0]
 
     def _compensations(self, x: Tensor, scheme: Scheme) -> list[Compensation]:
