@@ -80,7 +80,7 @@ def _compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -
     rows, columns = weight.shape
     work = weight.float().T.contiguous()  # [columns, rows]: columns are worked on, and lie contiguous
     levels, block = 2**scheme.bits, scheme.block
-    q, errors = torch.empty_like(work), torch.empty(block, rows)
+    q, errors, used = torch.empty_like(work, dtype=torch.uint8), torch.empty(block, rows), torch.empty(rows)
     scales = torch.empty(columns // block, rows)
     zero_points = torch.full_like(scales, levels // 2)
     for part in along:
@@ -95,13 +95,14 @@ def _compensate(weight: Tensor, scheme: Scheme, along: Sequence[Compensation]) -
                 zero_points[at] = unpack(searched.zero_points, scheme.bits, 1)[:, 0]
             inverse = torch.where(scales[at] == 0, 0, 1 / scales[at])
             for column in range(block):
-                pivot, used, error = part.upper[first + column], q[part.start + first + column], errors[column]
+                pivot, error = part.upper[first + column], errors[column]
                 torch.mul(own[column], inverse, out=used).round_().add_(zero_points[at]).clamp_(0, levels - 1)
+                q[part.start + first + column] = used
                 torch.sub(used, zero_points[at], out=error).mul_(scales[at])
                 torch.sub(own[column], error, out=error).div_(pivot[first + column])
                 own[column + 1 :].addr_(pivot[first + column + 1 : last], error, alpha=-1)
             rest[last:].addmm_(part.upper[first:last, last:].T, errors, alpha=-1)
-    data = pack(q.to(torch.uint8).T, scheme.bits).view(rows, columns // block, -1)
+    data = pack(q.T, scheme.bits).view(rows, columns // block, -1)
     packed = None if scheme.symmetric else pack(zero_points.to(torch.uint8).T, scheme.bits)
     return Quantized(data, scales.T.contiguous(), packed)
 

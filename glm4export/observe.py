@@ -154,11 +154,11 @@ class _Run:
         self.values.append(torch.stack([value.abs().amax(0) for value in values]).amax(0))
 
     def _show(self, name: str, x: Tensor, rows: tuple[int, int]) -> Tensor:
-        stored = self.checkpoint.read(name, (rows, (0, self.checkpoint.tensors[name].shape[1])))
-        weight, inputs = stored.float(), self._note(name, x)
+        stored = self.checkpoint.tensors[name]
+        weight, inputs = self.checkpoint.read(name, (rows, (0, stored.shape[1]))).float(), self._note(name, x)
         if self.visitor.wants(name):
             self.visitor.take(name, inputs, rows[0], weight)
-        self.progress(stored.nbytes)
+        self.progress(weight.numel() * stored.dtype.itemsize)
         return weight
 
     def _note(self, name: str, x: Tensor) -> Tensor:
