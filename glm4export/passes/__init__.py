@@ -48,7 +48,8 @@ TRT_PLUGIN_INT: tuple[Pass, ...] = (
 PLUGIN: dict[str, tuple[Pass, ...]] = {
     "fp16": TRT_PLUGIN_FP16,
     "bf16": TRT_PLUGIN_BF16,
-    **{precision: TRT_PLUGIN_INT for precision in ("int8", "int4")},
+    "int8": TRT_PLUGIN_INT,
+    "int4": TRT_PLUGIN_INT,
 }
 
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
