@@ -171,6 +171,13 @@ def test_build_beyond_the_models_positions(length: int, fails: Fails, source: Pa
     )
 
 
+def test_build_with_the_attention_plugin_for_another_target(fails: Fails, source: Path, tmp_path: Path) -> None:
+    message = fails("build", source, "-o", tmp_path / "out", "--target", "cpu", "--attention", "plugin")
+    assert message.startswith(
+        "--attention plugin goes with --target tensorrt and --precision fp16, bf16, int8, int4, not"
+    )
+
+
 def test_build_prints_what_it_made(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build", str(source), "--precision", "fp32", "--target", "cpu", "--max-seq-len", "40"]
     assert cli.main([*arguments, "-o", str(tmp_path / "a"), "--json"]) == 0

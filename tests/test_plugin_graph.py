@@ -186,6 +186,15 @@ def test_what_the_kernels_do_not_take_is_refused(change: dict[str, int | str], m
         Geometry(**values)  # type: ignore[arg-type]
 
 
+def test_quantized_weights_go_with_it(build_bundle: Build, model: Glm4ForCausalLM) -> None:
+    bundles = [
+        build_bundle(model, precision="int4", target="tensorrt", block_size=32, attention=attention)
+        for attention in ("plugin", "standard")
+    ]
+    found, wanted = (StepGraph(path).run(np.arange(5, 22)[None], ones(17)) for path in bundles)
+    assert np.array_equal(found, wanted)
+
+
 def test_build_refuses_what_the_plugin_does_not_take(build_bundle: Build) -> None:
     model = checkpoints.random_model(head_dim=24)
     with pytest.raises(UserError, match="head_dim=24 is not one of"):

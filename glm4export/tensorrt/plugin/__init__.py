@@ -1,8 +1,8 @@
 """Attention as a TensorRT plugin: rotary, cache and attention in three kernels of our own, for full TensorRT.
 
-Why three. A quickly deployable plugin (QDP) with an ahead-of-time implementation launches one kernel, and blocks of one
-kernel can't wait for each other. The cache's new rows must be there before they are attended to, and the shares of a
-sequence that was split must be there before they are combined. So ``glm4::Attention`` becomes a chain of plugins
+Why three. A quickly deployable plugin (QDP) with an ahead-of-time implementation launches one kernel, and blocks of
+one kernel can't wait for each other. The cache's new rows must be there before they are attended to, and the shares of
+a sequence that was split must be there before they are combined. So ``glm4::Attention`` becomes a chain of plugins
 (:mod:`.graph`), whose order the graph's edges give:
 
 - ``AppendToCache`` rotates new keys and writes keys and values into the cache, in place;
@@ -11,8 +11,8 @@ sequence that was split must be there before they are combined. So ``glm4::Atten
 
 One step graph serves both phases, so one chain does: how many shares there are follows from batch and seq, as symbolic
 dimensions (:func:`.geometry.split_sizes`), and TensorRT times a tile for decode and a tile for prefill in each
-optimization profile (:class:`.register.Tactic`). The two small launches cost a few microseconds a layer; appending
-inside the attention kernel would save one, but make every tile of a prompt rotate the keys before it again.
+optimization profile (:class:`.register.Tactic`). The two small launches should cost a few microseconds a layer;
+appending inside the attention kernel would save one, but make every tile of a prompt rotate the keys before it again.
 
 In place. An output made by ``TensorDesc.aliased()`` shares its input's buffer. What must hold, by TensorRT's headers
 and samples: the build sets ``PreviewFeature.ALIASED_PLUGIN_IO_10_03``; an input is aliased by one output only, and by
