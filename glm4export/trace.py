@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
@@ -44,10 +45,14 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter leaves each node's 
 def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
 
-    Inputs and outputs have the bundle contract's names.
-
-    ``max_seq_len`` sizes the rotary tables. Attention is one ``glm4::Attention`` node a layer.
+    Inputs and outputs have the bundle contract's names. ``max_seq_len`` sizes the rotary tables. Attention is one
+    ``glm4::Attention`` node a layer.
     """
+    return _traced(config, graph, dtype, max_seq_len).clone()
+
+
+@lru_cache(maxsize=16)  # listings and tests compile one model in many ways, and tracing takes the longest
+def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     _register_attention_schema()
     untied = dataclasses.replace(config, tie_word_embeddings=False)  # the head's weight is stored apart: transposed
     with torch.device("meta"):
