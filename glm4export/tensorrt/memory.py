@@ -10,7 +10,7 @@ What was seen of TensorRT-RTX 1.7.1, which builds alike on every machine (``tool
 - The engine is written from that piece in 64 MiB parts. ``build_serialized_network`` would make another copy of it, and
   a second optimization profile stores fp16 weights again; neither is used here.
 
-So the process's own memory peaks at the weights, plus the rearranged ones, plus 0.3 GB for the compiler itself.
+So the process's own memory peaks at the weights, plus the rearranged ones, plus 0.25 GB for the compiler itself.
 Builder flags, optimisation level, tiling level, number of threads, workspace and ``load_initializer`` with mapped
 memory changed none of it; STRIP_PLAN and REFIT need a GPU.
 
@@ -27,7 +27,7 @@ from glm4export.onnxfile import read_graph
 from glm4runtime.contract import UserError
 
 _REARRANGED = ("qkv_proj", "gate_up_proj", "lm_head")  # module names, where the weight is in floating point
-_COMPILER_BYTES = 300_000_000
+_COMPILER_BYTES = 250_000_000
 
 
 Weights = Mapping[str, tuple[str, int]]  # dtype in ONNX's spelling such as ``float16``, and bytes
