@@ -97,7 +97,8 @@ def test_the_estimate_of_a_9b_model() -> None:
         }
     rearranged = 2 * hidden * (vocab + 40 * (hidden + 2 * kv + 2 * wide))
     assert sum(size for _, size in weights.values()) == 18_798_870_528 and rearranged == 11_727_273_984
-    assert memory.peak_bytes(weights) == 18_798_870_528 + rearranged + 250_000_000
+    both = 18_798_870_528 + rearranged
+    assert memory.peak_bytes(weights) == both + both // 50 + 250_000_000 == 31_386_667_402
 
 
 def test_int4_is_rearranged_and_int8_is_not() -> None:
@@ -109,11 +110,11 @@ def test_int4_is_rearranged_and_int8_is_not() -> None:
 def test_too_little_memory_is_told_before(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(bundle)
     monkeypatch.setattr(memory, "memory_bytes", lambda: (4_000_000_000, 100_000_000))
-    told = r"takes about 0\.3 GB of memory; 0\.1 GB of 4\.0 GB are free\. Free some memory, or build on another machine"
+    told = r"takes about 0\.3 GB of memory; 0\.1 GB of 4\.0 GB are free\. Free some memory, or build on a machine"
     with pytest.raises(UserError, match=told):
         add_engines(bundle, builder())
     monkeypatch.setattr(memory, "memory_bytes", lambda: (100_000_000, 100_000_000))
-    with pytest.raises(UserError, match=r"Build on a machine with more memory .*or choose --precision int8 or int4"):
+    with pytest.raises(UserError, match=r"Build on a machine with more .*or choose --precision int8 or int4"):
         add_engines(bundle, builder())
     assert contents(bundle) == before
 
