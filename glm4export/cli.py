@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glm4export.tensorrt.cli_options import add_engine_options, engine_builder, engine_facts, engine_lines
+from glm4export.tensorrt.cli_options import (
+    add_engine_options,
+    engine_builder,
+    engine_facts,
+    engine_lines,
+    require_flavour,
+)
 from glm4runtime.contract import MANIFEST, TENSORRT, UserError
 from glm4runtime.providers import PROVIDERS, default_provider
 
@@ -127,6 +133,7 @@ def _add_build(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    require_flavour(arguments)
     from glm4export.checkpoint import locate
     from glm4export.compile import BuildOptions, build, detect_target
     from glm4export.progress import byte_bar, stage

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from glm4export.weights import Progress
+if TYPE_CHECKING:  # engines are built where torch needn't be
+    from glm4export.weights import Progress
 
 
 @contextmanager

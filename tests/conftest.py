@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +12,12 @@ from transformers import Glm4ForCausalLM
 
 from glm4export.checkpoint import Location, locate
 from glm4export.compile import BuildOptions, build
+from glm4export.tensorrt.flavour import TENSORRT_RTX
+from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load
 
 from . import checkpoints
+from .engine_builds import LAYERS
 
 Build = Callable[..., Path]
 
@@ -42,3 +47,33 @@ def demo_bundles(build_bundle: Build) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def demo_sessions(demo_bundles: dict[str, Path]) -> dict[str, Session]:
     return {precision: load(bundle) for precision, bundle in demo_bundles.items()}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bundles(build_bundle: Build) -> Callable[[str], Path]:
+    """The embedded model for TensorRT by precision, without engines, each built once; not to be changed."""
+    return functools.cache(lambda p: build_bundle(None, precision=p, target="tensorrt", max_seq_len=64))
+
+
+@pytest.fixture
+def bundle(tensorrt_bundles: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The one in fp16, to do anything with."""
+    return Path(shutil.copytree(tensorrt_bundles("fp16"), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def job(bundle: Path) -> Job:
+    """An engine of ``bundle`` that may be built."""
+    return Job(
+        flavour="tensorrt-rtx",
+        compute_capability="8.9",
+        graph=str(bundle / "step.onnx"),
+        engine=str(bundle / "new.engine"),
+        layers=LAYERS,
+        profiles=TENSORRT_RTX.profiles(max_batch=1, chunk=64),
+        optimization_level=None,
+        workspace=None,
+        timing_cache=None,
+        version_compatible=False,
+        weight_streaming=False,
+    )

@@ -49,6 +49,14 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
     )
 
 
+def require_flavour(arguments: argparse.Namespace) -> None:
+    """Raise UserError where engines are wanted and no TensorRT is installed: before any other package is missed."""
+    if arguments.target == TENSORRT and arguments.engine != NO_ENGINE:
+        from glm4export.tensorrt.flavour import choose_flavour
+
+        choose_flavour(arguments.engine)
+
+
 def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder | None:
     """What builds the engines that were asked for; None where none is wanted. Raises UserError."""
     if target != TENSORRT:

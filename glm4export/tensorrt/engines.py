@@ -151,10 +151,12 @@ def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
     with new_bundle(bundle) as folder:
         builder.check(folder, stored_weights(bundle / manifest.graphs[STEP].file))
         link_bundle(bundle, folder)
-        manifest = builder.add(folder, manifest)
+        extended = builder.add(folder, manifest)
         (folder / MANIFEST).unlink()  # a link: writing into it would change the bundle's own
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+        (folder / MANIFEST).write_text(extended.to_json(), encoding="utf-8")
+        if read_manifest(bundle) != manifest:
+            raise BundleError(f"{bundle}: was changed while its engines were built; run the command again")
+    return extended
 
 
 def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str, show: Show) -> Built:
@@ -205,11 +207,8 @@ def run(job: Job, phase: Phase) -> dict[str, Any]:
     with _process(job) as (events, process, output):
         for line in events:
             event = json.loads(line)
-            if "phase" in event:
-                if not event["depth"]:
-                    phase(event["phase"].lower())
-            elif "written" in event:
-                phase(f"write {event['written'] / 1e9:.2f} GB")
+            if "doing" in event:
+                phase(f"{event['doing']}, {event['own'] / 1e9:.1f} GB of memory")
             elif "done" in event:
                 done: dict[str, Any] = event["done"]
                 return done

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from glm4runtime.trt_module import version_of
 
 Say = Callable[[dict[str, Any]], None]
 _SAMPLE_SECONDS = 0.05
+_SAMPLES_TOLD = 20  # one in so many is told
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Job:
         return cls(**data, profiles=profiles)
 
 
-def build(job: Job, say: Say) -> dict[str, Any]:
+def build(job: Job, watch: Watch) -> dict[str, Any]:
     """Parse, compile and write one engine; returns what the sidecar and the report need. Raises UserError."""
     flavour = BY_NAME[job.flavour]
     module, log = flavour.load(), Log()
@@ -71,10 +73,10 @@ def build(job: Job, say: Say) -> dict[str, Any]:
     counts = count_layers(network)
     require_fused(counts, job.layers)
     config = configure(module, builder, network, job, flavour)
-    monitor = _monitor(module, say)
+    monitor = _monitor(module, watch)
     config.progress_monitor = monitor
     with Path(job.engine).open("wb") as file:
-        writer = _writer(module, file, say)
+        writer = _writer(module, file, watch)
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if writer.error is not None:
         raise writer.error
@@ -142,15 +144,16 @@ def _save_timing_cache(config: Any, job: Job) -> None:
     scratch.replace(path)
 
 
-def _monitor(module: Any, say: Say) -> Any:
+def _monitor(module: Any, watch: Watch) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
-        """Tells the phases. It never asks TensorRT to stop: the caller ends the process, see above."""
+        """Tells the outermost phases. It never asks TensorRT to stop: the caller ends the process, see above."""
 
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            say({"phase": name, "depth": 0 if parent is None else 1})
+            if parent is None:
+                watch.doing(name.lower())
 
         def phase_finish(self, name: str) -> None: ...
 
@@ -160,7 +163,7 @@ def _monitor(module: Any, say: Say) -> Any:
     return Monitor()
 
 
-def _writer(module: Any, file: Any, say: Say) -> Any:
+def _writer(module: Any, file: Any, watch: Watch) -> Any:
     class Writer(module.IStreamWriter):  # type: ignore[misc]
         """Writes and hashes the engine as it comes, so that no second copy of it is in memory."""
 
@@ -177,30 +180,40 @@ def _writer(module: Any, file: Any, say: Say) -> Any:
                 return 0
             self.digest.update(data)
             self.size += len(data)
-            say({"written": self.size})
+            watch.doing(f"write {self.size / 1e9:.2f} GB")
             return len(data)
 
     return Writer()
 
 
-class MemoryWatch:
-    """The most memory that this process had: its own (heap and such), and with the mapped weights file, bytes.
+class Watch:
+    """Tells every second what the build is doing and its memory, and keeps the most of it that it saw.
 
-    Linux counts pages of a mapped file as resident, but takes them back whenever memory is asked for.
+    Own memory is the process's heap and such. Resident is that with the pages of the mapped weights file, which Linux
+    takes back whenever memory is asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Say) -> None:
         self.own = 0
+        self._say = say
+        self._doing = "parse"
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _watch(self) -> None:
-        while True:
-            self.own = max(self.own, _status()["RssAnon"])
-            time.sleep(_SAMPLE_SECONDS)
+    def doing(self, what: str) -> None:
+        """From now on the build is doing this."""
+        self._doing = what
 
     def peak(self) -> dict[str, int]:
-        """``own`` by samples; ``resident`` as the kernel's high-water mark."""
+        """Bytes: ``own`` by samples, ``resident`` as the kernel's high-water mark."""
         return {"own": self.own, "resident": _status()["VmHWM"]}
+
+    def _watch(self) -> None:
+        for sample in itertools.count():
+            own = _status()["RssAnon"]
+            self.own = max(self.own, own)
+            if sample % _SAMPLES_TOLD == 0:
+                self._say({"doing": self._doing, "own": own})
+            time.sleep(_SAMPLE_SECONDS)
 
 
 def _status() -> dict[str, int]:
@@ -225,9 +238,9 @@ def main() -> int:
 
         job = Job.from_json(sys.stdin.readline())
         threading.Thread(target=_end_with_the_caller, daemon=True).start()
-        memory = MemoryWatch()
+        watch = Watch(say)
         try:
-            say({"done": {**build(job, say), "memory": memory.peak()}})
+            say({"done": {**build(job, watch), "memory": watch.peak()}})
         except UserError as error:
             say({"error": str(error)})
         except OSError as error:
