@@ -186,10 +186,10 @@ class BuildOptions:
 class Engines(Protocol):
     """Builds TensorRT engines of a bundle: :class:`glm4export.tensorrt.engines.EngineBuilder`."""
 
-    def check(self, folder: Path, weights: Mapping[str, tuple[str, int]]) -> None:
+    def check(self, folder: Path, weights: Mapping[str, tuple[str, int]], attention: str) -> None:
         """Raise UserError where memory, or the disk under ``folder``, has no room for engines of these weights.
 
-        Weights by name: their dtype and bytes.
+        Or where none can be built with that attention. Weights by name: their dtype and bytes.
         """
 
     def add(self, folder: Path, manifest: Manifest) -> Manifest:
@@ -217,7 +217,8 @@ def build(
         calibrated_weights = options.calibrate is not None and options.formats is not None
         require_space(folder, layout.size * (2 if calibrated_weights else 1))
         if engines is not None:  # before the weights are written: they take the longest
-            engines.check(folder, {name: (recipe.dtype, recipe.nbytes) for name, recipe in recipes.items()})
+            stored = {name: (recipe.dtype, recipe.nbytes) for name, recipe in recipes.items()}
+            engines.check(folder, stored, options.attention)
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}

@@ -114,7 +114,7 @@ def _graph(path: Path) -> dict[str, Any]:
 
 def _engine(spec: EngineSpec, layers: int) -> dict[str, Any]:
     """An engine's facts from its sidecar; ``fused`` has how many of the model's layers TensorRT recognised, and all."""
-    fused = {kind.lower(): [spec.layers.get(kind, 0), each * layers] for kind, each in FUSED.items()}
+    fused = {kind.lower(): [spec.layers.get(kind, 0), each * layers] for kind, each in FUSED[spec.attention].items()}
     return {"file": spec.file, **dataclasses.asdict(spec), "fused": fused}
 
 

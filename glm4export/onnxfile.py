@@ -16,7 +16,7 @@ import numpy as np
 
 from glm4runtime.contract import BundleError
 
-FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16, INT4 = 1, 2, 3, 6, 10, 16, 22  # TensorProto.DataType
+FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16, E4M3, INT4 = 1, 2, 3, 6, 10, 16, 17, 22  # TensorProto.DataType
 _ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT8: 1, 4: 2, 5: 2, INT32: 4, 7: 8, 9: 1, FLOAT16: 2, 11: 8, BFLOAT16: 2}
 _NAMES = {
     FLOAT: "float32",
@@ -26,6 +26,7 @@ _NAMES = {
     7: "int64",
     FLOAT16: "float16",
     BFLOAT16: "bfloat16",
+    E4M3: "float8_e4m3fn",
     INT4: "int4",
 }
 _HALF_BYTE = (21, INT4)  # 21: uint4
@@ -52,8 +53,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its operator, the names of its inputs, and its integer attributes."""
+    """One node: its operator and that one's domain, the names of its inputs, and its integer attributes."""
 
+    domain: str
     op: str
     inputs: tuple[str, ...]
     integers: dict[str, int]
@@ -96,18 +98,20 @@ def matmul_model(weight: np.ndarray) -> bytes:
 
 
 def _node(data: bytes) -> Node:
-    inputs, op, integers = [], "", {}
+    inputs, op, domain, integers = [], "", "", {}
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
             inputs.append(value.decode())
         elif number == 4 and isinstance(value, bytes):
             op = value.decode()
+        elif number == 7 and isinstance(value, bytes):
+            domain = value.decode()
         elif number == 5 and isinstance(value, bytes):
             fields = dict(_fields(value))
             name, integer = fields.get(1), fields.get(3)
             if isinstance(name, bytes) and isinstance(integer, int):
                 integers[name.decode()] = integer
-    return Node(op, tuple(inputs), integers)
+    return Node(domain, op, tuple(inputs), integers)
 
 
 def _stored(data: bytes) -> tuple[str, Stored]:

@@ -52,7 +52,13 @@ def demo_sessions(demo_bundles: dict[str, Path]) -> dict[str, Session]:
 @pytest.fixture(scope="session")
 def tensorrt_bundles(build_bundle: Build) -> Callable[[str], Path]:
     """The embedded model for TensorRT by precision, without engines, each built once; not to be changed."""
-    return functools.cache(lambda p: build_bundle(None, precision=p, target="tensorrt", max_seq_len=64))
+    text = locate(None).folder / "heldout.txt"
+
+    def build(precision: str) -> Path:
+        calibrate = text if precision == "fp8" else None
+        return build_bundle(None, precision=precision, target="tensorrt", max_seq_len=64, calibrate=calibrate)
+
+    return functools.cache(build)
 
 
 @pytest.fixture
@@ -69,6 +75,7 @@ def job(bundle: Path) -> Job:
         compute_capability="8.9",
         graph=str(bundle / "step.onnx"),
         engine=str(bundle / "new.engine"),
+        attention="standard",
         layers=LAYERS,
         profiles=TENSORRT_RTX.profiles(max_batch=1, chunk=64),
         optimization_level=None,

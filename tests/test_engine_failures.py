@@ -110,11 +110,11 @@ def test_what_tensorrt_cannot_compile_is_told(job: Job) -> None:
 
 
 def test_attention_that_was_not_recognised() -> None:
-    require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6, "CAST": 1}, 3)
+    require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6, "CAST": 1}, 3, "standard")
     with pytest.raises(UserError, match=r"recognised 5 of 6 kv cache update layers; .*upgrade it"):
-        require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 5}, 3)
+        require_fused({"ATTENTION_OUTPUT": 3, "ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 5}, 3, "standard")
     with pytest.raises(UserError, match="recognised 0 of 3 attention output layers"):
-        require_fused({"ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6}, 3)
+        require_fused({"ROTARY_EMBEDDING": 6, "KV_CACHE_UPDATE": 6}, 3, "standard")
 
 
 def test_a_full_disk(job: Job) -> None:

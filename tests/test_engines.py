@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from glm4export import cli, inspect
+from glm4export.onnxfile import read_graph
 from glm4export.tensorrt import engines, flavour, memory, worker
 from glm4export.tensorrt.engines import EngineOptions, add_engines, plan
 from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
 from glm4export.tensorrt.network import Log
+from glm4export.tensorrt.plugin.graph import write_plugin_graph
 from glm4export.tensorrt.worker import Job
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.engine_spec import Profile, read_engine_specs
@@ -29,21 +31,22 @@ from .conftest import Build
 from .engine_builds import LAYERS, builder, contents
 
 trt = pytest.importorskip("tensorrt_rtx")
-PRECISIONS = ("fp16", "bf16", "int8", "int4")
-CAPABILITIES = ("8.0", "8.9", "12.0")
+CAPABILITIES = dict.fromkeys(("fp16", "bf16", "int8", "int4"), ("8.0", "8.9", "12.0"))
+CAPABILITIES["fp8"] = ("8.9", "12.0")  # the first with fp8 tensor cores
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CAPABILITIES)
 def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    capabilities = CAPABILITIES[precision]
     before = contents(tensorrt_bundles(precision))
     bundle = Path(shutil.copytree(tensorrt_bundles(precision), tmp_path / "bundle"))
-    made = builder(compute_capabilities=CAPABILITIES, max_batch=3, prefill_chunk=32)
+    made = builder(compute_capabilities=capabilities, max_batch=3, prefill_chunk=32)
     manifest = add_engines(bundle, made)
     assert read_manifest(bundle, check_hashes=True) == manifest
     specs = read_engine_specs(bundle)
-    assert [spec.compute_capability for spec in specs] == ["12.0", "8.0", "8.9"]  # by file name
+    assert [spec.compute_capability for spec in specs] == sorted(capabilities)  # by file name
     assert {spec.file for spec in specs} == {
-        f"engines/tensorrt-rtx-sm{c.replace('.', '')}.engine" for c in CAPABILITIES
+        f"engines/tensorrt-rtx-sm{c.replace('.', '')}.engine" for c in capabilities
     }
     for spec in specs:
         assert spec.layers["ATTENTION_OUTPUT"] == spec.attentions == LAYERS
@@ -58,7 +61,7 @@ def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callabl
         assert spec.scratch_bytes is not None and spec.scratch_bytes > 0
         assert (bundle / spec.file).stat().st_size == spec.size > spec.weight_bytes
     sizes = {spec.compute_capability: spec.sha256 for spec in specs}
-    assert len(set(sizes.values())) == 3, "an engine for every capability, each its own"
+    assert len(set(sizes.values())) == len(capabilities), "an engine for every capability, each its own"
     after = contents(bundle)
     assert {name for name in after if name not in before} == {
         *(spec.file for spec in specs),
@@ -66,6 +69,19 @@ def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callabl
     }
     assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
     assert all(built.own_memory <= built.estimated_memory for built in made.built)
+
+
+def test_plugins_need_full_tensorrt(build_bundle: Build) -> None:
+    options: dict[str, Any] = {"precision": "fp16", "target": "tensorrt", "max_seq_len": 64, "attention": "plugin"}
+    bundle = build_bundle(checkpoints.random_model(), **options)
+    told = "--attention plugin: tensorrt-rtx takes no plugins; build its engines with --attention standard, or with"
+    with pytest.raises(UserError, match=told):
+        add_engines(bundle, builder())
+    graph = bundle / "rewritten.onnx"
+    write_plugin_graph(bundle / "step.onnx", graph, programs=2)
+    nodes = [node.op for node in read_graph(graph).nodes if node.domain == "glm4"]
+    assert nodes == ["AppendToCache", "FlashAttention", "CombineSplits"] * 2
+    assert read_graph(graph).stored.keys() - {"attention/unscaled"} == read_graph(bundle / "step.onnx").stored.keys()
 
 
 def test_memory_is_as_estimated(build_bundle: Build) -> None:

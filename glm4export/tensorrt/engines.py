@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glm4export.onnxfile import read_graph
 from glm4export.output import link_bundle, new_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
@@ -29,7 +30,7 @@ from glm4runtime.contract import (
     read_manifest,
     sha256_of,
 )
-from glm4runtime.engine_spec import FOLDER, EngineSpec, engine_stem
+from glm4runtime.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
 
 Phase = Callable[[str], None]  # told what is being done
 Show = Callable[[str], AbstractContextManager[Phase]]  # a progress display for the engine of a name
@@ -124,8 +125,16 @@ class EngineBuilder:
         self.plan, self.built = plan, list[Built]()
         self._show = show
 
-    def check(self, folder: Path, weights: Weights) -> None:
-        """Raise UserError where memory, or the disk under ``folder``, has no room for engines of these weights."""
+    def check(self, folder: Path, weights: Weights, attention: str) -> None:
+        """Raise UserError where memory, or the disk under ``folder``, has no room for engines of these weights.
+
+        And where the flavour has no plugins, and ``attention`` is one.
+        """
+        if attention == PLUGIN and not self.plan.flavour.takes_plugins:
+            raise UserError(
+                f"--attention plugin: {self.plan.flavour.name} takes no plugins; build its engines with "
+                "--attention standard, or with full TensorRT on the machine with the GPU (--engine tensorrt)"
+            )
         require_memory(weights)
         size = sum(nbytes for _, nbytes in weights.values()) * _ENGINE_OVERHEAD + _KERNEL_BYTES
         require_space(folder, len(self.plan.compute_capabilities) * int(size))
@@ -149,7 +158,8 @@ def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
     if manifest.target != TENSORRT:
         raise BundleError(f"{bundle}: built for {manifest.target}; engines are made of bundles for --target tensorrt")
     with new_bundle(bundle) as folder:
-        builder.check(folder, stored_weights(bundle / manifest.graphs[STEP].file))
+        graph = bundle / manifest.graphs[STEP].file
+        builder.check(folder, stored_weights(graph), attention_of(graph))
         link_bundle(bundle, folder)
         extended = builder.add(folder, manifest)
         (folder / MANIFEST).unlink()  # a link: writing into it would change the bundle's own
@@ -159,10 +169,16 @@ def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
     return extended
 
 
+def attention_of(graph: Path) -> str:
+    """How a step graph has its attention: STANDARD or PLUGIN. Raises BundleError where it can't be read."""
+    return PLUGIN if any(node.domain for node in read_graph(graph).nodes) else STANDARD
+
+
 def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str, show: Show) -> Built:
     options, flavour = plan.options, plan.flavour
     graph = folder / manifest.graphs[STEP].file
     estimated = require_memory(stored_weights(graph))  # again: other programs may have taken some since
+    attention = attention_of(graph)
     chunk = min(options.prefill_chunk, manifest.cache.max_seq_len)
     profiles = flavour.profiles(options.max_batch, chunk)
     stem = engine_stem(flavour.name, capability)
@@ -173,6 +189,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         compute_capability=capability,
         graph=str(graph.absolute()),
         engine=str((folder / f"{stem}.engine").absolute()),
+        attention=attention,
         layers=manifest.cache.layers,
         profiles=profiles,
         optimization_level=options.optimization_level,
@@ -188,7 +205,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         flavour=flavour.name,
         compute_capability=capability,
         precision=manifest.precision,
-        attention="standard",
+        attention=attention,
         version_compatible=options.version_compatible,
         profiles=profiles,
         graph_sha256=manifest.step_sha256,

@@ -33,6 +33,7 @@ class Flavour:
     cross_compiles: bool  # builds without a GPU, for any compute capability that it knows
     times_kernels: bool  # measures on the GPU while it builds, so that a timing cache saves work
     version_compatible: bool  # can build engines that later versions load
+    takes_plugins: bool  # so that --attention plugin has something to run it
     shares_weights: bool  # between the profiles of one engine; RTX 1.7.1 stores fp16 weights once for each profile
 
     def load(self) -> Any:
@@ -58,8 +59,22 @@ class Flavour:
         return {f"{name[2:-1]}.{name[-1]}": member for name, member in members if name.startswith("SM")}
 
 
-TENSORRT = Flavour("tensorrt", False, True, True, True)
-TENSORRT_RTX = Flavour("tensorrt-rtx", True, False, False, False)
+TENSORRT = Flavour(
+    "tensorrt",
+    cross_compiles=False,
+    times_kernels=True,
+    version_compatible=True,
+    takes_plugins=True,
+    shares_weights=True,
+)
+TENSORRT_RTX = Flavour(
+    "tensorrt-rtx",
+    cross_compiles=True,
+    times_kernels=False,
+    version_compatible=False,
+    takes_plugins=False,
+    shares_weights=False,
+)
 BY_NAME = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
 
@@ -89,7 +104,18 @@ def installed_flavours() -> list[Flavour]:
 
 def gpu_capability() -> str | None:
     """The compute capability of the first visible NVIDIA GPU, such as ``8.9``; None where driver or GPU is missing."""
-    major, minor, device, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    values = _gpu_attributes(_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
+    return None if values is None else f"{values[0]}.{values[1]}"
+
+
+def gpu_multiprocessors() -> int | None:
+    """How many multiprocessors that GPU has."""
+    values = _gpu_attributes(_MULTIPROCESSORS)
+    return None if values is None else values[0]
+
+
+def _gpu_attributes(*attributes: int) -> list[int] | None:
+    device, count, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -98,10 +124,13 @@ def gpu_capability() -> str | None:
         return None
     if cuda.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    for value, attribute in ((major, _CAPABILITY_MAJOR), (minor, _CAPABILITY_MINOR)):
+    values = []
+    for attribute in attributes:
         if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None
-    return f"{major.value}.{minor.value}"
+        values.append(value.value)
+    return values
 
 
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR and _MINOR
+_MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.contract import UserError
+from glm4runtime.engine_spec import PLUGIN, PLUGINS_OF_LAYER, STANDARD
 
 # Fused layers by TensorRT's name, and how many of each a decoder layer of the model has.
-FUSED = {"ATTENTION_OUTPUT": 1, "ROTARY_EMBEDDING": 2, "KV_CACHE_UPDATE": 2}
+FUSED = {
+    STANDARD: {"ATTENTION_OUTPUT": 1, "ROTARY_EMBEDDING": 2, "KV_CACHE_UPDATE": 2},
+    PLUGIN: {"PLUGIN_V3": PLUGINS_OF_LAYER},
+}
 
 _LAYER = re.compile(r"model\.layers\.\d+")
 
@@ -86,12 +90,12 @@ def count_layers(network: Any) -> dict[str, int]:
     return dict(Counter(kind.name for kind in types).most_common())
 
 
-def require_fused(counts: dict[str, int], layers: int) -> None:
+def require_fused(counts: dict[str, int], layers: int, attention: str) -> None:
     """Raise UserError unless every attention, rotary embedding and cache update was recognised as such.
 
     A cache update that became an ordinary scatter would copy the cache, and break where past and present share memory.
     """
-    for kind, each in FUSED.items():
+    for kind, each in FUSED[attention].items():
         if (found := counts.get(kind, 0)) != layers * each:
             raise UserError(
                 f"TensorRT recognised {found} of {layers * each} {kind.lower().replace('_', ' ')} layers; "

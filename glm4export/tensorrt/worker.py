@@ -16,15 +16,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4export.tensorrt.flavour import BY_NAME, Flavour
+from glm4export.tensorrt.flavour import BY_NAME, Flavour, gpu_multiprocessors
 from glm4export.tensorrt.network import Log, count_layers, logger, new_network, parse, require_fused
 from glm4runtime.contract import LOGIT_ROWS, UserError
-from glm4runtime.engine_spec import Profile
+from glm4runtime.engine_spec import PLUGIN, STANDARD, Profile
 from glm4runtime.trt_module import version_of
 
 Say = Callable[[dict[str, Any]], None]
@@ -40,6 +41,7 @@ class Job:
     compute_capability: str
     graph: str  # path of step.onnx; weights.bin lies beside it
     engine: str  # path to write
+    attention: str  # of the graph, STANDARD or PLUGIN
     layers: int  # decoder layers of the model, to check what was recognised
     profiles: tuple[Profile, ...]
     optimization_level: int | None
@@ -69,9 +71,10 @@ def build(job: Job, watch: Watch) -> dict[str, Any]:
     trt_logger = logger(module, log)
     builder = module.Builder(trt_logger)
     network = new_network(module, builder)
-    parser = parse(module, network, trt_logger, Path(job.graph), log)
+    with _graph(job) as graph:
+        parser = parse(module, network, trt_logger, graph, log)
     counts = count_layers(network)
-    require_fused(counts, job.layers)
+    require_fused(counts, job.layers, job.attention)
     config = configure(module, builder, network, job, flavour)
     monitor = _monitor(module, watch)
     config.progress_monitor = monitor
@@ -94,6 +97,25 @@ def build(job: Job, watch: Watch) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _graph(job: Job) -> Iterator[Path]:
+    """The graph to parse; with plugins, one rewritten for them, beside the weights that both name, while parsed."""
+    graph = Path(job.graph)
+    if job.attention == STANDARD:
+        yield graph
+        return
+    from glm4export.tensorrt.plugin.graph import write_plugin_graph  # Triton and the compiler's packages
+    from glm4export.tensorrt.plugin.register import register
+
+    register(int(job.compute_capability.replace(".", "")))
+    rewritten = graph.with_name(f".plugins-{os.getpid()}.onnx")
+    try:
+        write_plugin_graph(graph, rewritten, programs=2 * (gpu_multiprocessors() or 1))
+        yield rewritten
+    finally:
+        rewritten.unlink(missing_ok=True)
+
+
 def configure(module: Any, builder: Any, network: Any, job: Job, flavour: Flavour) -> Any:
     """The builder's configuration for a job, every refusal an error."""
     config = builder.create_builder_config()
@@ -109,6 +131,8 @@ def configure(module: Any, builder: Any, network: Any, job: Job, flavour: Flavou
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(capability, 0):
             raise UserError(f"{job.flavour} refuses compute capability {job.compute_capability}")
+    if job.attention == PLUGIN:  # the cache is an output that is an input of the first plugin
+        config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level
     if job.workspace is not None:
@@ -243,6 +267,9 @@ def main() -> int:
             say({"done": {**build(job, watch), "memory": watch.peak()}})
         except UserError as error:
             say({"error": str(error)})
+        except ModuleNotFoundError as error:
+            needed = "'glm4export[compile,tensorrt]'"
+            say({"error": f"{error.name} is not installed; engines with --attention plugin need pip install {needed}"})
         except OSError as error:
             say({"errno": error.errno, "error": str(error)})
     return 0

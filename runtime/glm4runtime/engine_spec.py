@@ -18,6 +18,9 @@ FOLDER = "engines"
 FORMAT_VERSION = 1
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # by the Python module that is the flavour's API
 
+STANDARD, PLUGIN = "standard", "plugin"  # attention in standard operators, or as the compiler's own plugins
+PLUGINS_OF_LAYER = 3  # append to the cache, attend, combine
+
 Range = tuple[int, int, int]  # least, best and most, as TensorRT's optimization profiles have it
 
 
@@ -39,7 +42,7 @@ class EngineSpec:
     version: str  # of the TensorRT flavour
     compute_capability: str  # such as "8.9"
     precision: str
-    attention: str  # "standard" or "plugin"
+    attention: str  # STANDARD or PLUGIN
     version_compatible: bool
     profiles: tuple[Profile, ...]
     graph_sha256: str  # of the step graph that the engine was parsed from
@@ -53,6 +56,8 @@ class EngineSpec:
     @property
     def attentions(self) -> int:
         """Attentions that TensorRT recognised as such; the decoder layers of the model, where all were."""
+        if self.attention == PLUGIN:
+            return self.layers.get("PLUGIN_V3", 0) // PLUGINS_OF_LAYER
         return self.layers.get("ATTENTION_OUTPUT", 0)
 
     @property

@@ -12,6 +12,7 @@ kernels need no synchronisation among their blocks:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -43,6 +44,13 @@ def use_plugins(model: ir.Model, *, programs: int) -> int:
         _replace(graph, node, scales, programs)
     model.functions.pop((DOMAIN, OP_TYPE, ""), None)
     return len(nodes)
+
+
+def write_plugin_graph(graph: Path, out: Path, *, programs: int) -> None:
+    """As :func:`use_plugins`, of a step graph's file; ``out`` is in its folder, and names the same weights file."""
+    model = ir.load(graph)
+    use_plugins(model, programs=programs)
+    ir.save(model, out)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, scales: list[ir.Value | None], programs: int) -> None:
