@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,22 @@ from glm4export.bench_report import Decode, Plan, Prefill, Report, Spread
 from glm4export.machine import Limits, describe, measure_limits, memory_bytes, process_memory
 from glm4export.workload import Workload, workload
 from glm4runtime.cache import Buffer
-from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, Manifest, UserError, past_name, present_name
+from glm4runtime.contract import (
+    ATTENTION_MASK,
+    DECODE,
+    INPUT_IDS,
+    LOGITS,
+    PREFILL,
+    Manifest,
+    UserError,
+    past_name,
+    present_name,
+)
 from glm4runtime.ort import OrtRunner
 from glm4runtime.sampling import Sampler, SamplingParams
 from glm4runtime.session import Session
 
-PREFILL = (32, 128, 512, 2048)  # prompt tokens
+PROMPTS = (32, 128, 512, 2048)  # tokens
 CONTEXTS = (16, 512, 2048)  # tokens in the cache before the steps that are timed
 BATCHES = (1, 2, 4, 8)
 
@@ -59,7 +70,7 @@ def plan(
                 f"ask for at most {most}, or build the bundle with a larger --max-seq-len"
             )
     return Plan(
-        tuple(sorted({min(tokens, max_seq_len) for tokens in prefill or PREFILL})),
+        tuple(sorted({min(tokens, max_seq_len) for tokens in prefill or PROMPTS})),
         tuple(sorted({min(tokens, room) for tokens in contexts or CONTEXTS})),
         tuple(batches),
         steps,
@@ -83,6 +94,7 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
     prefills = {tokens: _time_prefill(session, ids[:tokens], what.repeats) for tokens in what.prefill}
     runner.rewind()
     steps: dict[tuple[int, int], list[float]] = {}
+    through: dict[tuple[int, int], str] = {}  # graphs of batches; one sequence takes the decode graph
     for context in what.contexts:
         _note(f"decode at {context} tokens")
         runner.prefill(ids[runner.length : context])
@@ -93,8 +105,14 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         if batch > 1 and isinstance(runner, OrtRunner):
             context = what.contexts[0]
             _note(f"decode of {batch} sequences at {context} tokens")
+            graphs = (DECODE,) if work.prefill == work.decode else (DECODE, PREFILL)
             rows = BatchDecoder(runner, batch, context + what.steps)
-            steps[batch, context] = _time_steps(rows.step, partial(rows.rewind, context), what)
+            runs = {}
+            for graph in graphs:
+                rows.use(graph)
+                runs[graph] = _time_steps(rows.step, partial(rows.rewind, context), what)
+            graph = min(graphs, key=lambda graph: statistics.median(runs[graph]))
+            steps[batch, context], through[batch, context] = runs[graph], graph
             del rows
     _note("limits of this machine")
     limits = measure_limits() if provider == "cpu" else None
@@ -112,38 +130,44 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         limits=limits,
         workload=work,
         prefill=tuple(_prefill(tokens, *runs, work, limits) for tokens, runs in prefills.items()),
-        decode=tuple(_decode(*at, runs, work, limits) for at, runs in sorted(steps.items())),
+        decode=tuple(_decode(*at, through.get(at, DECODE), runs, work, limits) for at, runs in sorted(steps.items())),
         peak_rss_bytes=peak,
         pss_bytes=proportional,
     )
 
 
 class BatchDecoder:
-    """Greedy steps of several sequences of one length through a session's decode graph, each with its own cache.
+    """Greedy steps of several sequences of one length, each with its own cache.
 
-    The cache holds ones instead of a text's keys and values, which takes as long.
+    Either graph computes them: prefill's gives the logits of each row's last token, which is its only one. The cache
+    holds ones instead of a text's keys and values, which takes as long.
     """
 
     def __init__(self, runner: OrtRunner, batch: int, capacity: int) -> None:
         """capacity: tokens of every sequence that there is room for."""
         spec, vocab, device = runner.manifest.cache, runner.manifest.vocab_size, runner.device
-        self._graph, self.length = runner.decode_graph, 0
-        self._binding = self._graph.io_binding()
+        self.length = 0
         shape = (batch, spec.kv_heads, capacity, spec.head_dim)
         ones = np.ones(shape, spec.dtype)  # written out: zero pages that were never written aren't read from memory
-        self._cache = []  # keeps what is bound alive
-        for layer in range(spec.layers):
-            for part in ("key", "value"):
-                buffer = Buffer(shape, spec.dtype, device)
-                buffer.write(ones)
-                buffer.bind_input(self._binding, past_name(layer, part))
-                buffer.bind_output(self._binding, present_name(layer, part))
-                self._cache.append(buffer)
+        names = [(layer, part) for layer in range(spec.layers) for part in ("key", "value")]
+        self._cache = {name: Buffer(shape, spec.dtype, device) for name in names}
+        for buffer in self._cache.values():
+            buffer.write(ones)
         self._batch, self._tokens = batch, Buffer((batch, 1), "int64", device)
-        self._tokens.bind_input(self._binding, INPUT_IDS)
         self._mask = Buffer((batch, capacity), "int64", device)
         self._mask.write(np.ones((batch, capacity), np.int64))
         self._logits = Buffer((batch, 1, vocab), "float32", "cpu")
+        self._graphs = runner.graphs
+        self.use(DECODE)
+
+    def use(self, graph: str) -> None:
+        """Compute with the graph of that name from now on."""
+        self._graph = self._graphs[graph]
+        self._binding = self._graph.io_binding()
+        for (layer, part), buffer in self._cache.items():
+            buffer.bind_input(self._binding, past_name(layer, part))
+            buffer.bind_output(self._binding, present_name(layer, part))
+        self._tokens.bind_input(self._binding, INPUT_IDS)
         self._logits.bind_output(self._binding, LOGITS)
 
     def rewind(self, length: int) -> None:
@@ -219,11 +243,12 @@ def _prefill(tokens: int, ready: list[float], chosen: list[float], work: Workloa
     )
 
 
-def _decode(batch: int, context: int, runs: list[float], work: Workload, limits: Limits | None) -> Decode:
-    seconds, size = Spread.of(runs), work.decode_bytes(batch, context)
+def _decode(batch: int, context: int, graph: str, runs: list[float], work: Workload, limits: Limits | None) -> Decode:
+    seconds, size = Spread.of(runs), work.decode_bytes(batch, context, graph)
     return Decode(
         batch=batch,
         context=context,
+        graph=graph,
         seconds_per_step=seconds,
         tokens_per_second=Spread.of(batch / run for run in runs),
         ops=work.decode_ops(batch),

@@ -10,6 +10,7 @@ from typing import Any
 
 from glm4export.machine import Limits, Machine
 from glm4export.workload import Workload
+from glm4runtime.contract import PREFILL
 
 _NOISY = 1.5  # slowest over fastest run of the same work, past which a reader is warned
 
@@ -56,10 +57,14 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Steps of ``batch`` sequences, each with ``context`` tokens before the first step; greedy."""
+    """Steps of ``batch`` sequences, each with ``context`` tokens before the first step; greedy.
+
+    graph: ``decode``, or ``prefill`` where that was faster: its formats may be better at many rows.
+    """
 
     batch: int
     context: int
+    graph: str
     seconds_per_step: Spread  # a run is the mean of ``plan.steps`` steps
     tokens_per_second: Spread  # of all sequences together
     ops: int  # a step
@@ -112,7 +117,8 @@ def table(report: Report) -> str:
     for step in report.decode:
         name, seconds = f"{step.batch} × {step.context}", _time(step.seconds_per_step.median)
         percent, size = _percent(step.bandwidth_percent), f"{step.bytes / 1e6:.1f} MB"
-        lines.append(f"{name:>15}{_rates(step.tokens_per_second)}{seconds:>12}{percent:>12}{size:>13}")
+        through = "  by the prefill graph" if step.graph == PREFILL else ""
+        lines.append(f"{name:>15}{_rates(step.tokens_per_second)}{seconds:>12}{percent:>12}{size:>13}{through}")
     spreads = [run.seconds for run in report.prefill] + [run.seconds_per_step for run in report.decode]
     if (most := max(spread.high / spread.low for spread in spreads)) > _NOISY:
         lines += ["", f"noisy: runs of the same work took up to {most:.1f}x as long as others; is the machine busy?"]

@@ -62,9 +62,10 @@ class Workload:
         """Operations of one step of ``batch`` sequences."""
         return 2 * batch * (self.layer_weights + self.head_weights)
 
-    def decode_bytes(self, batch: int, context: int) -> int:
-        """Weights once, and the cache of ``batch`` sequences of ``context`` tokens."""
-        return self.decode.read(batch) + batch * context * self.cache_bytes_per_token
+    def decode_bytes(self, batch: int, context: int, graph: str = DECODE) -> int:
+        """Weights of the graph once, and the cache of ``batch`` sequences of ``context`` tokens."""
+        weights = self.prefill if graph == PREFILL else self.decode
+        return weights.read(batch) + batch * context * self.cache_bytes_per_token
 
     def _chunks(self, tokens: int) -> list[int]:
         return [min(self.chunk, tokens - start) for start in range(0, tokens, self.chunk)]

@@ -127,7 +127,7 @@ def test_usual_lengths_as_far_as_they_fit() -> None:
     assert bench.plan(64).prefill == (32, 64)
     assert bench.plan(64).contexts == (16, 32)
     assert bench.plan(40).contexts == (8,)
-    assert bench.plan(10_000) == bench_report.Plan(bench.PREFILL, bench.CONTEXTS, bench.BATCHES, 32, 5)
+    assert bench.plan(10_000) == bench_report.Plan(bench.PROMPTS, bench.CONTEXTS, bench.BATCHES, 32, 5)
 
 
 # what is read and computed

@@ -1,11 +1,14 @@
 """What could not be checked without a GPU: run this on one, and send back the folder that it writes.
 
     python tools/gpu_check.py -o gpu-check
+    python tools/gpu_check.py -o gpu-check-9b --model zai-org/GLM-4-9B-0414
 
 Needs a CUDA build of torch, and triton. First every kernel of the attention plugin, as TensorRT gets it, against
 PyTorch; then its speed: bytes of cache read a second while decoding, beside a plain copy's, and arithmetic a second in
-prefill, beside torch's scaled_dot_product_attention. Writes report.txt and report.json. Exit status 1 where a result is
-wrong, 2 without a GPU.
+prefill, beside torch's scaled_dot_product_attention. Then, for each TensorRT that is installed, engines of a model (the
+embedded one unless told otherwise) in every precision and with either attention: built, loaded, compared with PyTorch
+as `glm4export verify` does, and timed. Writes report.txt and report.json. Exit status 1 where a result is wrong, 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,12 +26,17 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from glm4export import cli
+from glm4export.checkpoint import locate
+from glm4export.tensorrt.flavour import installed_flavours
 from glm4export.tensorrt.plugin.aot import device_capability
 from glm4export.tensorrt.plugin.driver import Compiled
 from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.tensorrt.plugin.launch import attention
 from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
+from glm4export.verify import verify
+from glm4runtime import Session, load
 from glm4runtime.contract import UserError
 
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2e-2}  # of values of size 1
@@ -35,6 +44,7 @@ GROUPS = ((1, 2), (3, 2), (6, 8), (16, 2), (24, 2))  # query heads a kv head, kv
 SEQUENCES = (((0, 150, 31), 1), ((900, 3), 5), ((0, 40), 130), ((1000, 0, 1), 1))  # pasts, new tokens
 COLD_BYTES = 1 << 29  # what a round of decoding reads at least, several times the largest L2 cache
 REPEATS = 20
+DECODED = 128  # tokens that an engine's speed is taken from
 
 
 def geometry(group: int, kv_heads: int, head_dim: int, max_seq: int, dtype: str, cache: str) -> Geometry:
@@ -129,9 +139,50 @@ def prefill(capability: int, programs: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+def engines(model: str | None, folder: Path) -> Iterator[dict[str, Any]]:
+    """Each engine's largest mean KL from PyTorch and its decoding speed; what could not be built or run says why."""
+    kinds = [("standard", precision) for precision in ("fp16", "bf16", "fp8", "int8", "int4")]
+    for flavour in installed_flavours():
+        plugins = (
+            [("plugin", precision) for precision in ("fp16", "bf16", "int8", "int4")] if flavour.takes_plugins else []
+        )
+        for attention_kind, precision in [*kinds, *plugins]:
+            bundle = folder / f"{flavour.name}-{precision}-{attention_kind}"
+            command = ["build", *([model] if model else []), "-o", str(bundle), "--target", "tensorrt"]
+            command += ["--precision", precision, "--attention", attention_kind, "--engine", flavour.name]
+            command += ["--max-seq-len", "2048"]
+            if precision == "fp8":
+                command += ["--calibrate", str(locate(None).folder / "heldout.txt")]
+            case = {"case": f"{flavour.name}, {precision}, {attention_kind} attention"}
+            if status := cli.main(command):
+                yield {**case, "ok": False, "error": f"glm4export build ended with status {status}"}
+                continue
+            try:
+                session = load(bundle, provider="engine")
+                found = verify(session, checkpoint=model)
+                tokens = decode_speed(session)
+            except UserError as error:
+                yield {**case, "ok": False, "error": str(error)}
+            else:
+                worst = max(phase.mean_kl for phase in found.phases)
+                yield {**case, "ok": not found.failures, "mean_kl": worst, "tokens_per_second": tokens}
+
+
+def decode_speed(session: Session) -> float:
+    """Tokens a second, greedy, after a prompt of 512 tokens."""
+    runner = session.runner
+    runner.rewind()
+    token = int(runner.prefill(range(512)).argmax())
+    start = time.perf_counter()
+    for _ in range(DECODED):
+        token = int(runner.decode(token).argmax())
+    return DECODED / (time.perf_counter() - start)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu-check"), help="default: %(default)s")
+    parser.add_argument("--model", metavar="MODEL", help="for the engines; default: the embedded one")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise UserError(f"no GPU: torch {torch.__version__} finds no CUDA device; run this where there is one")
@@ -162,9 +213,15 @@ def main() -> int:
             report[part.__name__].append(result)
             figures = ", ".join(f"{key} {value:.3g}" for key, value in result.items() if key != "case")
             note(f"{result['case']}: {figures}")
+    report["engines"] = []
+    for result in engines(arguments.model, arguments.output / "bundles"):
+        report["engines"].append(result)
+        note(f"{'' if result['ok'] else 'WRONG  '}{', '.join(f'{key} {value}' for key, value in result.items())}")
+    right_engines = sum(result["ok"] for result in report["engines"])
+    note(f"{right_engines} of {len(report['engines'])} engines agree with PyTorch")
     (arguments.output / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0 if right == len(report["checks"]) else 1
+    return 0 if right == len(report["checks"]) and right_engines == len(report["engines"]) else 1
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ class OrtRunner(Runner):
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
     @property
-    def decode_graph(self) -> Any:
-        """The decode graph's onnxruntime session, for runs over a cache of one's own."""
-        return self._decode
+    def graphs(self) -> dict[str, Any]:
+        """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
+        return {PREFILL: self._prefill, DECODE: self._decode}
 
     def _run_prompt(self, ids: np.ndarray, start: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)

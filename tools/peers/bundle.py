@@ -45,7 +45,7 @@ class Bundle:
         empty = np.zeros((1, cache.kv_heads, count, cache.head_dim), cache.dtype)
         names = [past_name(layer, part) for layer in range(cache.layers) for part in ("key", "value")]
         feed = {"input_ids": ids[None], "attention_mask": np.ones((1, count), np.int64)}
-        (logits,) = self._runner.decode_graph.run([LOGITS], feed | {name: empty.copy() for name in names})
+        (logits,) = self._runner.graphs[DECODE].run([LOGITS], feed | {name: empty.copy() for name in names})
         return np.asarray(logits)[0]
 
 
