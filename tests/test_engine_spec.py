@@ -22,6 +22,9 @@ SPEC = EngineSpec(
     weights_sha256="b" * 64,
     size=7,
     sha256="c" * 64,
+    layers={"ATTENTION_OUTPUT": 4, "CAST": 2},
+    weight_bytes=5,
+    scratch_bytes=None,
 )
 MANIFEST = Manifest(
     producer="glm4export",
@@ -51,6 +54,14 @@ def test_a_sidecar_reads_back_as_written(tmp_path):
     assert read_engine_specs(tmp_path / "engines") == []
 
 
+def test_a_sidecar_without_counts_and_sizes_reads():
+    data = json.loads(SPEC.to_json())
+    del data["layers"], data["weight_bytes"], data["scratch_bytes"]
+    read = EngineSpec.from_json(json.dumps(data), "x")
+    assert read == dataclasses.replace(SPEC, layers={}, weight_bytes=None)
+    assert (SPEC.attentions, read.attentions) == (4, 0)
+
+
 def test_an_engine_that_fits_is_taken():
     SPEC.require(MANIFEST, **HERE)
     dataclasses.replace(SPEC, version="1.6", version_compatible=True).require(MANIFEST, **HERE)
@@ -77,6 +88,7 @@ def test_a_mismatch_is_told_with_its_reason(change, message):
         ({"format_version": 2}, "sidecar format 2, this version reads 1"),
         ({"size": 0}, "size is 0, expected at least 1"),
         ({"version": 3}, "version is 3, expected str"),
+        ({"layers": {"CAST": "many"}}, "layers: CAST is 'many', expected int"),
         ({"profiles": [{"name": "step", "batch": [2, 1, 4], "seq": [1, 1, 1], "rows": [1, 1, 1]}]},
          r"batch is \[2, 1, 4\], expected three rising numbers above 0"),
     ],

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from glm4export import cli, inspect
+from glm4export import cli, compile, inspect
 from glm4export.onnxfile import read_graph
 from glm4export.tensorrt import engines, flavour, memory, worker
 from glm4export.tensorrt.engines import EngineOptions, add_engines, plan
@@ -182,6 +182,13 @@ def test_the_installed_flavour_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(flavour, "installed_flavours", lambda found=found: found)
         monkeypatch.setattr(flavour, "gpu_capability", lambda here=here: here)
         assert flavour.choose_flavour(None) is chosen
+
+
+def test_the_target_where_tensorrt_and_a_gpu_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "gpu_capability", lambda: "8.9")
+    assert compile.detect_target() == "tensorrt"
+    monkeypatch.setattr(compile, "installed_flavours", list)
+    assert compile.detect_target() in ("cpu", "cuda")
 
 
 def test_full_tensorrt_builds_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:

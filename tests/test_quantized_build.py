@@ -179,7 +179,7 @@ def test_calibrated_weights_are_closer_and_leave_nothing_behind(build_bundle: Bu
 
 
 def test_calibration_needs_text_and_a_quantized_precision(build_bundle: Build, tmp_path: Path) -> None:
-    message = "--calibrate goes with --precision int8 or int4, or with --kv-cache int8: fp16 with a float16 cache has"
+    message = "--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: fp16 with a float16 cache"
     with pytest.raises(UserError, match=message):
         BuildOptions("fp16", calibrate=tmp_path)
     with pytest.raises(UserError, match="cannot be read as text"):
