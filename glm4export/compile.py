@@ -142,7 +142,7 @@ class BuildOptions:
             return
         if self.target == TENSORRT:
             raise UserError(
-                "--kv-cache int8 does not go with --target tensorrt, whose attention takes no scales; leave it out"
+                "--kv-cache int8 does not go with --target tensorrt, whose builds have no such cache yet; leave it out"
             )
         if not takes_int8_cache(self.target, self.precision):
             raise UserError(
@@ -315,7 +315,9 @@ def _reader(
         return scheme_of(checkpoint.tensors[name].shape[1], bits, formats) if blocks else None
 
     with TemporaryDirectory(dir=folder) as scratch:
-        stored = (checkpoint.tensors[name] for name in linears(config, checkpoint))
+        # every linear of a layer is read for its output, the head for itself alone
+        read = [name for name in linears(config, checkpoint) if name.endswith("_proj.weight") or scheme_for(name)]
+        stored = (checkpoint.tensors[name] for name in read)
         total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
         with stage("calibrate"), bar(total, "calibrate") as progress:
             calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)

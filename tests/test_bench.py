@@ -168,13 +168,15 @@ def test_operations_are_those_of_the_linears(bundles: dict[str, Path]) -> None:
     assert work_of(bundles["int4"]).prefill_arithmetic == "int8"
 
 
-def test_batches_compute_what_one_sequence_does(bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("graph", ["decode", "prefill"])
+def test_batches_compute_what_one_sequence_does(graph: str, bundles: dict[str, Path]) -> None:
     session = load(bundles["fp32"])
     runner = session.runner
     for buffer in runner._cache._buffers.values():
         buffer.array.fill(1)
     runner.length = 5
     rows = bench.BatchDecoder(runner, 3, 8)
+    rows.use(graph)
     rows.rewind(5)
     rows.step()
     first = rows._logits.array.copy()
@@ -183,6 +185,31 @@ def test_batches_compute_what_one_sequence_does(bundles: dict[str, Path]) -> Non
     np.testing.assert_allclose(
         rows._logits.array, np.broadcast_to(runner.decode(int(first[0].argmax())), first.shape), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("faster", ["decode", "prefill"])
+def test_batches_take_the_faster_graph(
+    faster: str, build_bundle: Build, limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With formats of its own, prefill may be better at many rows; one sequence always takes the decode graph."""
+    model = checkpoints.random_model()
+    session = load(build_bundle(model, precision="int4", target="cpu", prefill_precision="int8"))
+    names = {id(graph): name for name, graph in session.runner.graphs.items()}
+
+    def time_steps(step: Any, rewind: Any, what: Any) -> list[float]:
+        step_of = getattr(step, "__self__", None)
+        graph = names[id(step_of._graph)] if isinstance(step_of, bench.BatchDecoder) else "decode"
+        return [1.0 if graph == faster else 2.0] * what.repeats
+
+    monkeypatch.setattr(bench, "_time_steps", time_steps)
+    what = bench.plan(64, prefill=[8], contexts=[4], batches=[1, 3], steps=1, repeats=2)
+    report = bench.bench(session, what, provider="cpu", threads=1)
+    one, three = report.decode
+    work = report.workload
+    assert (one.batch, one.graph, three.batch, three.graph) == (1, "decode", 3, faster)
+    assert three.seconds_per_step.median == 1.0
+    assert three.bytes == work.decode_bytes(3, 4, faster) and work.decode_bytes(3, 4, "prefill") > one.bytes
+    assert ("by the prefill graph" in bench_report.table(report)) == (faster == "prefill")
 
 
 # plots
