@@ -220,8 +220,9 @@ def _add_generate(commands: Any) -> None:
     command.add_argument(
         "--lookup",
         type=int,
+        default=0,
         metavar="N",
-        help="guess up to N tokens a step where the text repeats itself: faster, and the same text for every N",
+        help="guess up to N tokens a step where the text repeats itself: faster, and the same text (try 7)",
     )
     _add_session_options(command)
     command.add_argument("--json", action="store_true", help="with --prompt: print text, reason and timing as JSON")
@@ -233,8 +234,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from glm4runtime import SamplingParams
     from glm4runtime.lookup import check_limit
 
-    if arguments.lookup is not None:
-        check_limit(arguments.lookup)
+    check_limit(arguments.lookup)
     if arguments.chat and (arguments.json or arguments.raw):
         raise UserError("--json and --raw go with --prompt, not with --chat")
     if arguments.raw and arguments.system is not None:

@@ -20,7 +20,7 @@ def answer(
     raw: bool,
     system: str | None,
     as_json: bool,
-    lookup: int | None = None,
+    lookup: int = 0,
 ) -> None:
     """Print the text that follows one prompt, as it comes; with ``as_json`` one object at the end."""
     start = time.monotonic()
@@ -35,7 +35,7 @@ def answer(
     _timing(stream, first - start, time.monotonic() - first)
 
 
-def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int | None = None) -> None:
+def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int = 0) -> None:
     """Read questions from standard input and print the answers, until its end; Ctrl-C ends an answer."""
     messages: list[dict[str, Any]] = _system(system)
     prompt = "> " if sys.stdin.isatty() else ""
@@ -88,14 +88,13 @@ def _timing(stream: TextStream, prefill: float, decode: float) -> None:
         f"{generation.completion_tokens} more at {generation.completion_tokens / max(decode, 1e-9):.1f} tok/s"
     )
     guesses = generation.lookup
-    if guesses is not None:
+    if guesses.drafted:
         rates += f" in {guesses.runs} runs, {guesses.accepted} of {guesses.drafted} guesses right"
     print(f"[{rates}, ended by {stream.finish_reason}]", file=sys.stderr)
 
 
 def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> dict[str, Any]:
     guesses = stream.generation.lookup
-    counts = guesses and {"runs": guesses.runs, "drafted": guesses.drafted, "accepted": guesses.accepted}
     return {
         "text": text,
         "finish_reason": stream.finish_reason,
@@ -104,5 +103,5 @@ def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> di
         "completion_tokens": stream.generation.completion_tokens,
         "prefill_seconds": round(prefill, 4),
         "decode_seconds": round(decode, 4),
-        "lookup": counts,
+        "lookup": {"runs": guesses.runs, "drafted": guesses.drafted, "accepted": guesses.accepted},
     }

@@ -65,7 +65,6 @@ def test_greedy_tokens_with_and_without_lookup(prompt: str, step: Session, demo_
     for limit in (0, 1, 2, 3, 7, 15):
         generation = step.generate(prompt, params, lookup=limit)
         assert list(generation) == wanted
-        assert generation.lookup is not None
         accepted.append(generation.lookup.accepted)
     assert accepted[0] == 0 and accepted[-1] > 60
 

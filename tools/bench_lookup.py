@@ -1,4 +1,4 @@
-"""Decoding with prompt lookup beside plain decoding, on a code edit, a summary, and a text that doesn't repeat itself.
+"""Prompt lookup beside plain decoding, on a code edit, a summary, and a text that doesn't repeat itself.
 
     python tools/make_checkpoint.py out/slice --geometry glm-4-9b --layers 10
     glm4export build out/slice -o out/slice-int4 --precision int4 --head-bits 4 --max-seq-len 4096
@@ -6,8 +6,9 @@
 
 The answers are given, not the model's: at each step the next token of the answer takes the place of the chosen one, and
 a guess is accepted where it equals it. So the speed is that of a model which gives these answers, and random weights
-do. Words are tokens, about as GLM-4's tokenizer cuts English. Rounds of both ways are interleaved in one process, and
-medians of the rounds' ratios printed: machines are noisy. What a run over several tokens costs is printed first: it
+do. Words are tokens, about as GLM-4's tokenizer cuts English. "alone" runs every token alone, which plain decoding does
+where the text is new (see glm4runtime/lookup.py). Rounds of the three ways are interleaved in one process, and medians
+of the rounds' ratios printed: machines are noisy. What a run over several tokens costs is printed first: it
 bounds the ratio, and grows where other programs use the machine's arithmetic.
 """
 
@@ -17,7 +18,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,16 @@ def seconds(decode: Callable[[int], np.ndarray], answer: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def plain_and_lookup(session: Session, case: Case, limit: int) -> tuple[float, float, PromptLookup]:
-    """One round: seconds of both ways, and the lookup's counts."""
+def three_ways(session: Session, case: Case, limit: int) -> tuple[float, float, float, PromptLookup]:
+    """One round: seconds alone, plain and with guesses, and the counts of these."""
     (prompt, answer), runner = case, session.runner
     runner.rewind(len(prompt))
-    plain = seconds(runner.decode, answer)
+    alone = seconds(runner.decode, answer)
+    runner.rewind(len(prompt))
+    plain = seconds(PromptLookup(runner, prompt, 0).decode, answer)
     runner.rewind(len(prompt))
     lookup = PromptLookup(runner, prompt, limit)
-    return plain, seconds(lookup.decode, answer), lookup
+    return alone, plain, seconds(lookup.decode, answer), lookup
 
 
 def costs(session: Session, rounds: int) -> dict[int, float]:
@@ -80,6 +83,12 @@ def costs(session: Session, rounds: int) -> dict[int, float]:
             collected.append(time.perf_counter() - start)
     ratios = {width: [a / b for a, b in zip(times[width][1:], times[1][1:], strict=True)] for width in WIDTHS}
     return {width: statistics.median(values) for width, values in ratios.items()}
+
+
+def ratios(values: Iterable[float]) -> str:
+    """Median and range."""
+    found = sorted(values)
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
 
 
 def main() -> None:
@@ -98,17 +107,16 @@ def main() -> None:
         runner.rewind()
         runner.prefill(case[0])
         if name == "code edit":
-            ratios = costs(session, 3 * arguments.rounds)
-            print("cost of a run in runs over one token:", *(f"{width}: {ratios[width]:.2f}" for width in WIDTHS))
-            print("            prompt  answer  plain tok/s  lookup tok/s  ratio (rounds)         runs  right/guessed")
-        rounds = [plain_and_lookup(session, case, arguments.lookup) for _ in range(arguments.rounds)]
-        speedups = [plain / fast for plain, fast, _ in rounds]
-        plain_rate, fast_rate = (len(answer) / statistics.median(r[i] for r in rounds) for i in (0, 1))
-        counts = rounds[-1][2]
+            cost = costs(session, 3 * arguments.rounds)
+            print("cost of a run in runs over one token:", *(f"{width}: {cost[width]:.2f}" for width in WIDTHS))
+            print("            prompt  answer   alone   plain  lookup tok/s   over plain            over alone")
+        rounds = [three_ways(session, case, arguments.lookup) for _ in range(arguments.rounds)]
+        rates = [len(answer) / statistics.median(r[i] for r in rounds) for i in range(3)]
+        over_plain, over_alone = ratios(r[1] / r[2] for r in rounds), ratios(r[0] / r[2] for r in rounds)
+        counts = rounds[-1][3]
         print(
-            f"{name:<10}{len(prompt):8}{len(answer):8}{plain_rate:13.1f}{fast_rate:14.1f}"
-            f"{statistics.median(speedups):7.2f} ({min(speedups):.2f} to {max(speedups):.2f})"
-            f"{counts.runs:13}  {counts.accepted}/{counts.drafted}"
+            f"{name:<10}{len(prompt):8}{len(answer):8}{rates[0]:8.1f}{rates[1]:8.1f}{rates[2]:8.1f}      "
+            f"  {over_plain}    {over_alone}    {counts.accepted} of {counts.drafted} right, {counts.runs} runs"
         )
 
 

@@ -2,7 +2,9 @@
 
     python tools/make_checkpoint.py out/glm-4-9b-2layers --geometry glm-4-9b --layers 2
 
-For benchmarks and for trying a build at full size where the real weights can't be had. There is no tokenizer in it.
+For benchmarks and for trying a build at full size where the real weights can't be had. There is no tokenizer in it
+unless ``--tokenizer`` names a folder to copy one from, say ``glm4export/demo``: then the build can calibrate, and a
+session take text. Fewer tokens than the model's vocabulary are no mistake.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +26,7 @@ from glm4graphs.config import Glm4Config
 from glm4graphs.geometries import GEOMETRIES
 
 EOS = [151329, 151336, 151338]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def config_json(config: Glm4Config) -> dict[str, object]:
@@ -66,12 +70,15 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="glm-4-9b", help="default: %(default)s")
     parser.add_argument("--layers", type=int, help="fewer (or more) layers than the model has")
     parser.add_argument("--shard-size", type=float, default=1.0, metavar="GB", help="default: %(default)s")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="copy the tokenizer's files from there")
     arguments = parser.parse_args()
 
     config = GEOMETRIES[arguments.geometry]
     if arguments.layers:
         config = replace(config, num_hidden_layers=arguments.layers)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES if arguments.tokenizer else ():
+        shutil.copyfile(arguments.tokenizer / name, arguments.out / name)
     shapes = expected_tensors(config)
     groups = list(shards(shapes, int(arguments.shard_size * 1e9)))
     weight_map = {}

@@ -13,9 +13,9 @@ class Generation(Iterator[int]):
     """An iterator over the tokens that follow a prompt.
 
     ``finish_reason`` is None while running, then ``stop`` (a stop token came: ``stop_token``, which is not yielded) or
-    ``length`` (the token limit, or the end of the cache). ``lookup`` counts the runs and guesses of prompt lookup (None
-    without it). One generation at a time: starting another on the same runner takes the cache from this one, whose next
-    read raises RuntimeError.
+    ``length`` (the token limit, or the end of the cache). ``lookup`` counts runs of the decode graph, and guesses. One
+    generation at a time: starting another on the same runner takes the cache from this one, whose next read raises
+    RuntimeError.
     """
 
     def __init__(
@@ -24,16 +24,14 @@ class Generation(Iterator[int]):
         prompt: Sequence[int],
         params: SamplingParams,
         stop: Sequence[int] | None = None,
-        lookup: int | None = None,
+        lookup: int = 0,
     ) -> None:
         """Prefill the prompt now; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens a run,
-        see :mod:`glm4runtime.lookup`; None runs one token at a time. Raises UserError as ``Runner.prefill``, and for
-        a lookup out of range.
+        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, and for a lookup out of range.
         """
-        if lookup is not None:
-            check_limit(lookup)
+        check_limit(lookup)
         self.prompt_tokens = len(prompt)
         self.completion_tokens = 0
         self.finish_reason: str | None = None
@@ -45,8 +43,7 @@ class Generation(Iterator[int]):
         runner.rewind()
         self._epoch = runner.epoch
         self._logits = runner.prefill(prompt)
-        self.lookup = None if lookup is None else PromptLookup(runner, prompt, lookup)
-        self._decode = runner.decode if self.lookup is None else self.lookup.decode
+        self.lookup = PromptLookup(runner, prompt, lookup)
         self._token = -1  # the last one chosen, not yet in the cache
 
     def __next__(self) -> int:
@@ -59,7 +56,7 @@ class Generation(Iterator[int]):
         if self.completion_tokens:
             if self._runner.length == self._runner.max_seq_len:
                 return self._finish("length")
-            self._logits = self._decode(self._token)
+            self._logits = self.lookup.decode(self._token)
         self._token = self._sampler(self._logits)
         if self._token in self._stop:
             self.stop_token = self._token

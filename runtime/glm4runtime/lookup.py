@@ -4,22 +4,25 @@ Where the last few tokens occurred before, what followed them then is a guess at
 token and the guesses costs little more than a run over one, and gives the logits behind each: as long as the next
 token, chosen from its logits like any other, is the one that was guessed, the run's next row is already there.
 
-What is promised: the tokens, greedy or drawn with a seed, are those of ``limit`` 0, which guesses nothing, for every
+What is promised: the tokens, greedy or drawn with a seed, are those of plain decoding, which is ``limit`` 0, for every
 limit and whatever is accepted. Their logits and the cache are equal to the bit. It stands on two things.
 
 1. From two tokens a run on, a row's bits do not depend on what else is in the run. Only a lone token has kernels of its
    own (4-bit MatMulNBits, GroupQueryAttention), which round differently. Measured on ONNX Runtime 1.32's CPU kernels
    (AVX2) in every precision, for step graphs too, and checked by ``tests/test_lookup.py`` and, in fp32,
-   ``tests/test_step_runner.py``; other CPUs, GPUs and TensorRT's engines were not measured.
-2. So whether a token is run alone must not depend on guesses. A token is run alone where the pair that it ends is new
-   to the text, and among others, if need be beside a filler, where the pair occurred before. That is a rule about the
-   text alone, and accepted guesses obey it: each was copied from a place where the same pair stands.
+   ``tests/test_step_runner.py``; such a runner is :attr:`~glm4runtime.runner.Runner.steady`.
+2. So whether a token is run alone must not depend on guesses. A token is run alone where the triple that it ends is new
+   to the text, and among others, if need be beside a filler, where the triple occurred before. That is a rule about the
+   text alone, and accepted guesses obey it: each was copied from a place where the same triple stands. Plain decoding
+   pays for it with a second row where a text repeats itself: by ``tools/bench_lookup.py`` nothing on new prose, and a
+   tenth of its speed on an edit of its own prompt, where guesses gain many times that.
 
-What isn't: decoding without this module runs every token alone, and its logits differ by rounding, as between two
-machines: up to 1e-5 in fp32 and 3e-4 in fp16 on the embedded model. In int8 and int4 rounding moves an activation to
-another quantization step now and then, and logits by 0.1. Of 61 greedy texts of 200 tokens none parted in fp32 and
-fp16, 20 in int8 and 25 in int4, each where the best two logits were within 0.04. Who compares with and without guesses,
-or serves both, takes ``limit`` 0 for without.
+A lone token's logits differ by rounding, as between two machines: up to 1e-5 in fp32 and 3e-4 in fp16 on the embedded
+model. In int8 and int4 rounding moves an activation to another quantization step now and then, and logits by 0.1. So a
+loop over ``Runner.decode``, or another runtime over the same graph, may part from these tokens where the best two
+logits are close: of 61 greedy texts of 200 tokens none did in fp32 and fp16, 20 in int8 and 25 in int4, each within
+0.04. GPUs and TensorRT's engines were not measured: there plain decoding runs every token alone, and guesses keep the
+choice of each token from its logits, and nothing more.
 """
 
 from __future__ import annotations
@@ -35,11 +38,14 @@ __all__ = ["MAX_DRAFT", "NgramIndex", "PromptLookup", "check_limit"]
 
 MAX_DRAFT = MAX_RUN - 1
 # The longest n-gram found decides. The shortest is also what makes a token one that may be run among others.
-_NGRAMS = (4, 3, 2)
+_NGRAMS = (6, 5, 4, 3)
+# Guesses for each token before them that agrees with the place they are copied from. By tools/bench_lookup.py; from a
+# half to one make no more than 3% of difference.
+_TRUST = 2 / 3
 
 
 class NgramIndex:
-    """The tokens so far, and where the last few of them stood before. Constant time a token, about 0.5 kB of memory."""
+    """The tokens so far, and where the last few of them stood before. Constant time a token, about 0.6 kB of memory."""
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
@@ -50,7 +56,7 @@ class NgramIndex:
 
     @property
     def repeats(self) -> bool:
-        """Whether the last two tokens occurred before, in this order."""
+        """Whether the last three tokens occurred before, in this order."""
         return self._match is not None
 
     def push(self, token: int) -> None:
@@ -76,6 +82,16 @@ class NgramIndex:
         start, period = self._match, len(self.tokens) - self._match
         return [self.tokens[start + i % period] for i in range(count)]
 
+    def agreement(self, most: int) -> int:
+        """How many of the last tokens, ``most`` at most, also stand before the place that :meth:`guess` copies from."""
+        if self._match is None:
+            return 0
+        tokens, here, there = self.tokens, len(self.tokens), self._match
+        count = 0
+        while count < min(most, there) and tokens[there - 1 - count] == tokens[here - 1 - count]:
+            count += 1
+        return count
+
 
 class PromptLookup:
     """Stands for a runner's ``decode``, and gets through with fewer runs where the text repeats itself.
@@ -84,12 +100,12 @@ class PromptLookup:
     """
 
     def __init__(self, runner: Runner, prompt: Sequence[int], limit: int) -> None:
-        """prompt: the tokens in the runner's cache. limit: guesses a run at most, 0 to MAX_DRAFT."""
+        """prompt: the tokens in the runner's cache. limit: guesses a run at most, 0 (plain decoding) to MAX_DRAFT."""
         self.runs = self.drafted = self.accepted = 0
         self._runner = runner
         self._index = NgramIndex(prompt)
         self._limit = limit
-        self._size = min(1, limit)  # guesses in the next run
+        self._always_alone = not (limit or runner.steady)
         self._draft: list[int] = []
         self._row = 0  # of the last run's logits: how much of its draft was accepted
         self._rows: np.ndarray  # [1 + len(draft), vocab]
@@ -102,31 +118,29 @@ class PromptLookup:
             self.accepted += 1
             self._runner.accept()
         else:
-            self._adapt()
             self._run(token)
         row: np.ndarray = self._rows[self._row]
         return row
 
-    def _adapt(self) -> None:
-        """Longer drafts after one that was right to its end, shorter ones after one that wasn't.
+    def _guess(self, room: int) -> list[int]:
+        """Guesses for the next run, ``room`` at most: the more, the longer the text agreed with its earlier place.
 
         Lengths are 1, 3, 7, 15: with the token in front that is an even width, and kernels take rows by twos.
         """
-        if not self._draft:
-            return
-        if self._row < len(self._draft):
-            self._size = max(self._size // 2, 1)
-        elif 2 * self._size < self._limit:
-            self._size = 2 * self._size + 1
+        trusted = self._index.agreement(int(MAX_DRAFT / _TRUST) + 1) * _TRUST
+        size = 1
+        while 2 * size + 1 <= min(self._limit, trusted):
+            size = 2 * size + 1
+        return self._index.guess(min(size, self._limit, room))
 
     def _run(self, token: int) -> None:
         runner, self._row, self._draft = self._runner, 0, []
         self.runs += 1
-        if not self._index.repeats:
+        if self._always_alone or not self._index.repeats:
             self._rows = runner.decode(token)[None]
             return
         room = runner.max_seq_len - runner.length - 1
-        self._draft = self._index.guess(min(self._size, room))
+        self._draft = self._guess(room)
         self.drafted += len(self._draft)
         if self._draft:
             self._rows = runner.verify([token, *self._draft])

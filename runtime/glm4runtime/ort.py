@@ -34,6 +34,7 @@ class OrtRunner(Runner):
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
+        self.steady = provider == "cpu"
         self._cache = Cache(manifest.cache, self.max_seq_len, device)
         self._mask = Buffer((1, self.max_seq_len), "int64", device)
         self._mask.write(np.ones((1, self.max_seq_len), np.int64))

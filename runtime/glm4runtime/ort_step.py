@@ -41,6 +41,7 @@ class OrtStepRunner(Runner):
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
+        self.steady = provider == "cpu"
         longest = max(self.prefill_chunk, min(MAX_RUN, manifest.cache.max_seq_len))
         options = provider_options(folder, manifest.cache, provider, longest)
         self._step = open_session(folder / manifest.graphs[STEP].file, provider, threads, options=options)

@@ -24,6 +24,9 @@ class Runner(ABC):
     The logits returned are the session's own buffer, overwritten by the next call.
     """
 
+    #: Whether the bits of a row do not depend on the run it is in, from two tokens a run on: see glm4runtime.lookup.
+    steady = False
+
     def __init__(self, manifest: Manifest, *, max_seq_len: int | None, prefill_chunk: int) -> None:
         """max_seq_len: tokens that the sequence may have, at most the bundle's, its default. prefill_chunk: prompt
         tokens a run, at least 1. Raises UserError for a max_seq_len out of range.

@@ -71,19 +71,18 @@ class Session:
         return ChatTemplate.from_folder(self.folder)
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int | None = None
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int = 0
     ) -> Generation:
         """Token ids that follow a prompt given as text or token ids; see :class:`Generation`.
 
         lookup: guess up to this many tokens a run (0 to 15; 7 is a good number) where the text repeats itself: faster,
-        and the same tokens for every number, 0 included. None runs one token at a time, which rounds differently: see
-        :mod:`glm4runtime.lookup`.
+        and the same tokens, see :mod:`glm4runtime.lookup`.
         """
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return Generation(self.runner, tokens, params or SamplingParams(), lookup=lookup)
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int | None = None
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int = 0
     ) -> TextStream:
         """Text that follows a prompt, piece by piece; arguments as :meth:`generate`."""
         return TextStream(self.tokenizer, self.generate(prompt, params, lookup=lookup))
@@ -94,13 +93,13 @@ class Session:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        lookup: int | None = None,
+        lookup: int = 0,
     ) -> TextStream:
         """The assistant's answer to a conversation, piece by piece.
 
         messages: dicts with ``role`` and ``content``; tools: OpenAI-style function descriptions; lookup: as
-        :meth:`generate`. Where the stream's
-        ``stop_text`` is ``<|observation|>``, the text is a tool call: see :func:`glm4runtime.chat.parse_tool_calls`.
+        :meth:`generate`. Where the stream's ``stop_text`` is ``<|observation|>``, the text is a tool call: see
+        :func:`glm4runtime.chat.parse_tool_calls`.
         """
         prompt = self.template.render(messages, tools)
         return self.stream(prompt, params, lookup=lookup)
