@@ -135,7 +135,8 @@ def _add_build(commands: Any) -> None:
 def _build(arguments: argparse.Namespace) -> int:
     require_flavour(arguments)
     from glm4export.checkpoint import locate
-    from glm4export.compile import BuildOptions, build, detect_target
+    from glm4export.compile import build, detect_target
+    from glm4export.options import BuildOptions
     from glm4export.progress import byte_bar, stage
 
     location = locate(arguments.model, revision=arguments.revision, token=arguments.token)

@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +23,12 @@ from glm4export.config import ConfigError, read_config, read_token_ids
 from glm4export.genai import FILE as GENAI_CONFIG
 from glm4export.genai import genai_config
 from glm4export.observe import linears
+from glm4export.options import BuildOptions
 from glm4export.output import new_bundle, require_space
 from glm4export.passes.quantize_linears import scheme_of
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
-from glm4export.skeleton import DTYPE_NAMES, Formats, Fp16Scales, Skeleton
+from glm4export.skeleton import DTYPE_NAMES, Fp16Scales, Skeleton
 from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.trace import trace
@@ -49,11 +49,6 @@ from glm4runtime.contract import (
     sha256_of,
 )
 
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
-CALIBRATED = ("fp8",)  # precisions that can't be built without a text
-CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
-TARGETS = ("cpu", "cuda", "tensorrt")
-
 BRANCH_SCALE = 2.0**-7  # takes a branch output of 1e6 to 7.8e3 and leaves ordinary ones clear of fp16's subnormals
 _FP16_HEADROOM = 2.0**15  # half of fp16's range: what the bound on the residual stream may reach
 
@@ -64,123 +59,6 @@ class Bar(Protocol):
     """A progress display over so many bytes."""
 
     def __call__(self, total: int, what: str = ...) -> AbstractContextManager[Progress]: ...
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build. ``max_seq_len`` None means the most positions the model was made for."""
-
-    precision: str = "fp16"
-    target: str = "cpu"
-    max_seq_len: int | None = None
-    simplify: bool = True
-    block_size: int = 128
-    symmetric: bool = True
-    head_bits: int = 8
-    embedding_bits: int = 16
-    prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
-    kv_cache: str | None = None  # one of CACHES; None: the dtype that attention computes in
-    calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
-    attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
-
-    def __post_init__(self) -> None:
-        if (self.target, self.precision) not in passes.PIPELINES:
-            possible = ", ".join(precision for target, precision in passes.PIPELINES if target == self.target)
-            raise UserError(
-                f"--precision {self.precision} does not run on --target {self.target}; it runs {possible}. "
-                "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the bf16 checkpoint"
-            )
-        if self.prefill_precision is not None and (self.target != "cpu" or self.formats is None):
-            raise UserError(
-                f"--prefill-precision {self.prefill_precision} goes with --target cpu and --precision int8 or int4, "
-                f"not with {self.target} and {self.precision}"
-            )
-        if self.kv_cache is not None:
-            self._check_cache(self.kv_cache)
-        if self.calibrate is not None and self.formats is None and self.cache_dtype != "int8":
-            raise UserError(
-                "--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: "
-                f"{self.precision} with a {self.cache_dtype} cache has nothing to calibrate"
-            )
-        if self.precision in CALIBRATED and self.calibrate is None:
-            raise UserError(
-                f"--precision {self.precision} needs --calibrate FILE, a text like the model's use: activations are "
-                "scaled by what they reach on it"
-            )
-        if self.target == TENSORRT and self.formats is not None:
-            self._check_qdq()
-        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in passes.PLUGIN):
-            raise UserError(
-                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(passes.PLUGIN)}, "
-                f"not with {self.target} and {self.precision}"
-            )
-
-    def _check_qdq(self) -> None:
-        """What TensorRT's DequantizeLinear leaves of the quantized formats."""
-        if not self.symmetric:
-            raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
-        if self.embedding_bits != 16:
-            raise UserError(
-                f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
-                "quantized table; leave it at 16"
-            )
-        if self.calibrate is not None and self.precision == "int8":
-            raise UserError(
-                "--calibrate does not go with --precision int8 on --target tensorrt, where weights have one scale a "
-                "channel and lose too little to be worth it; leave it out, or build int4"
-            )
-
-    def _check_cache(self, wanted: str) -> None:
-        if CACHES.get(wanted) not in ("int8", self.compute_name):
-            raise UserError(
-                f"--kv-cache {wanted} does not go with --precision {self.precision} on --target {self.target}: "
-                f"attention computes in {self.compute_name} there, and onnxruntime's kernel keeps the cache in that "
-                "dtype or in int8 (another float it would convert whole, at every step); "
-                "leave --kv-cache out, or give int8"
-            )
-        if wanted != "int8":
-            return
-        if self.target == TENSORRT:
-            raise UserError(
-                "--kv-cache int8 does not go with --target tensorrt, whose builds have no such cache yet; leave it out"
-            )
-        if not takes_int8_cache(self.target, self.precision):
-            raise UserError(
-                "--kv-cache int8 does not go with --precision fp32 on --target cuda: onnxruntime's CUDA attention "
-                "computes in fp16 or bf16; build --precision fp16"
-            )
-        if self.calibrate is None:
-            raise UserError(
-                "--kv-cache int8 needs --calibrate FILE: a text like the model's use, from which every channel of the "
-                "cache gets its scale"
-            )
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of activations: quantized weights are used with fp32 on a CPU, with fp16 elsewhere."""
-        if self.precision == "bf16":
-            return torch.bfloat16
-        wide = self.precision == "fp32" or (self.precision != "fp16" and self.target == "cpu")
-        return torch.float32 if wide else torch.float16
-
-    @property
-    def compute_name(self) -> str:
-        """The same in ONNX's spelling, such as ``float16``."""
-        return str(self.compute_dtype).removeprefix("torch.")
-
-    @property
-    def cache_dtype(self) -> str:
-        """The dtype of the KV cache in ONNX's spelling."""
-        return self.compute_name if self.kv_cache is None else CACHES[self.kv_cache]
-
-    @property
-    def formats(self) -> Formats | None:
-        """How weights are stored; None where they are stored as they're computed with."""
-        if self.precision not in ("fp8", "int8", "int4"):
-            return None
-        bits = 4 if self.precision == "int4" else 8
-        qdq = self.target == TENSORRT
-        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
 
 
 class Engines(Protocol):
@@ -322,11 +200,6 @@ def _reader(
         with stage("calibrate"), bar(total, "calibrate") as progress:
             calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
         yield calibrated
-
-
-def takes_int8_cache(target: str, precision: str) -> bool:
-    """Whether attention can keep an int8 cache there: CUDA's in onnxruntime computes in fp16 and bf16 only."""
-    return target != TENSORRT and (target, precision) != ("cuda", "fp32")
 
 
 def detect_target() -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.checkpoint import expected_tensors
-from glm4export.compile import CALIBRATED, BuildOptions, sequence_limit, takes_int8_cache
+from glm4export.compile import sequence_limit
+from glm4export.options import CALIBRATED, BuildOptions
 from glm4export.passes import PIPELINES
 from glm4export.passes.quantize_linears import SCALE_DTYPE
 from glm4export.quantize import block_for
@@ -66,7 +67,7 @@ def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
                 "longest_sequence_here": max(0, min(positions, int(left // token))),
             }
 
-        int8 = cache("int8") if takes_int8_cache(target, precision) else None
+        int8 = cache("int8") if target != TENSORRT else None
         precisions[precision] = {"weight_bytes": weights, **cache(options.cache_dtype), "int8_cache": int8}
     return {
         "parameters": parameters(config),

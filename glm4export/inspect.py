@@ -86,6 +86,8 @@ def model_text(name: str, facts: dict[str, Any]) -> str:
         sizes = [_bytes(row[key]) for key in ("weight_bytes", "cache_bytes_per_token", "cache_bytes_at_full_length")]
         lines.append(f"  {precision:<10}{sizes[0]:>10}{sizes[1]:>15}{sizes[2]:>16}{fits:>22}")
     small = {precision: row["int8_cache"] for precision, row in facts["precisions"].items() if row["int8_cache"]}
+    if not small:
+        return "\n".join(lines)
     size = next(iter(small.values()))
     fit = ", ".join(f"{precision} {_fits(row, positions)}" for precision, row in small.items())
     lines.append(

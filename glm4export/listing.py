@@ -8,8 +8,9 @@ import onnx_ir as ir
 import torch
 
 from glm4export.checkpoint import CONFIG, Checkpoint, locate
-from glm4export.compile import CALIBRATED, BuildOptions, compile_graph, fp16_scales
+from glm4export.compile import compile_graph, fp16_scales
 from glm4export.config import read_config
+from glm4export.options import CALIBRATED, BuildOptions
 from glm4export.passes import PIPELINES
 from glm4export.skeleton import Skeleton
 from glm4runtime.contract import graph_names

@@ -22,6 +22,7 @@ import torch
 
 from glm4export import cli, compile, output, progress
 from glm4export.config import read_config
+from glm4export.options import BuildOptions
 from glm4runtime.contract import Manifest, graph_names
 
 
@@ -119,7 +120,7 @@ def main() -> int:
     compile.compile_graph = functools.cache(compile.compile_graph)  # type: ignore[assignment]
     config = read_config(Path(sys.argv[1]) / "config.json")
     for name in graph_names("cpu"):
-        options = compile.BuildOptions("fp32", "cpu")
+        options = BuildOptions("fp32", "cpu")
         compile.compile_graph(config, name, options, max_seq_len=config.max_position_embeddings, scales=None)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -11,7 +11,8 @@ import pytest
 from transformers import Glm4ForCausalLM
 
 from glm4export.checkpoint import Location, locate
-from glm4export.compile import BuildOptions, build
+from glm4export.compile import build
+from glm4export.options import BuildOptions
 from glm4export.tensorrt.flavour import TENSORRT_RTX
 from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm4export.compile import BuildOptions, ConfigError, detect_target, sequence_limit
+from glm4export.compile import ConfigError, detect_target, sequence_limit
 from glm4export.config import read_config
+from glm4export.options import BuildOptions
 from glm4runtime import SamplingParams, UserError, load
 from glm4runtime.contract import read_manifest
 
@@ -104,3 +105,11 @@ def test_bf16_is_built_for_cuda_and_refused_for_cpu_with_the_remedy(build_bundle
         UserError, match=r"bf16 does not run on --target cpu; it runs fp32, fp16, int8, int4\..*build fp32"
     ):
         BuildOptions("bf16", "cpu")
+
+
+def test_fp32_is_refused_for_cuda_whose_attention_kernel_has_none() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"fp32 does not run on --target cuda; it runs fp16, bf16, int8, int4\. .*build bf16",
+    ):
+        BuildOptions("fp32", "cuda")

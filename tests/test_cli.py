@@ -534,5 +534,11 @@ def test_inspect_tells_what_a_model_will_take(source: Path, capsys: pytest.Captu
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
     assert facts["precisions"].keys() == {"fp32", "fp16", "int8", "int4"}  # no bf16 on a CPU
     assert facts["precisions"]["fp32"]["longest_sequence_here"] == facts["max_positions"] == 64
-    assert cli.main(["inspect", str(source), "--target", "cpu"]) == 0
-    assert "fits here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt"])
+def test_inspect_shows_a_model_for_every_target(target: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(source), "--target", target]) == 0
+    shown = capsys.readouterr().out
+    assert f"for {target}, on this machine" in shown and "fits here" in shown
+    assert ("with --kv-cache int8" in shown) is (target != "tensorrt")

@@ -13,8 +13,8 @@ import torch
 from transformers import Glm4ForCausalLM
 
 from glm4export.checkpoint import locate
-from glm4export.compile import BuildOptions
 from glm4export.config import read_config
+from glm4export.options import BuildOptions
 from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.compile import BuildOptions
 from glm4export.config import read_config
 from glm4export.estimate import cache_bytes_per_token, parameters, weight_bytes
+from glm4export.options import BuildOptions
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.verify import kl_divergence, verify
 from glm4runtime import Session, load

@@ -14,10 +14,10 @@ from transformers import Glm4ForCausalLM
 
 from glm4export.calibrate import token_sequences
 from glm4export.checkpoint import Checkpoint, locate
-from glm4export.compile import BuildOptions
 from glm4export.config import read_config
 from glm4export.estimate import weight_bytes
 from glm4export.observe import observe
+from glm4export.options import BuildOptions
 from glm4export.quantize import Scheme, dequantize, quantize
 from glm4export.verify import PROMPTS, kl_divergence
 from glm4runtime.contract import UserError, read_manifest

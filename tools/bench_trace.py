@@ -11,7 +11,8 @@ import argparse
 import resource
 import time
 
-from glm4export.compile import BuildOptions, compile_graph
+from glm4export.compile import compile_graph
+from glm4export.options import BuildOptions
 from glm4export.skeleton import Fp16Scales
 from glm4graphs.geometries import GEOMETRIES
 from glm4runtime.contract import graph_names

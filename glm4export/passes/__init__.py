@@ -63,7 +63,6 @@ PLUGIN: dict[str, tuple[Pass, ...]] = {
 PIPELINES: dict[tuple[str, str], tuple[Pass, ...]] = {
     ("cpu", "fp32"): ORT_FP32,
     ("cpu", "fp16"): ORT_FP16,
-    ("cuda", "fp32"): ORT_FP32,
     ("cuda", "fp16"): ORT_FP16,
     ("cuda", "bf16"): ORT_FP32,  # bf16 has fp32's range: nothing to rescale
     **{("cpu", precision): ORT_INT_FP32 for precision in ("int8", "int4")},  # CPU kernels take fp32 activations
