@@ -15,7 +15,7 @@ limit and whatever is accepted. Their logits and the cache are equal to the bit.
    to the text, and among others, if need be beside a filler, where the triple occurred before. That is a rule about the
    text alone, and accepted guesses obey it: each was copied from a place where the same triple stands. Plain decoding
    pays for it with a second row where a text repeats itself: by ``tools/bench_lookup.py`` nothing on new prose, and a
-   tenth of its speed on an edit of its own prompt, where guesses gain many times that.
+   sixth of its speed on an edit or a summary that copies, where guesses more than double it.
 
 A lone token's logits differ by rounding, as between two machines: up to 1e-5 in fp32 and 3e-4 in fp16 on the embedded
 model. In int8 and int4 rounding moves an activation to another quantization step now and then, and logits by 0.1. So a
