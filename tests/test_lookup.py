@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from glm4export import cli
 from glm4export.checkpoint import locate
 from glm4runtime import Generation, SamplingParams, Session, UserError, load
-from glm4runtime.lookup import MAX_DRAFT, NgramIndex
+from glm4runtime.lookup import MAX_DRAFT, NgramIndex, PromptLookup
 from glm4runtime.ort import MAX_RUN, OrtRunner
 from glm4runtime.sampling import Sampler
 
@@ -231,6 +231,28 @@ def test_guesses_are_accepted_and_save_runs(sessions: dict[str, Session]) -> Non
         list(generation)
         counts.append((name, generation.lookup.runs, generation.lookup.accepted))
     assert sum(accepted for _, _, accepted in counts) > sum(runs for _, runs, _ in counts)
+
+
+@pytest.mark.parametrize(("steady", "lookup", "widths"), [(True, 0, {1, 2}), (False, 0, {1}), (False, 7, {1, 2, 4, 8})])
+def test_how_many_tokens_a_run_has(
+    steady: bool, lookup: int, widths: set[int], sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses are 1, 3 or 7, the more text agrees; without them, only a steady runner pairs a token with a filler."""
+    session = sessions["gqa"]
+    runner, seen = session.runner, set()
+    runner.max_seq_len = session.manifest.cache.max_seq_len
+    decode, verify = runner.decode, runner.verify
+    monkeypatch.setattr(runner, "steady", steady)
+    monkeypatch.setattr(runner, "decode", lambda token: (seen.add(1), decode(token))[1])
+    monkeypatch.setattr(runner, "verify", lambda tokens, **start: (seen.add(len(tokens)), verify(tokens, **start))[1])
+    runner.rewind()
+    period = [5, 6, 7, 8, 9]
+    runner.prefill(period)
+    text = PromptLookup(runner, period, lookup)
+    for token in period * 8:
+        text.decode(token)
+    assert seen == widths
+    assert (text.accepted > 0) is (lookup > 0)
 
 
 def test_listed_prompts_are_answered_the_same(demo: Session) -> None:
