@@ -1,23 +1,22 @@
-"""Prompt lookup gives the tokens of plain decoding, whatever is guessed and however much of it is right."""
+"""Prompt lookup: its index, the tokens it gives, and what an interrupt leaves of it. See test_invariance for bits."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4export import cli
 from glm4export.checkpoint import locate
 from glm4runtime import Generation, SamplingParams, Session, UserError, load
 from glm4runtime.lookup import MAX_DRAFT, NgramIndex, PromptLookup
-from glm4runtime.ort import MAX_RUN, OrtRunner
-from glm4runtime.sampling import Sampler
+from glm4runtime.runner import MAX_RUN
 
 from . import checkpoints
 from .conftest import Build
@@ -27,6 +26,7 @@ REPEATING = "the whale and the sea and the whale and the sea and the whale and"
 MODELS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mqa, odd sizes": {"num_key_value_heads": 1, "hidden_size": 72, "intermediate_size": 100, "vocab_size": 31},
+    "one vocabulary": {"vocab_size": 13},
     "gelu, one layer": {"num_hidden_layers": 1, "hidden_act": "gelu", "vocab_size": 13, "head_dim": 16},
 }
 # Which weights a precision stores in which format is the build's matter; here every kernel of decoding gets its turn.
@@ -79,7 +79,6 @@ def naive_agreement(tokens: list[int], most: int) -> int:
 def test_index_finds_the_last_occurrence_of_the_longest_ngram(tokens: list[int], count: int, most: int) -> None:
     index = NgramIndex(tokens)
     assert index.guess(count) == naive_guess(tokens, count)
-    assert index.repeats == bool(naive_guess(tokens, 1))
     assert index.agreement(most) == naive_agreement(tokens, most)
     grown = NgramIndex(tokens[:10])
     for token in tokens[10:]:
@@ -87,164 +86,18 @@ def test_index_finds_the_last_occurrence_of_the_longest_ngram(tokens: list[int],
     assert grown.guess(count) == index.guess(count)
 
 
-# The kernels: what the promise stands on
-
-
-def cache_bytes(runner: OrtRunner) -> list[bytes]:
-    """The cache's valid rows, every layer."""
-    return [buffer.array[:, :, : runner.length].tobytes() for buffer in runner._cache._buffers.values()]
-
-
-def run_in_groups(runner: OrtRunner, prompt: list[int], tokens: list[int], rng: np.random.Generator | None) -> Any:
-    """Logits behind each token and the cache, the tokens run in random groups with junk behind; None: in pairs."""
-    runner.rewind()
-    runner.prefill(prompt)
-    rows: list[np.ndarray] = []
-    while len(rows) < len(tokens):
-        width = 2 if rng is None else int(rng.integers(2, MAX_RUN + 1))
-        kept = 1 if rng is None else int(rng.integers(1, width + 1))
-        run = tokens[len(rows) : len(rows) + kept]
-        junk = [7] * (width - len(run)) if rng is None else rng.integers(0, 13, width - len(run)).tolist()
-        rows.extend(runner.verify([*run, *junk])[: len(run)].copy())
-        for _ in run:
-            runner.accept()
-    return np.stack(rows), cache_bytes(runner)
-
-
-def check_groups(runner: OrtRunner, prompt: list[int], tokens: list[int]) -> None:
-    wanted, wanted_cache = run_in_groups(runner, prompt, tokens, None)
-    for seed in range(3):
-        rows, cache = run_in_groups(runner, prompt, tokens, np.random.default_rng(seed))
-        assert np.array_equal(rows, wanted) and cache == wanted_cache
-    runner.rewind()
-    runner.prefill(prompt)
-    alone = np.stack([runner.decode(token).copy() for token in tokens])
-    assert np.abs(alone - wanted).max() < 0.5  # the same function, other rounding
-
-
-def test_a_row_has_the_same_bits_in_every_run_of_two_or_more(demo: Session) -> None:
-    text = demo.tokenizer.encode((locate(None).folder / "heldout.txt").read_text(encoding="utf-8"))
-    for length in (5, 130, 380):
-        check_groups(demo.runner, text[:length], text[length : length + 40])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_same_in_random_geometries(name: str, sessions: dict[str, Session]) -> None:
-    tokens = np.random.default_rng(3).integers(0, 13, 40).tolist()
-    check_groups(sessions[name].runner, tokens[:6], tokens[6:30])
-
-
 # Generation
 
 
-@dataclasses.dataclass
-class Outcome:
-    tokens: list[int]
-    rows: list[bytes]  # the logits that each token, and a stop token, was chosen from
-    finish_reason: str | None
-    stop_token: int | None
-    length: int
-    cache: list[bytes]
-
-
-def outcome(session: Session, prompt: list[int], params: SamplingParams, lookup: int) -> Outcome:
-    generation = session.generate(prompt, params, lookup=lookup)
-    tokens, rows = [], []
-    for token in generation:
-        tokens.append(token)
-        rows.append(generation._logits.tobytes())
-        assert session.runner.length == len(prompt) + len(tokens) - 1  # never ahead of what was read
-    if generation.stop_token is not None:
-        rows.append(generation._logits.tobytes())
-    assert generation.lookup.runs + generation.lookup.accepted == session.runner.length - len(prompt)
-    assert generation.lookup.accepted <= generation.lookup.drafted <= lookup * generation.lookup.runs
-    reason, stop = generation.finish_reason, generation.stop_token
-    return Outcome(tokens, rows, reason, stop, session.runner.length, cache_bytes(session.runner))
-
-
-def plain(session: Session, prompt: list[int], params: SamplingParams) -> Outcome:
-    """Decoding without drafts, written out: a token runs alone, or beside a filler where its triple occurred before."""
-    runner, sampler = session.runner, Sampler(params, session.manifest.vocab_size)
-    runner.rewind()
-    logits, text, rows, reason, stop = runner.prefill(prompt), list(prompt), [], "length", None
-    while len(rows) < params.max_new_tokens:
-        if rows:
-            triple, end = text[-3:], runner.length
-            if end == runner.max_seq_len:
-                break
-            if len(text) < 3 or triple not in (text[i : i + 3] for i in range(len(text) - 3)):
-                logits = runner.decode(text[-1])
-            elif end + 1 < runner.max_seq_len:
-                logits = runner.verify([text[-1], 0])[0]
-                runner.accept()
-            else:
-                logits = runner.verify(triple[1:], start=end - 1)[1]
-                runner.accept()
-        token = sampler(logits)
-        rows.append(logits.tobytes())
-        if token in session.manifest.tokens.eos:
-            reason, stop = "stop", token
-            break
-        text.append(token)
-    return Outcome(text[len(prompt) :], rows, reason, stop, runner.length, cache_bytes(runner))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(sorted(MODELS)),
-    pattern=st.lists(st.integers(2, 12), min_size=1, max_size=5),
-    times=st.integers(1, 4),
-    noise=st.lists(st.integers(2, 12), max_size=3),
-    lookup=st.integers(0, MAX_DRAFT),
-    limit=st.integers(1, 45),
-    max_seq_len=st.integers(24, 64),
-    temperature=st.sampled_from([0.0, 0.0, 0.4, 2.0]),
-    seed=st.integers(0, 5),
-)
-def test_same_tokens_logits_cache_and_end_as_without_drafts(
-    name: str,
-    pattern: list[int],
-    times: int,
-    noise: list[int],
-    lookup: int,
-    limit: int,
-    max_seq_len: int,
-    temperature: float,
-    seed: int,
-    sessions: dict[str, Session],
-) -> None:
-    session = sessions[name]
-    prompt = [*pattern * times, *noise, *pattern]  # 28 tokens at most
-    params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=limit)
-    # The cache's buffers keep their size; what ends a generation is this number.
-    session.runner.max_seq_len = max(max_seq_len, len(prompt))
-    wanted = plain(session, prompt, params)
-    assert outcome(session, prompt, params, lookup) == wanted
-    assert outcome(session, prompt, params, 0) == wanted
-
-
-def test_guesses_are_accepted_and_save_runs(sessions: dict[str, Session]) -> None:
-    counts = []
-    for name, session in sessions.items():
-        session.runner.max_seq_len = session.manifest.cache.max_seq_len
-        generation = session.generate([5, 6, 7, 8] * 3, SamplingParams(max_new_tokens=50), lookup=MAX_DRAFT)
-        list(generation)
-        counts.append((name, generation.lookup.runs, generation.lookup.accepted))
-    assert sum(accepted for _, _, accepted in counts) > sum(runs for _, runs, _ in counts)
-
-
-@pytest.mark.parametrize(("steady", "lookup", "widths"), [(True, 0, {1, 2}), (False, 0, {1}), (False, 7, {1, 2, 4, 8})])
+@pytest.mark.parametrize(("lookup", "widths"), [(0, {1}), (1, {1, 2}), (7, {1, 2, 4, 8})])
 def test_how_many_tokens_a_run_has(
-    steady: bool, lookup: int, widths: set[int], sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
+    lookup: int, widths: set[int], sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guesses are 1, 3 or 7, the more text agrees; without them, only a steady runner pairs a token with a filler."""
-    session = sessions["gqa"]
-    runner, seen = session.runner, set()
-    runner.max_seq_len = session.manifest.cache.max_seq_len
+    """Guesses are 1, 3 or 7, the more text agrees; a token without guesses runs alone."""
+    runner, seen = sessions["gqa"].runner, set()
     decode, verify = runner.decode, runner.verify
-    monkeypatch.setattr(runner, "steady", steady)
     monkeypatch.setattr(runner, "decode", lambda token: (seen.add(1), decode(token))[1])
-    monkeypatch.setattr(runner, "verify", lambda tokens, **start: (seen.add(len(tokens)), verify(tokens, **start))[1])
+    monkeypatch.setattr(runner, "verify", lambda tokens: (seen.add(len(tokens)), verify(tokens))[1])
     runner.rewind()
     period = [5, 6, 7, 8, 9]
     runner.prefill(period)
@@ -252,7 +105,17 @@ def test_how_many_tokens_a_run_has(
     for token in period * 8:
         text.decode(token)
     assert seen == widths
-    assert (text.accepted > 0) is (lookup > 0)
+    assert (text.counts.accepted > 0) is (lookup > 0)
+    assert text.counts.runs + text.counts.accepted == 40
+
+
+def test_guesses_are_accepted_and_save_runs(sessions: dict[str, Session]) -> None:
+    counts = []
+    for session in sessions.values():
+        generation = session.generate([5, 6, 7, 8] * 3, SamplingParams(max_new_tokens=50), lookup=MAX_DRAFT)
+        list(generation)
+        counts.append(generation.lookup)
+    assert sum(count.accepted for count in counts) > sum(count.runs for count in counts)
 
 
 def test_listed_prompts_are_answered_the_same(demo: Session) -> None:
@@ -266,17 +129,74 @@ def test_listed_prompts_are_answered_the_same(demo: Session) -> None:
             next(plain_stream)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_text_that_repeats_itself(temperature: float, demo: Session) -> None:
-    prompt = demo.tokenizer.encode(REPEATING)
-    params = SamplingParams(max_new_tokens=150, temperature=temperature, seed=11)
-    wanted = plain(demo, prompt, params)
-    for lookup in (0, 1, 7, 8, MAX_DRAFT):
-        assert outcome(demo, prompt, params, lookup) == wanted
-    generation = demo.generate(prompt, params, lookup=7)
-    count = sum(1 for _ in generation)
-    assert temperature or generation.lookup.runs < count / 2
-    assert wanted.tokens == list(demo.generate(prompt, params))
+# Interrupts
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at one line of the runtime's own code, while it is entered."""
+
+    def __init__(self, at: int) -> None:
+        self.lines, self._at = 0, at
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: Any, event: str, arg: Any) -> Any:
+        # not at the line behind the one that was interrupted: a second Ctrl-C within microseconds is not meant
+        return self._line if "glm4runtime" in frame.f_code.co_filename else None
+
+    def _line(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.lines += 1
+            if self.lines == self._at:
+                raise KeyboardInterrupt
+        return self._line
+
+
+def read_interrupted(session: Session, prompt: list[int], params: SamplingParams, lookup: int, at: int) -> list[int]:
+    """The tokens of a generation whose reads are interrupted once, at line ``at`` of the runtime's code."""
+    generation, tokens = session.generate(prompt, params, lookup=lookup), []
+    with Interrupt(at) as interrupt:
+        while generation.finish_reason is None:
+            try:
+                tokens.extend([token] if (token := next(generation, None)) is not None else [])
+            except KeyboardInterrupt:
+                continue
+    assert interrupt.lines >= at, "the generation was over before"
+    assert generation.completion_tokens == len(tokens)
+    assert generation.lookup.runs + generation.lookup.accepted == session.runner.length - len(prompt)
+    return tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("lookup", [0, 7])
+@pytest.mark.parametrize("kind", ["graphs", "step"])
+def test_an_interrupted_read_changes_nothing(
+    kind: str, lookup: int, temperature: float, interrupted: dict[str, Session]
+) -> None:
+    session = interrupted[kind]
+    params = SamplingParams(temperature=temperature, seed=3, max_new_tokens=14)
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    wanted = list(session.generate(prompt, params, lookup=lookup))
+    with Interrupt(0) as count:
+        list(session.generate(prompt, params, lookup=lookup))
+    every = max(1, count.lines // 150)
+    for at in range(1, count.lines // 2, every):
+        assert read_interrupted(session, prompt, params, lookup, at) == wanted
+
+
+@pytest.fixture(scope="module")
+def interrupted(build_bundle: Build) -> dict[str, Session]:
+    """An invariant session on prefill and decode graphs, and one on a step graph, in fp32."""
+    model = checkpoints.random_model(eos_token_id=[1], vocab_size=13)
+    return {
+        kind: load(build_bundle(model, precision="fp32", target=target), provider="cpu", invariant=True)
+        for kind, target in (("graphs", "cpu"), ("step", "tensorrt"))
+    }
 
 
 # Mistakes
@@ -288,17 +208,14 @@ def test_lookup_out_of_range(lookup: Any, sessions: dict[str, Session]) -> None:
         Generation(sessions["gqa"].runner, [5, 6], SamplingParams(), lookup=lookup)
 
 
-def test_verify_and_accept_out_of_order(sessions: dict[str, Session]) -> None:
-    runner = sessions["gqa"].runner
-    runner.max_seq_len = 12
-    runner.rewind()
+def test_verify_and_accept_out_of_order(build_bundle: Build) -> None:
+    bundle = build_bundle(checkpoints.random_model(vocab_size=13), precision="fp32", target="cpu")
+    runner = load(bundle, max_seq_len=12).runner
     runner.prefill([5, 6, 7])
     with pytest.raises(ValueError, match="accept: no verified token is left"):
         runner.accept()
-    with pytest.raises(ValueError, match=f"verify: {MAX_RUN + 1} tokens from 3"):
+    with pytest.raises(ValueError, match=f"verify: {MAX_RUN + 1} tokens, expected 1 to {MAX_RUN}"):
         runner.verify([5] * (MAX_RUN + 1))
-    with pytest.raises(ValueError, match="verify: 1 tokens from 4"):
-        runner.verify([5], start=4)
     with pytest.raises(UserError, match="no room for 10 tokens behind 3: it holds 12"):
         runner.verify([5] * 10)
     runner.verify([5, 6])
@@ -306,6 +223,56 @@ def test_verify_and_accept_out_of_order(sessions: dict[str, Session]) -> None:
     runner.decode(6)
     with pytest.raises(ValueError, match="accept"):
         runner.accept()
+
+
+BAD_IDS: list[tuple[Any, str]] = [
+    ([5, -1], "token id -1 is not a whole number in 0..12"),
+    ([5, 13], "token id 13 is not a whole number in 0..12"),
+    ([5, 2**70], f"token id {2**70} is not a whole number in 0..12"),
+    ([5, 6.0], "token id 6.0 is not a whole number"),
+    ([5, float("nan")], "token id nan is not a whole number"),
+    ([5, "6"], "token id '6' is not a whole number"),
+    ([True, 5], "token id True is not a whole number"),
+    ([5, None], "token id None is not a whole number"),
+    ([[5, 6]], r"token id \[5, 6\] is not a whole number"),
+    (np.array([5.0]), "token id 5.0|token id np.float64"),
+    (np.array([[5, 6]]), r"token id array\(\[5, 6\]\) is not a whole number"),
+    (np.array([5, 13]), "token id 13 is not a whole number"),
+    (np.array([True]), "token id np.True_ is not a whole number"),
+    (b"ab", "the prompt is b'ab', expected a sequence of token ids"),
+    (7, "the prompt is 7, expected a sequence of token ids"),
+    ({5, 6}, "the prompt is {5, 6}, expected a sequence"),
+    ([], "the prompt is empty"),
+    ([5] * 65, "the prompt needs 65 tokens, the cache holds 64"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_IDS, ids=lambda value: str(value)[:20])
+def test_a_refused_prompt_does_not_end_the_generation_under_way(
+    prompt: Any, message: str, build_bundle: Build, sessions: dict[str, Session]
+) -> None:
+    session = sessions["one vocabulary"]
+    params = SamplingParams(max_new_tokens=12)
+    wanted = list(session.generate([5, 6, 7], params))
+    generation = session.generate([5, 6, 7], params)
+    tokens = [next(generation) for _ in range(4)]
+    with pytest.raises(UserError, match=message):
+        session.generate(prompt, params)
+    with pytest.raises(UserError, match="lookup: expected"):
+        session.generate([5], params, lookup=99)
+    assert [*tokens, *generation] == wanted
+    assert list(session.generate(np.array([5, 6, 7], np.uint8), params)) == wanted
+
+
+@pytest.mark.parametrize("token", [-1, 13, 5.0, "5", True])
+def test_a_token_outside_the_vocabulary(token: Any, sessions: dict[str, Session]) -> None:
+    runner = sessions["one vocabulary"].runner
+    runner.rewind()
+    runner.prefill([5])
+    for run in (runner.decode, lambda token: runner.verify([6, token])):
+        with pytest.raises(UserError, match=f"token id {token!r} is not a whole number in 0..12"):
+            run(token)
+        assert runner.length == 1
 
 
 def test_command_line(demo_bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,10 @@
 
 The answers are given, not the model's: at each step the next token of the answer takes the place of the chosen one, and
 a guess is accepted where it equals it. So the speed is that of a model which gives these answers, and random weights
-do. Words are tokens, about as GLM-4's tokenizer cuts English. "alone" runs every token alone, which plain decoding does
-where the text is new (see glm4runtime/lookup.py). Rounds of the three ways are interleaved in one process, and medians
-of the rounds' ratios printed: machines are noisy. What a run over several tokens costs is printed first: it
-bounds the ratio, and grows where other programs use the machine's arithmetic.
+do. Words are tokens, about as GLM-4's tokenizer cuts English. "invariant" pads runs, as ``load(..., invariant=True)``
+does (see glm4runtime/invariance.py). Rounds of the four ways are interleaved in one process, and medians of the rounds'
+ratios printed: machines are noisy. What a run over several tokens costs is printed first: it bounds the ratio, and
+grows where other programs use the machine's arithmetic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 
 from glm4export.checkpoint import locate
 from glm4runtime import Session, load
-from glm4runtime.lookup import PromptLookup
+from glm4runtime.invariance import find_granule
+from glm4runtime.lookup import Counts, PromptLookup
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 4, 8, 16)
@@ -60,16 +61,18 @@ def seconds(decode: Callable[[int], np.ndarray], answer: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def three_ways(session: Session, case: Case, limit: int) -> tuple[float, float, float, PromptLookup]:
-    """One round: seconds alone, plain and with guesses, and the counts of these."""
+def four_ways(session: Session, case: Case, limit: int, granule: int) -> tuple[list[float], Counts]:
+    """One round: seconds plain, with guesses, and both with padded runs; and what became of the guesses."""
     (prompt, answer), runner = case, session.runner
-    runner.rewind(len(prompt))
-    alone = seconds(runner.decode, answer)
-    runner.rewind(len(prompt))
-    plain = seconds(PromptLookup(runner, prompt, 0).decode, answer)
-    runner.rewind(len(prompt))
-    lookup = PromptLookup(runner, prompt, limit)
-    return alone, plain, seconds(lookup.decode, answer), lookup
+    found = []
+    for width in (1, granule):
+        runner.granule = width
+        for most in (0, limit):
+            runner.rewind(len(prompt))
+            lookup = PromptLookup(runner, prompt, most)
+            found.append(seconds(lookup.decode, answer))
+    runner.granule = 1
+    return found, lookup.counts
 
 
 def costs(session: Session, rounds: int) -> dict[int, float]:
@@ -102,6 +105,10 @@ def main() -> None:
 
     session = load(arguments.bundle, threads=arguments.threads)
     runner, vocab_size = session.runner, session.manifest.vocab_size
+    granule = find_granule(runner)
+    if granule is None:
+        raise SystemExit("no granule on this machine: nothing to compare with")
+    print(f"granule {granule}")
     for name, (prompt, answer) in cases(arguments.tokens).items():
         case = [token % vocab_size for token in prompt], [token % vocab_size for token in answer]
         runner.rewind()
@@ -109,14 +116,16 @@ def main() -> None:
         if name == "code edit":
             cost = costs(session, 3 * arguments.rounds)
             print("cost of a run in runs over one token:", *(f"{width}: {cost[width]:.2f}" for width in WIDTHS))
-            print("            prompt  answer   alone   plain  lookup tok/s   over plain            over alone")
-        rounds = [three_ways(session, case, arguments.lookup) for _ in range(arguments.rounds)]
-        rates = [len(answer) / statistics.median(r[i] for r in rounds) for i in range(3)]
-        over_plain, over_alone = ratios(r[1] / r[2] for r in rounds), ratios(r[0] / r[2] for r in rounds)
-        counts = rounds[-1][3]
+            print("            prompt  answer   plain  lookup  invariant  with lookup tok/s; over plain: ", end="")
+            print("lookup, invariant, invariant with lookup")
+        rounds, counts = zip(
+            *(four_ways(session, case, arguments.lookup, granule) for _ in range(arguments.rounds)), strict=True
+        )
+        rates = [len(answer) / statistics.median(times[way] for times in rounds) for way in range(4)]
+        over_plain = [ratios(times[0] / times[way] for times in rounds) for way in (1, 2, 3)]
         print(
-            f"{name:<10}{len(prompt):8}{len(answer):8}{rates[0]:8.1f}{rates[1]:8.1f}{rates[2]:8.1f}      "
-            f"  {over_plain}    {over_alone}    {counts.accepted} of {counts.drafted} right, {counts.runs} runs"
+            f"{name:<10}{len(prompt):8}{len(answer):8}{rates[0]:8.1f}{rates[1]:8.1f}{rates[2]:11.1f}{rates[3]:13.1f}"
+            f"    {', '.join(over_plain)}; {counts[-1].accepted} of {counts[-1].drafted} right, {counts[-1].runs} runs"
         )
 
 

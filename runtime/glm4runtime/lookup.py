@@ -1,63 +1,45 @@
-"""Draft verification by prompt lookup: several tokens a run where the text repeats itself, and the same tokens always.
+"""Draft verification by prompt lookup: several tokens per run where the text repeats itself.
 
 Where the last few tokens occurred before, what followed them then is a guess at what follows now. A run over the last
 token and the guesses costs little more than a run over one, and gives the logits behind each: as long as the next
 token, chosen from its logits like any other, is the one that was guessed, the run's next row is already there.
 
-What is promised: the tokens, greedy or drawn with a seed, are those of plain decoding, which is ``limit`` 0, for every
-limit and whatever is accepted. Their logits and the cache are equal to the bit. It stands on two things.
-
-1. From two tokens a run on, a row's bits do not depend on what else is in the run. Only a lone token has kernels of its
-   own (4-bit MatMulNBits, GroupQueryAttention), which round differently. Measured on ONNX Runtime 1.32's CPU kernels
-   (AVX2) in every precision, for step graphs too, and checked by ``tests/test_lookup.py`` and, in fp32,
-   ``tests/test_step_runner.py``; such a runner is :attr:`~glm4runtime.runner.Runner.steady`.
-2. So whether a token is run alone must not depend on guesses. A token is run alone where the triple that it ends is new
-   to the text, and among others, if need be beside a filler, where the triple occurred before. That is a rule about the
-   text alone, and accepted guesses obey it: each was copied from a place where the same triple stands. Plain decoding
-   pays for it with a second row where a text repeats itself: by ``tools/bench_lookup.py`` nothing on new prose, and a
-   sixth of its speed on an edit or a summary that copies, where guesses more than double it.
-
-A lone token's logits differ by rounding, as between two machines: up to 1e-5 in fp32 and 3e-4 in fp16 on the embedded
-model. In int8 and int4 rounding moves an activation to another quantization step now and then, and logits by 0.1. So a
-loop over ``Runner.decode``, or another runtime over the same graph, may part from these tokens where the best two
-logits are close: of 61 greedy texts of 200 tokens none did in fp32 and fp16, 20 in int8 and 25 in int4, each within
-0.04. GPUs and TensorRT's engines were not measured: there plain decoding runs every token alone, and guesses keep the
-choice of each token from its logits, and nothing more.
+Every token is chosen from its own logits, so the text is the model's, whatever is guessed. But a row's last bits depend
+on the run that computes it (:mod:`glm4runtime.invariance`): in fp32 and fp16 by up to 1e-5 and 3e-4 in the logits, in
+int8 and int4 by up to 0.2. So where two logits lie that close, a text with guesses may part from the text without:
+of 61 greedy texts of 200 tokens none did in fp32 and fp16, 20 in int8 and 25 in int4, each within 0.04. With
+``load(..., invariant=True)`` tokens, logits and cache are the same to the bit for every ``limit``, at the price of a
+second row in each run of plain decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from glm4runtime.contract import UserError
 from glm4runtime.runner import MAX_RUN, Runner
 
-__all__ = ["MAX_DRAFT", "NgramIndex", "PromptLookup", "check_limit"]
+__all__ = ["MAX_DRAFT", "Counts", "NgramIndex", "PromptLookup", "check_limit"]
 
 MAX_DRAFT = MAX_RUN - 1
-# The longest n-gram found decides. The shortest is also what makes a token one that may be run among others.
-_NGRAMS = (6, 5, 4, 3)
+_NGRAMS = (6, 5, 4, 3)  # the longest that is found decides
 # Guesses for each token before them that agrees with the place they are copied from. By tools/bench_lookup.py; from a
 # half to one make no more than 3% of difference.
 _TRUST = 2 / 3
 
 
 class NgramIndex:
-    """The tokens so far, and where the last few of them stood before. Constant time a token, about 0.6 kB of memory."""
+    """The tokens so far, and where the last few of them stood before. Constant time and about 0.6 kB per token."""
 
-    def __init__(self, tokens: Sequence[int] = ()) -> None:
+    def __init__(self, tokens: Sequence[int] | np.ndarray = ()) -> None:
         self.tokens: list[int] = []
         self._match: int | None = None  # what followed the last n-gram when it occurred before, as a position
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram: position behind its last occurrence
         for token in tokens:
             self.push(int(token))
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the last three tokens occurred before, in this order."""
-        return self._match is not None
 
     def push(self, token: int) -> None:
         """Append a token."""
@@ -93,62 +75,75 @@ class NgramIndex:
         return count
 
 
+@dataclass(frozen=True)
+class Counts:
+    """``runs`` of the decode graph were made, with ``drafted`` guesses in them, of which ``accepted`` proved right."""
+
+    runs: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of the decode graph: its draft, and how many of its tokens are in the text."""
+
+    draft: tuple[int, ...] = ()
+    accepted: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)  # [1 + len(draft), vocab]
+
+
 class PromptLookup:
-    """Stands for a runner's ``decode``, and gets through with fewer runs where the text repeats itself.
+    """Stands for a runner's ``decode``, and gets through with fewer runs where the text repeats itself."""
 
-    ``runs`` of the decode graph were made, with ``drafted`` guesses in them, of which ``accepted`` proved right.
-    """
-
-    def __init__(self, runner: Runner, prompt: Sequence[int], limit: int) -> None:
-        """prompt: the tokens in the runner's cache. limit: guesses a run at most, 0 (plain decoding) to MAX_DRAFT."""
-        self.runs = self.drafted = self.accepted = 0
+    def __init__(self, runner: Runner, prompt: Sequence[int] | np.ndarray, limit: int) -> None:
+        """prompt: the tokens in the runner's cache. limit: guesses per run at most, 0 (plain decoding) to MAX_DRAFT."""
+        self.counts = Counts()
         self._runner = runner
-        self._index = NgramIndex(prompt)
+        self._index = NgramIndex(prompt) if limit else None
         self._limit = limit
-        self._always_alone = not (limit or runner.steady)
-        self._draft: list[int] = []
-        self._row = 0  # of the last run's logits: how much of its draft was accepted
-        self._rows: np.ndarray  # [1 + len(draft), vocab]
+        self._run = _Run()
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits, float32 [vocab]. The cache must have room."""
-        self._index.push(token)
-        if self._row < len(self._draft) and self._draft[self._row] == token:
-            self._row += 1
-            self.accepted += 1
-            self._runner.accept()
+        run, counts, runner = self._run, self.counts, self._runner
+        if self._index is not None:
+            self._index.push(token)
+        if run.accepted < len(run.draft) and run.draft[run.accepted] == token:
+            runner.accept()
+            run = replace(run, accepted=run.accepted + 1)
+            self.counts = replace(counts, accepted=counts.accepted + 1)
         else:
-            self._run(token)
-        row: np.ndarray = self._rows[self._row]
+            draft = self._guess(runner.max_seq_len - runner.length - 1)
+            run = _Run(draft, 0, runner.verify([token, *draft]) if draft else runner.decode(token)[None])
+            if draft:
+                runner.accept()
+            self.counts = replace(counts, runs=counts.runs + 1, drafted=counts.drafted + len(draft))
+        self._run = run
+        row: np.ndarray = run.rows[run.accepted]
         return row
 
-    def _guess(self, room: int) -> list[int]:
+    def _guess(self, room: int) -> tuple[int, ...]:
         """Guesses for the next run, ``room`` at most: the more, the longer the text agreed with its earlier place.
 
         Lengths are 1, 3, 7, 15: with the token in front that is an even width, and kernels take rows by twos.
         """
+        if self._index is None:
+            return ()
         trusted = self._index.agreement(int(MAX_DRAFT / _TRUST) + 1) * _TRUST
         size = 1
         while 2 * size + 1 <= min(self._limit, trusted):
             size = 2 * size + 1
-        return self._index.guess(min(size, self._limit, room))
+        return tuple(self._index.guess(min(size, self._limit, room)))
 
-    def _run(self, token: int) -> None:
-        runner, self._row, self._draft = self._runner, 0, []
-        self.runs += 1
-        if self._always_alone or not self._index.repeats:
-            self._rows = runner.decode(token)[None]
-            return
-        room = runner.max_seq_len - runner.length - 1
-        self._draft = self._guess(room)
-        self.drafted += len(self._draft)
-        if self._draft:
-            self._rows = runner.verify([token, *self._draft])
-        elif room:
-            self._rows = runner.verify([token, token])[:1]  # the second is a filler, never accepted
-        else:  # the cache's last row: no room for a filler behind, so run the token in front again
-            self._rows = runner.verify([self._index.tokens[-2], token], start=runner.length - 1)[1:]
-        runner.accept()
+    def state(self) -> tuple[_Run, Counts]:
+        """What :meth:`restore` takes: everything that :meth:`decode` changes, as it is now."""
+        return self._run, self.counts
+
+    def restore(self, state: tuple[_Run, Counts], tokens: Sequence[int] | np.ndarray) -> None:
+        """Undo an interrupted :meth:`decode`; ``tokens`` are those in the cache then."""
+        self._run, self.counts = state
+        self._index = None if self._index is None else NgramIndex(tokens)
 
 
 def check_limit(limit: int) -> None:

@@ -34,7 +34,6 @@ class OrtRunner(Runner):
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
-        self.steady = provider == "cpu"
         self._cache = Cache(manifest.cache, self.max_seq_len, device)
         self._mask = Buffer((1, self.max_seq_len), "int64", device)
         self._mask.write(np.ones((1, self.max_seq_len), np.int64))
@@ -58,12 +57,16 @@ class OrtRunner(Runner):
         """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
         return {PREFILL: self._prefill, DECODE: self._decode}
 
-    def _run_prompt(self, ids: np.ndarray, start: int) -> np.ndarray:
+    def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
         self._prompt.host[0, :count] = ids
         self._prompt.upload()
         self._prompt.bind_input(binding, INPUT_IDS, (1, count))
-        self._mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        mask = self._mask
+        if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
+            mask = Buffer((1, count), "int64", self.device)
+            mask.write(np.array([[1] * (count - padding) + [0] * padding]))
+        mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
         self._prefill.run_with_iobinding(binding)
         return self._row
 

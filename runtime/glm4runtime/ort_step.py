@@ -41,7 +41,6 @@ class OrtStepRunner(Runner):
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
-        self.steady = provider == "cpu"
         longest = max(self.prefill_chunk, min(MAX_RUN, manifest.cache.max_seq_len))
         options = provider_options(folder, manifest.cache, provider, longest)
         self._step = open_session(folder / manifest.graphs[STEP].file, provider, threads, options=options)
@@ -54,8 +53,8 @@ class OrtStepRunner(Runner):
         self._draft = self._kind(MAX_RUN, MAX_RUN)
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
-    def _run_prompt(self, ids: np.ndarray, start: int) -> np.ndarray:
-        self._prompt.run(ids, start)
+    def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
+        self._prompt.run(ids, start, padding=padding)
         return self._row
 
     def _run_token(self, token: int, start: int) -> np.ndarray:
@@ -91,10 +90,10 @@ class _Kind:
         mask.host[0, 0] = self._stairs.first()
         cache.bind(self._binding)
 
-    def run(self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False) -> None:
-        """Write the tokens into the cache from row ``start``, and the last one's or every one's logits."""
+    def run(self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False, padding: int = 0) -> None:
+        """Write the tokens into the cache from row ``start``, and every one's logits or the last's before padding."""
         count = len(tokens)
-        self._inputs.fill(tokens, start, every_row=every_row)
+        self._inputs.fill(tokens, start, every_row=every_row, padding=padding)
         self._stairs.move(start, count)
         for buffer in self._buffers.values():
             buffer.upload()
@@ -103,10 +102,11 @@ class _Kind:
 
     def _bind(self, count: int, rows: int) -> None:
         if self._bound != (count, rows):
-            self._bound = count, rows
+            self._bound = 0, 0  # until all is bound: an interrupt may come between
             for name, shape in input_shapes(count, rows, self._max_seq).items():
                 self._buffers[name].bind_input(self._binding, name, shape)
             self._logits.bind_output(self._binding, LOGITS, (1, rows, self._logits.shape[2]))
+            self._bound = count, rows
 
 
 def provider_options(folder: Path, cache: CacheSpec, provider: str, longest: int) -> Mapping[str, str]:

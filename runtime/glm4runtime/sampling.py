@@ -100,6 +100,15 @@ class Sampler:
         drawn = self._draw(weights)
         return drawn if ids is None else int(ids[drawn])
 
+    def state(self) -> Any:
+        """What :meth:`restore` takes: where the random stream is."""
+        return None if self._greedy else self._random.bit_generator.state
+
+    def restore(self, state: Any) -> None:
+        """Go back to where the random stream was."""
+        if not self._greedy:
+            self._random.bit_generator.state = state
+
     def _kept(
         self, logits: NDArray[np.float32], top: np.float32
     ) -> tuple[NDArray[np.intp] | None, NDArray[np.float32]]:

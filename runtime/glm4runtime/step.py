@@ -54,8 +54,10 @@ class RunInputs:
         self._write, self._rows = arrays[WRITE_INDICES], arrays[LOGIT_ROWS][0]
         self._count_up = np.arange(width)
 
-    def fill(self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False) -> None:
-        """A run of ``tokens`` from position ``start``, with logits of the last one or of ``every_row``."""
+    def fill(
+        self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False, padding: int = 0
+    ) -> None:
+        """A run of ``tokens`` from position ``start``, with logits of ``every_row``, or of the last before padding."""
         count = len(tokens)
         self._ids[:count] = tokens
         np.add(self._count_up[:count], start, out=self._positions[:count])
@@ -63,7 +65,7 @@ class RunInputs:
         if every_row:
             self._rows[:count] = self._count_up[:count]
         else:
-            self._rows[0] = count - 1
+            self._rows[0] = count - 1 - padding
 
 
 class Staircase:
@@ -80,7 +82,7 @@ class Staircase:
         if rows > width:
             raise ValueError(f"a mask of {rows} rows for {width} positions: a run cannot have more tokens than that")
         self.pitch = width + 1
-        self._width, self._fill = width, fill
+        self._rows, self._width, self._fill = rows, width, fill
         self._starts = [(rows, 0)]  # a stack: rows up to the first number, from where the entry above ends, have start
 
     def first(self) -> np.ndarray:
@@ -90,6 +92,10 @@ class Staircase:
     def move(self, start: int, count: int) -> None:
         """Make the first ``count`` rows those of a run from ``start``; the run must end within the width."""
         row, starts = 0, self._starts
+        self._starts = []  # until the mask is what they say: an interrupt may come between
+        if not starts:
+            self._reset()
+            starts = [(self._rows, 0)]
         while row < count:
             end, old = starts[-1]
             if end <= count:
@@ -102,6 +108,12 @@ class Staircase:
                 self._fill(row * self.pitch + start + 1, old - start, end - row, False)
             row = end
         starts.append((count, start))
+        self._starts = starts
+
+    def _reset(self) -> None:
+        for row in range(self._rows):
+            self._fill(row * self._width, row + 1, 1, True)
+            self._fill(row * self._width + row + 1, self._width - row - 1, 1, False)
 
 
 def fill_band(mask: np.ndarray) -> Fill:

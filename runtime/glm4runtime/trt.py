@@ -87,8 +87,8 @@ class EngineRunner(Runner):
         cuda("cudaDeviceSynchronize")  # the stream doesn't wait for what was cleared and copied outside of it
         self._replay = self._capture()
 
-    def _run_prompt(self, ids: np.ndarray, start: int) -> np.ndarray:
-        row: np.ndarray = self._run_many(ids, start, self._profiles)[0]
+    def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
+        row: np.ndarray = self._run_many(ids, start, self._profiles, padding=padding)[0]
         return row
 
     def _run_token(self, token: int, start: int) -> np.ndarray:
@@ -105,11 +105,17 @@ class EngineRunner(Runner):
         return self._run_many(tokens, start, self._draft_profiles, every_row=True)
 
     def _run_many(
-        self, tokens: Sequence[int] | np.ndarray, start: int, profiles: list[int], *, every_row: bool = False
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        start: int,
+        profiles: list[int],
+        *,
+        every_row: bool = False,
+        padding: int = 0,
     ) -> np.ndarray:
         count = len(tokens)
         rows = count if every_row else 1
-        self._many.fill(tokens, start, every_row=every_row)
+        self._many.fill(tokens, start, every_row=every_row, padding=padding)
         self._many.shape(count, rows, profiles[count - 1])
         self._enqueue(self._many, rows)
         self._wait()

@@ -56,26 +56,29 @@ class RunContext:
             if not context.set_tensor_address(name, address):
                 raise BundleError(f"the engine has no tensor {name!r}; build it again")
 
-    def fill(self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False) -> None:
+    def fill(
+        self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False, padding: int = 0
+    ) -> None:
         """Ready the inputs of a run: integers on the host, the mask on the device."""
-        self._inputs.fill(tokens, start, every_row=every_row)
+        self._inputs.fill(tokens, start, every_row=every_row, padding=padding)
         self._stairs.move(start, len(tokens))
 
     def shape(self, count: int, rows: int, profile: int) -> None:
         """Set the context to runs of ``count`` tokens with ``rows`` of logits, where it isn't."""
         if self._set == (count, rows, profile):
             return
-        shapes = input_shapes(count, rows, self._max_seq)
-        if self._set[2] != profile:  # a change of profile forgets the shapes
+        shapes, last = input_shapes(count, rows, self._max_seq), self._set[2]
+        self._set = (0, 0, -1)  # until all is set: an interrupt may come between
+        if last != profile:  # a change of profile forgets the shapes
             if not self.context.set_optimization_profile_async(profile, int(self._stream)):
                 raise UserError(f"set_optimization_profile_async to profile {profile} failed")
             shapes |= self._cache
-        self._set = (count, rows, profile)
         for name, dims in shapes.items():
             if not self.context.set_input_shape(name, dims):
                 raise BundleError(f"the engine refuses {name} of {list(dims)}; build it again")
         if missing := self.context.infer_shapes():
             raise BundleError(f"the engine has inputs that a step graph has not: {', '.join(missing)}; build it again")
+        self._set = (count, rows, profile)
 
 
 def create_context(engine: Any, module: Any, *, captured: bool) -> Any:

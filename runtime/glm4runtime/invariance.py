@@ -1,0 +1,94 @@
+"""A row's bits made independent of the run that computes it: ``load(..., invariant=True)``.
+
+Kernels choose their way by how many rows they are given, and another way adds in another order. On ONNX Runtime 1.32's
+CPU kernels a lone row differs (attention in every precision; quantized matmuls), and where MatMulNBits takes rows by
+twos (AVX512-VNNI) the last row of an odd run does too. In int8 and int4 that moves logits by up to 0.2, since rounding
+moves an activation to another quantization step now and then.
+
+But runs whose widths are all multiples of a small number, the *granule*, agree to the bit: 2 on every CPU seen so far.
+It is measured when a session is opened, since kernels differ between machines and releases, and the runner then pads
+its runs (:class:`glm4runtime.runner.Runner`). Logits and cache, and so the tokens, greedy or seeded, are then the same
+for every ``lookup``, and for a prompt given whole or in parts. With an int8 cache that holds for one ``prefill_chunk``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from glm4runtime.contract import UserError
+from glm4runtime.runner import MAX_RUN, Runner
+
+__all__ = ["find_granule", "make_invariant"]
+
+_GRANULES = (1, 2, 4, 8)
+_WIDEST_STEP = 8  # tokens; what serves more at once does it in multiples of these
+_CONTEXT = 48  # tokens in front of the runs that are compared
+_STARTS = (48, 31, 16)  # where they begin: attention's bits may agree by luck at one place
+
+
+def make_invariant(runner: Runner) -> None:
+    """Set ``runner.granule`` to what is measured; its cache is left empty.
+
+    A cache whose length is no multiple of the granule loses the rows over.
+    Raises UserError where there's no granule, or cache or ``prefill_chunk`` are shorter than it.
+    """
+    granule = find_granule(runner)
+    if granule is None:
+        raise UserError(
+            "invariant: on this machine the bits of a token's logits depend on the run it is in, whatever widths are "
+            f"multiples of (tried {', '.join(map(str, _GRANULES))}); load without invariant, which promises nothing"
+        )
+    for name, value in (("max_seq_len", runner.max_seq_len), ("prefill_chunk", runner.prefill_chunk)):
+        if value < granule:
+            raise UserError(f"invariant: {name}={value}, but runs have multiples of {granule} tokens on this machine")
+    runner.max_seq_len -= runner.max_seq_len % granule
+    runner.granule = granule
+
+
+def find_granule(runner: Runner) -> int | None:
+    """The smallest number whose multiples, as widths of runs, give the same bits; None where there's none up to 8.
+
+    Steps of 1 to 8 tokens are compared with one of 16, and a prompt in growing chunks with a whole one. ``runner`` must
+    have no granule yet; what its cache holds is lost.
+    """
+    room = runner.max_seq_len
+    rng = np.random.default_rng(0)
+    tokens: list[int] = rng.integers(0, runner.manifest.vocab_size, _CONTEXT + MAX_RUN).tolist()
+    for granule in _GRANULES:
+        if _steps_agree(runner, tokens, granule, room) and _chunks_agree(runner, tokens, granule, room):
+            runner.rewind()
+            return granule
+    runner.rewind()
+    return None
+
+
+def _steps_agree(runner: Runner, tokens: list[int], granule: int, room: int) -> bool:
+    wide = min(MAX_RUN, room - room % granule)
+    for start in [start for start in _STARTS if start + wide <= room] or [room - wide]:
+        runner.rewind()
+        if start:
+            runner.prefill(tokens[:start])
+        run = tokens[start : start + wide]
+        wanted = runner.verify(run).copy()
+        for width in range(granule, min(_WIDEST_STEP, wide) + 1, granule):
+            if not np.array_equal(runner.verify(run[:width]), wanted[:width]):
+                return False
+    return True
+
+
+def _chunks_agree(runner: Runner, tokens: list[int], granule: int, room: int) -> bool:
+    """Whether chunks of one, two, three ... granules write what one chunk does, by the last row's logits."""
+    if runner.manifest.cache.dtype == "int8":
+        return True  # there chunks have fixed places
+    count = min(_CONTEXT, room, runner.prefill_chunk)
+    count -= count % granule
+    runner.rewind()
+    if not count:
+        return True
+    wanted = runner.prefill(tokens[:count]).copy()
+    runner.rewind()
+    width = 0
+    while runner.length < count:
+        width = min(width + granule, count - runner.length)
+        row = runner.prefill(tokens[runner.length : runner.length + width])
+    return bool(np.array_equal(row, wanted))
