@@ -20,7 +20,7 @@ from glm4runtime import SamplingParams, Session, UserError, load
 from glm4runtime.contract import CacheSpec
 from glm4runtime.invariance import find_granule, make_invariant
 from glm4runtime.lookup import MAX_DRAFT
-from glm4runtime.runner import Runner
+from glm4runtime.runner import MAX_RUN, Runner
 
 from . import checkpoints
 from .conftest import Build
@@ -113,6 +113,25 @@ def test_same_bits_at_the_end_of_the_cache(session: Session) -> None:
         wanted = outcome(session, prompt, SamplingParams(), 0)
         assert wanted.finish_reason == "length" or len(wanted.rows) > len(wanted.tokens)
         assert outcome(session, prompt, SamplingParams(), 7) == wanted
+
+
+def test_same_bits_in_random_runs(session: Session) -> None:
+    """Drafts of random widths, of which a random part is right and the rest is junk."""
+    runner, ids = session.runner, session.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    for length in (5, 130):
+        tokens, found = ids[length : length + 40], []
+        for seed in range(4):
+            rng, rows = np.random.default_rng(seed), []
+            prefilled(runner, [ids[:length]])
+            while len(rows) < len(tokens):
+                width = int(rng.integers(1, MAX_RUN + 1)) if seed else 1
+                run = tokens[len(rows) :][: int(rng.integers(1, width + 1))]
+                junk = rng.integers(0, 13, width - len(run)).tolist()
+                rows.extend(row.tobytes() for row in runner.verify([*run, *junk])[: len(run)])
+                for _ in run:
+                    runner.accept()
+            found.append((rows, cache_bytes(runner)))
+        assert all(one == found[0] for one in found)
 
 
 def test_same_bits_however_a_prompt_is_split(session: Session) -> None:
