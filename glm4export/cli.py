@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from glm4export import streams
 from glm4export.tensorrt.cli_options import (
     add_engine_options,
     engine_builder,
@@ -28,6 +27,7 @@ CACHES = ("fp32", "fp16", "int8")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds), 2 (the user's mistake), 130."""
+    streams.prepare()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"{error.name} is not installed; pip install 'glm4export[{extra}]'")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        streams.complain("interrupted")
         return 130
     except BrokenPipeError:  # the reader went away, as `| head` does
-        _drop_output()
+        streams.drop()
         return 1
     except OSError as error:  # standard output on a full disk, a file that can't be read
-        _drop_output()
+        streams.drop()
         return _complain(str(error))
 
 
@@ -213,6 +213,12 @@ def _add_generate(commands: Any) -> None:
         "--raw", action="store_true", help="with --prompt: continue the text, without the chat template"
     )
     command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT; may be given again"
+    )
+    command.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
+    )
     command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     command.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, which is greedy")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, which is off")
@@ -238,8 +244,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_limit(arguments.lookup)
     if arguments.chat and (arguments.json or arguments.raw):
         raise UserError("--json and --raw go with --prompt, not with --chat")
-    if arguments.raw and arguments.system is not None:
-        raise UserError("--system needs the chat template; leave out --raw")
+    for option, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
+        if arguments.raw and value is not None:
+            raise UserError(f"{option} needs the chat template; leave out --raw")
     params = SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -247,9 +254,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
     )
-    session = _load(arguments)
+    session = _load(arguments, chat_template=arguments.chat_template)
     if arguments.chat:
-        generate.converse(session, params, system=arguments.system, lookup=arguments.lookup)
+        generate.converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
         return 0
     prompt = generate.read_prompt() if arguments.prompt == "-" else arguments.prompt
     generate.answer(
@@ -260,6 +267,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         as_json=arguments.json,
         lookup=arguments.lookup,
+        stop=arguments.stop,
     )
     return 0
 
@@ -429,7 +437,7 @@ def _add_session_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(arguments: argparse.Namespace, *, check_hashes: bool = False) -> Any:
+def _load(arguments: argparse.Namespace, *, check_hashes: bool = False, chat_template: Path | None = None) -> Any:
     from glm4runtime import load
 
     return load(
@@ -439,16 +447,12 @@ def _load(arguments: argparse.Namespace, *, check_hashes: bool = False) -> Any:
         max_seq_len=arguments.max_seq_len,
         check_hashes=check_hashes,
         invariant=arguments.invariant,
+        chat_template=chat_template,
     )
 
 
-def _drop_output() -> None:
-    """Let what is still buffered go nowhere, so that the interpreter's last flush doesn't fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _complain(message: str) -> int:
-    print(f"glm4export: error: {message}", file=sys.stderr)
+    streams.complain(f"glm4export: error: {message}")
     return 2
 
 

@@ -26,12 +26,14 @@ from glm4export.observe import linears
 from glm4export.options import BuildOptions
 from glm4export.output import new_bundle, require_space
 from glm4export.passes.quantize_linears import scheme_of
+from glm4export.progress import note
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
 from glm4export.skeleton import DTYPE_NAMES, Fp16Scales, Skeleton
 from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.trace import trace
+from glm4export.turns import with_turn_tokens
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import (
@@ -79,7 +81,12 @@ def build(
 ) -> Manifest:
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
     config = read_config(location.folder / CONFIG)
-    tokens = read_token_ids(location.folder)
+    tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, config.vocab_size)
+    if added:
+        names = ", ".join(f"{text} ({token})" for text, token in added.items())
+        note(
+            f"{location.folder}: eos_token_id names no {names}; the bundle stops there too, as these begin other turns"
+        )
     max_seq_len = sequence_limit(config, options.max_seq_len)
     with stage("check"):
         checkpoint = Checkpoint.open(location.folder)

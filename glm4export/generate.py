@@ -9,7 +9,8 @@ from typing import Any
 
 from glm4runtime.contract import UserError
 from glm4runtime.sampling import SamplingParams
-from glm4runtime.session import Session, TextStream
+from glm4runtime.session import Session
+from glm4runtime.stream import Stop, TextStream
 
 
 def answer(
@@ -21,12 +22,13 @@ def answer(
     system: str | None,
     as_json: bool,
     lookup: int = 0,
+    stop: Stop = (),
 ) -> None:
     """Print the text that follows one prompt, as it comes; with ``as_json`` one object at the end."""
     start = time.monotonic()
     messages = [*_system(system), {"role": "user", "content": prompt}]
     text = prompt if raw else session.template.render(messages)
-    stream = session.stream(text, params, lookup=lookup)
+    stream = session.stream(text, params, lookup=lookup, stop=stop)
     first = time.monotonic()
     if as_json:
         print(json.dumps(_summary(stream, stream.read(), first - start, time.monotonic() - first), ensure_ascii=False))
@@ -35,7 +37,7 @@ def answer(
     _timing(stream, first - start, time.monotonic() - first)
 
 
-def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int = 0) -> None:
+def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int = 0, stop: Stop = ()) -> None:
     """Read questions from standard input and print the answers, until its end; Ctrl-C ends an answer."""
     messages: list[dict[str, Any]] = _system(system)
     prompt = "> " if sys.stdin.isatty() else ""
@@ -49,7 +51,7 @@ def converse(session: Session, params: SamplingParams, *, system: str | None, lo
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
-        stream = session.chat(messages, params, lookup=lookup)
+        stream = session.chat(messages, params, lookup=lookup, stop=stop)
         try:
             _print(stream)
         except KeyboardInterrupt:
@@ -99,6 +101,7 @@ def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> di
         "text": text,
         "finish_reason": stream.finish_reason,
         "stop_text": stream.stop_text,
+        "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in stream.tool_calls],
         "prompt_tokens": stream.generation.prompt_tokens,
         "completion_tokens": stream.generation.completion_tokens,
         "prefill_seconds": round(prefill, 4),

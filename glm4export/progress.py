@@ -1,4 +1,4 @@
-"""Progress on a terminal; silence in logs."""
+"""Progress on a terminal, silence in logs; notes in both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:  # engines are built where torch needn't be
     from glm4export.weights import Progress
+
+
+def note(text: str) -> None:
+    """Tell on stderr what the user should know and needn't act on."""
+    print(f"glm4export: note: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from glm4runtime.contract import BundleError, UserError
 if TYPE_CHECKING:
     from glm4runtime.generate import Generation
     from glm4runtime.sampling import SamplingParams
-    from glm4runtime.session import Session, TextStream, load
+    from glm4runtime.session import Session, load
+    from glm4runtime.stream import TextStream
 
 __all__ = ["BundleError", "Generation", "SamplingParams", "Session", "TextStream", "UserError", "load"]
 
@@ -22,7 +23,7 @@ _MODULES = {
     "Generation": "generate",
     "SamplingParams": "sampling",
     "Session": "session",
-    "TextStream": "session",
+    "TextStream": "stream",
     "load": "session",
 }
 

@@ -31,6 +31,8 @@ TENSORRT = "tensorrt"
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
+_WITH_TEMPLATE = ("chat_template.jinja", "tokenizer_config.json")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HASH_BLOCK = 1 << 22  # bytes read at a time while hashing
 
 
@@ -207,10 +209,34 @@ def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
             raise BundleError(f"{file}: missing; the manifest lists it. Build the bundle again or copy it whole")
         size = file.stat().st_size
         if size != spec.size:
-            raise BundleError(f"{file}: {size} bytes, the manifest says {spec.size}; copy or build the bundle again")
+            with file.open("rb") as opened:
+                refuse_pointer(opened.read(len(_LFS_POINTER)), str(file))
+            raise BundleError(
+                f"{file}: {size} bytes, the manifest says {spec.size}; copy or build the bundle again{_hint(name)}"
+            )
         if check_hashes and (found := sha256_of(file)) != spec.sha256:
-            raise BundleError(f"{file}: sha256 {found}, the manifest says {spec.sha256}; the file was changed")
+            raise BundleError(
+                f"{file}: sha256 {found}, the manifest says {spec.sha256}; the file was changed{_hint(name)}"
+            )
     return manifest
+
+
+def refuse_pointer(start: bytes, name: str) -> None:
+    """Raise BundleError where ``start``, of a file called ``name``, is what git has in the place of a large file."""
+    if start.startswith(_LFS_POINTER):
+        raise BundleError(
+            f"{name}: a git-lfs pointer, not the file; run `git lfs pull` in the folder that was cloned, and if that "
+            "was the checkpoint's, build the bundle again"
+        )
+
+
+def _hint(name: str) -> str:
+    """What else to do about a file that isn't as it was built: a template is often changed on purpose."""
+    if name not in _WITH_TEMPLATE:
+        return ""
+    return (
+        ". To chat with another template, leave it as it was: load(..., chat_template=...), or generate --chat-template"
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.chat import ChatTemplate
-from glm4runtime.contract import BundleError, Manifest, read_manifest
+from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest
 from glm4runtime.generate import Generation
 from glm4runtime.invariance import make_invariant
 from glm4runtime.providers import open_runner
 from glm4runtime.runner import Runner
 from glm4runtime.sampling import SamplingParams
+from glm4runtime.stream import Stop, TextStream, split_stop, stop_items
+from glm4runtime.text_files import TOKENIZER, read_text_files
 from glm4runtime.tokenizer import Tokenizer
 
 
@@ -26,6 +28,7 @@ def load(
     prefill_chunk: int = 512,
     check_hashes: bool = False,
     invariant: bool = False,
+    chat_template: str | Path | None = None,
 ) -> Session:
     """Open a bundle that ``glm4export build`` made.
 
@@ -35,12 +38,17 @@ def load(
     by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
     prompt takes. check_hashes: compare every file's sha256 first. invariant: the same tokens and logits, to the bit,
     for every ``lookup`` and however a prompt is split, at up to a fifth of a lone stream's speed in int8 and int4; see
-    :mod:`glm4runtime.invariance`. Without it, two logits that lie within rounding may change places.
+    :mod:`glm4runtime.invariance`. Without it, two logits that lie within rounding may change places. chat_template: a
+    Jinja template in place of the bundle's, as text or as the Path of a file.
+
+    Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
     """
     folder = Path(bundle)
+    template = None if chat_template is None else _template_source(chat_template)
     manifest = read_manifest(folder, check_hashes=check_hashes)
+    files = read_text_files(folder)
     runner = open_runner(
         folder,
         manifest,
@@ -52,46 +60,90 @@ def load(
     )
     if invariant:
         make_invariant(runner)
-    return Session(folder, manifest, runner)
+    return Session(folder, manifest, runner, files, template)
+
+
+def _template_source(template: str | Path) -> str:
+    if isinstance(template, str):
+        if "{" not in template:
+            raise UserError(f"chat_template: {template!r:.200} has no Jinja in it; give a file as a pathlib.Path")
+        return template
+    try:
+        return template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{template}: can't be read: {error}") from error
 
 
 class Session:
     """One bundle in memory with the cache of one sequence. Not thread-safe: open one session for each worker."""
 
-    def __init__(self, folder: Path, manifest: Manifest, runner: Runner) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        runner: Runner,
+        files: Mapping[str, bytes],
+        chat_template: str | None = None,
+    ) -> None:
+        """files: see :mod:`glm4runtime.text_files`. chat_template: source of one in place of theirs."""
         self.folder = folder
         self.manifest = manifest
         self.runner = runner
+        self._files = dict(files)
+        self._chat_template = chat_template
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer. Raises BundleError where it has none."""
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
+        """The bundle's tokenizer. Raises BundleError where it has none, or a broken one."""
+        path = self.folder / TOKENIZER
+        if TOKENIZER not in self._files:
             raise BundleError(f"{path}: missing; this bundle takes token ids only, build it from a checkpoint with one")
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_bytes(self._files[TOKENIZER], str(path))
+        del self._files[TOKENIZER]  # megabytes
+        return tokenizer
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The bundle's chat template. Raises UserError where it has none."""
-        return ChatTemplate.from_folder(self.folder)
+        """The bundle's chat template, or the one that ``load`` was given. Raises UserError where there's none."""
+        return ChatTemplate.from_files(self.folder, self._files, self._chat_template)
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int = 0
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        lookup: int = 0,
+        stop: Stop = (),
     ) -> Generation:
         """Token ids that follow a prompt given as text or token ids; see :class:`Generation`.
 
         lookup: guess up to this many tokens per run (0 to 15; 7 is a good number) where the text repeats itself, see
-        :mod:`glm4runtime.lookup`. Raises UserError for a prompt that isn't token ids of the vocabulary, or too long.
+        :mod:`glm4runtime.lookup`. stop: further tokens to stop on, as ids or as a special token's text, beside the
+        bundle's own; strings made of several tokens are for :meth:`stream` and :meth:`chat`. Raises UserError for a
+        prompt that isn't token ids of the vocabulary, or too long.
         """
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Generation(self.runner, tokens, params or SamplingParams(), lookup=lookup)
+        ids, strings = self._stops(stop)
+        for string in strings:
+            token = self.tokenizer.token_id(string)
+            if token not in ids:
+                raise UserError(f"stop: {string!r} is no special token; stop strings go with stream() and chat()")
+        return self._generate(prompt, params, lookup, ids)
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, lookup: int = 0
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        lookup: int = 0,
+        stop: Stop = (),
     ) -> TextStream:
-        """Text that follows a prompt, piece by piece; arguments as :meth:`generate`."""
-        return TextStream(self.tokenizer, self.generate(prompt, params, lookup=lookup))
+        """Text that follows a prompt, piece by piece.
+
+        stop: token ids and strings that end the text beside the bundle's own tokens; strings are found across tokens,
+        and neither is part of the text. The other arguments are those of :meth:`generate`.
+        """
+        ids, strings = self._stops(stop)
+        return TextStream(self.tokenizer, self._generate(prompt, params, lookup, ids), strings)
 
     def chat(
         self,
@@ -100,50 +152,26 @@ class Session:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         lookup: int = 0,
+        stop: Stop = (),
     ) -> TextStream:
         """The assistant's answer to a conversation, piece by piece.
 
-        messages: dicts with ``role`` and ``content``; tools: OpenAI-style function descriptions; lookup: as
-        :meth:`generate`. Where the stream's ``stop_text`` is ``<|observation|>``, the text is a tool call: see
-        :func:`glm4runtime.chat.parse_tool_calls`.
+        messages: dicts with ``role`` and ``content``, tool calls and results in OpenAI's form or the template's; tools:
+        OpenAI-style function descriptions; lookup, stop: as :meth:`stream`. The stream's ``tool_calls`` are the calls
+        that the model asks for, and its ``content`` the words beside them.
         """
         prompt = self.template.render(messages, tools)
-        return self.stream(prompt, params, lookup=lookup)
+        return self.stream(prompt, params, lookup=lookup, stop=stop)
 
+    def _stops(self, stop: Stop) -> tuple[list[int], list[str]]:
+        wants_text = isinstance(stop, str) or (
+            not isinstance(stop, int) and any(isinstance(item, str) for item in stop)
+        )
+        return split_stop(stop, self.tokenizer if wants_text else None, self.manifest.vocab_size)
 
-class TextStream(Iterator[str]):
-    """Pieces of text as they become certain; never half a character. ``text`` holds what came so far."""
-
-    def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
-        self.generation = generation
-        self.text = ""
-        self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
-        self._done = False
-
-    @property
-    def finish_reason(self) -> str | None:
-        """``stop``, ``length``, or None while running."""
-        return self.generation.finish_reason
-
-    @property
-    def stop_text(self) -> str | None:
-        """The stop token as text, such as ``<|user|>`` or ``<|observation|>``; None where none came."""
-        token = self.generation.stop_token
-        return None if token is None else self._tokenizer.decode([token], skip_special_tokens=False)
-
-    def __next__(self) -> str:
-        while not self._done:
-            token = next(self.generation, None)
-            self._done = token is None
-            piece = self._decoder.finish() if token is None else self._decoder.push(token)
-            if piece:
-                self.text += piece
-                return piece
-        raise StopIteration
-
-    def read(self) -> str:
-        """The whole text, waiting for the end."""
-        for _ in self:
-            pass
-        return self.text
+    def _generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None, lookup: int, stop: Sequence[int]
+    ) -> Generation:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        eos = (*self.manifest.tokens.eos, *stop)
+        return Generation(self.runner, tokens, params or SamplingParams(), eos, lookup=lookup)

@@ -8,13 +8,16 @@ holds invalid bytes back for good and has no way to flush (joined, it differs fr
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models
 
-from glm4runtime.contract import BundleError, UserError
+from glm4runtime.contract import BundleError, UserError, refuse_pointer
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
@@ -31,6 +34,63 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 
+# What a byte-level BPE is made of. Other parts of the package panic, or abort the process, where their settings don't
+# fit: a Precompiled normalizer asks for gigabytes, a FixedLength of 0 divides by it.
+_PARTS = {
+    "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"},
+    "pre_tokenizer": {"ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"},
+}
+
+
+def _check_parts(data: Any, name: str) -> None:
+    """Refuse a tokenizer.json with parts that GLM-4's kind of tokenizer doesn't have. Raises UserError."""
+    if not isinstance(data, dict):
+        raise ValueError(f"expected a JSON object, found {type(data).__name__}")
+    for key, known in _PARTS.items():
+        for kind in _kinds(data.get(key)):
+            if kind not in known:
+                expected = ", ".join(sorted(known))
+                raise UserError(f"{name}: {key} {kind!r} has no place in a byte-level BPE; expected {expected}")
+    model = data.get("model")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if isinstance(model, dict) and model.get(key):
+            raise UserError(f"{name}: model: {key}={model[key]!r:.100} has no place in a byte-level BPE")
+
+
+def _kinds(part: Any) -> Iterator[Any]:
+    """The types of a part; a Sequence's are its members'."""
+    if part is None:
+        return
+    if not isinstance(part, dict):
+        raise ValueError(f"expected an object with a type, found {part!r:.100}")
+    if part.get("type") != "Sequence":
+        yield part.get("type")
+        return
+    for members in (part.get("normalizers"), part.get("pretokenizers")):
+        for member in members if isinstance(members, list) else []:
+            yield from _kinds(member)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys, each once: of a part given twice, `tokenizers` would make both, and only one was looked at."""
+    known = dict(pairs)
+    if len(known) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return known
+
+
+@contextmanager
+def _refusing(kind: type[UserError], what: str) -> Iterator[None]:
+    """Make one error of what `tokenizers` raises: plain Exceptions, and panics, which are no Exceptions."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {error}") from error
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer. Use :meth:`from_file`."""
@@ -46,9 +106,12 @@ class Tokenizer:
                 f"{name}: expected a BPE model with a ByteLevel decoder, as GLM-4's, "
                 f"found {type(tokenizer.model).__name__} with {type(tokenizer.decoder).__name__}"
             )
-        # A training setup left in tokenizer.json would cut or pad prompts.
+        # A training setup left in tokenizer.json would cut or pad prompts, or split words at random; what a
+        # post-processor adds is the chat template's to write.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.post_processor = None
+        tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._bytes: dict[int, bytes] = {}  # of the tokens streamed so far
@@ -65,10 +128,20 @@ class Tokenizer:
         if not path.is_file():
             raise BundleError(f"{path}: no such file; a bundle holds its checkpoint's tokenizer.json")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises plain Exception
-            raise BundleError(f"{path}: not a readable tokenizer.json: {error}") from error
-        return cls(tokenizer, str(path))
+            return cls.from_bytes(path.read_bytes(), str(path))
+        except OSError as error:
+            raise BundleError(f"{path}: can't be read: {error}") from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> Tokenizer:
+        """The same of a file's content; ``name`` is what error messages call it."""
+        refuse_pointer(data, name)
+        try:
+            _check_parts(json.loads(data, object_pairs_hook=_without_duplicates), name)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{name}: not a readable tokenizer.json: {error}") from error
+        with _refusing(BundleError, f"{name}: not a readable tokenizer.json"):
+            return cls(tokenizers.Tokenizer.from_buffer(data), name)
 
     @property
     def vocab_size(self) -> int:
@@ -89,7 +162,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:  # `tokenizers` would only say that it isn't a str
             raise UserError(f"text: not valid Unicode at character {error.start}: {error.reason}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        with _refusing(UserError, "the tokenizer failed on this text; is its tokenizer.json damaged?"):
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``. Ids that are no token are passed over; bytes that are no UTF-8 become U+FFFD.
