@@ -82,16 +82,14 @@ def build(
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
     config = read_config(location.folder / CONFIG)
     tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, config.vocab_size)
-    if added:
-        names = ", ".join(f"{text} ({token})" for text, token in added.items())
-        note(
-            f"{location.folder}: eos_token_id names no {names}; the bundle stops there too, as these begin other turns"
-        )
     max_seq_len = sequence_limit(config, options.max_seq_len)
     with stage("check"):
         checkpoint = Checkpoint.open(location.folder)
         checkpoint.check(config)
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+    if added:
+        names = ", ".join(f"{text} ({token})" for text, token in added.items())
+        note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
     with new_bundle(out) as folder:  # before the trace: an output that can't be written is told at once
         skeletons = {}
         for name in graph_names(options.target):

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm4export import cli
+from glm4export.turns import TURN_TOKENS
 from glm4runtime.contract import MANIFEST
 
 from . import checkpoints
@@ -27,6 +28,7 @@ from .runtime.test_tokenizer import make_raw
 
 PREFIX = "glm4export: error: "
 TEMPLATE = "[gMASK]<sop>{% for m in messages %}<|user|>\n{{ m.content }}{% endfor %}"
+EOS = [make_raw().token_to_id(text) for text in TURN_TOKENS]
 Fails = Callable[..., str]
 GLM4EXPORT = [sys.executable, "-m", "glm4export"]
 
@@ -56,7 +58,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with a tokenizer and a template."""
     folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    checkpoints.save(checkpoints.random_model(vocab_size=420, eos_token_id=[0, 3]), folder)
+    checkpoints.save(checkpoints.random_model(vocab_size=420, eos_token_id=EOS), folder)
     make_raw().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -206,7 +208,7 @@ def test_generate(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts.keys() == {
-        *("text", "finish_reason", "stop_text", "prompt_tokens", "completion_tokens"),
+        *("text", "finish_reason", "stop_text", "tool_calls", "prompt_tokens", "completion_tokens"),
         *("prefill_seconds", "decode_seconds", "lookup"),
     }
     assert plain.out == facts["text"] + "\n" and plain.err == ""
@@ -237,11 +239,33 @@ def test_chat(built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         (["--prompt", "x", "--provider", "cuda"], r"CUDAExecutionProvider is not in the installed onnx.*\[gpu\]"),
         (["--prompt", "", "--raw"], r"the prompt is empty; at least one token is needed"),
         (["--prompt", "x", "--raw", "--system", "s"], r"--system needs the chat template; leave out --raw"),
+        (["--prompt", "x", "--raw", "--chat-template", "t"], r"--chat-template needs the chat template; leave out"),
+        (["--prompt", "x", "--chat-template", "nowhere"], r"nowhere: can't be read: "),
+        (["--prompt", "x", "--stop", ""], r"stop: expected token ids in 0\.\.419 or strings .*, found ''"),
         (["--chat", "--json"], r"--json and --raw go with --prompt, not with --chat"),
     ],
 )  # fmt: skip
 def test_generate_with_arguments_that_do_not_fit(arguments: list[str], message: str, fails: Fails, built: Path) -> None:
     assert re.search(message, fails("generate", built, *arguments))
+
+
+def test_generate_stops_before_a_string(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(built), "--prompt", "hello", "--max-new-tokens", "12"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    stop = text[2:4]
+    assert cli.main([*arguments, "--stop", "nowhere", "--stop", stop]) == 0
+    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
+    assert cli.main([*arguments, "--stop", stop, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["text"], facts["finish_reason"], facts["stop_text"]) == (text[: text.index(stop)], "stop", stop)
+
+
+def test_generate_with_another_template(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    arguments = ["generate", str(built), "--prompt", "hello", "--max-new-tokens", "2", "--json"]
+    assert cli.main([*arguments, "--chat-template", str(tmp_path / "mine.jinja")]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(make_raw().encode("hello").ids)
 
 
 def drop(bundle: Path, name: str) -> None:
@@ -374,7 +398,7 @@ def test_inspect(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     manifest = json.loads((built / MANIFEST).read_text())
     assert facts["files"] == manifest["files"] and facts["config"] == manifest["config"]
-    assert (facts["target"], facts["precision"], facts["eos_token_ids"]) == ("cpu", "fp32", [0, 3])
+    assert (facts["target"], facts["precision"], facts["eos_token_ids"]) == ("cpu", "fp32", EOS)
     per_token = 2 * 2 * 2 * 32 * 4
     assert facts["cache"] == {
         "dtype": "float32",
@@ -389,7 +413,9 @@ def test_inspect(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.startswith(f"{built}: glm4 causal-lm, fp32, for cpu\n")
     assert "2 layers, hidden 64, 4 heads, 2 kv heads of 32, vocabulary 420" in text
-    assert "float32, 1.0 KB a token, 65.5 KB at 64 tokens" in text and "stops on   0, 3\n" in text
+    assert (
+        "float32, 1.0 KB a token, 65.5 KB at 64 tokens" in text and f"stops on   {', '.join(map(str, EOS))}\n" in text
+    )
     for name in facts["files"]:
         assert f"  {name}" in text
 

@@ -164,9 +164,7 @@ class Session:
         return self.stream(prompt, params, lookup=lookup, stop=stop)
 
     def _stops(self, stop: Stop) -> tuple[list[int], list[str]]:
-        wants_text = isinstance(stop, str) or (
-            not isinstance(stop, int) and any(isinstance(item, str) for item in stop)
-        )
+        wants_text = any(isinstance(item, str) for item in stop_items(stop))
         return split_stop(stop, self.tokenizer if wants_text else None, self.manifest.vocab_size)
 
     def _generate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
+
+import numpy as np
 
 from glm4runtime.answers import ToolCall, split_answer
 from glm4runtime.contract import UserError
@@ -29,7 +30,7 @@ def split_stop(stop: Stop, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
             token = None if tokenizer is None else tokenizer.token_id(item)
             if tokenizer is not None and token is not None and tokenizer.is_special(token):  # text doesn't show it
                 ids.append(token)
-        elif isinstance(item, Integral) and not isinstance(item, bool) and 0 <= item < vocab_size:
+        elif isinstance(item, int | np.integer) and not isinstance(item, bool) and 0 <= item < vocab_size:
             ids.append(int(item))
         else:
             raise UserError(

@@ -179,3 +179,82 @@ def test_ids_out_of_range(wrong: int) -> None:
 def test_text_that_is_not_unicode() -> None:
     with pytest.raises(UserError, match="not valid Unicode at character 1"):
         TOKENIZER.encode("a\ud800")
+
+
+def damaged(**parts: object) -> bytes:
+    return json.dumps({**json.loads(RAW.to_str()), **parts}).encode()
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        # `tokenizers` asks for 8 GB and aborts the process, panics, or divides by zero at the first text
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+            "normalizer 'Precompiled' has no place in a byte-level BPE; expected Lowercase, NFC, NFD, NFKC, NFKD",
+        ),
+        ({"normalizer": {"precompiled_charsmap": "/////w=="}}, "normalizer None has no place"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": ""}]}},
+            "normalizer 'Prepend' has no place",
+        ),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "pre_tokenizer 'FixedLength' has no place"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "FixedLength"}], "normalizers": []}},
+            "pre_tokenizer 'FixedLength' has no place",
+        ),
+        ({"normalizer": "NFC"}, "not a readable tokenizer.json: expected an object with a type, found 'NFC'"),
+        ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "("}}}, "not a readable tokenizer.json: .*parenthesis"),
+    ],
+)
+def test_parts_that_take_the_process_with_them(
+    parts: dict[str, object], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=rf"^here: {message}"):
+        Tokenizer.from_bytes(damaged(**parts), "here")
+    assert capfd.readouterr().err == ""  # no panic of Rust's
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_a_model_of_words(key: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = {**json.loads(RAW.to_str())["model"], key: "##"}
+    with pytest.raises(UserError, match=f"here: model: {key}='##' has no place in a byte-level BPE"):
+        Tokenizer.from_bytes(damaged(model=model), "here")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"[" * 100000, "recursion"),
+        (b'{"model": ' * 100000, "recursion"),
+        (damaged()[:-1] + b', "normalizer": null}', "an object has a key twice"),
+        (b"\xff", "can't decode"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", None),
+    ],
+)
+def test_files_that_are_no_tokenizer(data: bytes, message: str | None) -> None:
+    expected = "a git-lfs pointer, not the file" if message is None else f"not a readable tokenizer.json: .*{message}"
+    with pytest.raises(BundleError, match=f"^here: {expected}"):
+        Tokenizer.from_bytes(data, "here")
+
+
+def test_a_panic_over_a_text_is_an_error() -> None:
+    tokenizer = Tokenizer.from_bytes(damaged(pre_tokenizer=SPLIT), "here")
+    with pytest.raises(
+        UserError, match=r"the tokenizer failed on this text; is its tokenizer\.json damaged\?: .*retry"
+    ):
+        tokenizer.encode("a" * 40 + "!")
+
+
+def test_what_training_left_behind_is_switched_off() -> None:
+    """A post-processor that drops the text, and words split at random."""
+    template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+    model = {**json.loads(RAW.to_str())["model"], "dropout": 0.9}
+    tokenizer = Tokenizer.from_bytes(damaged(post_processor=template, model=model), "here")
+    for text in CORPUS:
+        assert tokenizer.encode(text) == TOKENIZER.encode(text)
