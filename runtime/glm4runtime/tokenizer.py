@@ -48,9 +48,9 @@ def _check_parts(data: Any, name: str) -> None:
         raise ValueError(f"expected a JSON object, found {type(data).__name__}")
     for key, known in _PARTS.items():
         for kind in _kinds(data.get(key)):
-            if kind not in known:
+            if not isinstance(kind, str) or kind not in known:
                 expected = ", ".join(sorted(known))
-                raise UserError(f"{name}: {key} {kind!r} has no place in a byte-level BPE; expected {expected}")
+                raise UserError(f"{name}: {key} {kind!r:.100} has no place in a byte-level BPE; expected {expected}")
     model = data.get("model")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if isinstance(model, dict) and model.get(key):
