@@ -30,7 +30,7 @@ MEMORY = 512 * 2**20
 LONGEST = 2**26
 
 _WORKER = Path(__file__).resolve().with_name("template_worker.py")
-_HEADER = struct.Struct("!cQ")
+_HEADER = struct.Struct("!cQ")  # as the worker has them
 _LENGTH = struct.Struct("!Q")
 _START = "each chat template is rendered in a Python process of its own, which "
 
@@ -139,7 +139,7 @@ class _Worker:
                 raise EOFError
             answer = self._receive(length, end).decode("utf-8", "surrogatepass")
         except TimeoutError:
-            raise UserError(_limit(f"no answer in {CLOCK_SECONDS:.0f} seconds")) from None
+            raise UserError(_limit(f"no answer in {CLOCK_SECONDS:g} seconds")) from None
         except (OSError, EOFError, UnicodeDecodeError):
             raise UserError(self._ended()) from None
         if kind == b"m":

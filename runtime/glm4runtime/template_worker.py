@@ -45,6 +45,8 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whatever the parent does with it, blocks or ignores
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     template: jinja2.Template | None = None
     with socket.socket(fileno=0) as parent:
         while True:

@@ -133,6 +133,27 @@ def test_from_many_threads() -> None:
         assert list(pool.map(ask, range(200))) == [f"<|user|>\n{number}" for number in range(200)]
 
 
+def test_limits_hold_where_the_parent_blocks_their_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "CLOCK_SECONDS", 20.0)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    ignored = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=r"stopped, it takes more than 0\.3 seconds"):
+            ChatTemplate("{{ lipsum(n=1000000) }}").render([])
+    finally:
+        signal.signal(signal.SIGPROF, ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_process_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "CLOCK_SECONDS", 0.5)
+    template = ChatTemplate(PLAIN)
+    worker_of(template).send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match=r"stopped, no answer in 0\.5 seconds"):
+        template.render(ASK)
+
+
 def test_an_interrupt_while_it_renders() -> None:
     source = "{% if spin %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
     template = ChatTemplate(source + PLAIN)
