@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from glm4runtime.runner import MAX_RUN
 
 from . import checkpoints
 from .conftest import Build
+from .interrupts import Interrupt
 
 PROMPTS: list[dict[str, Any]] = json.loads((locate(None).folder / "prompts.json").read_text(encoding="utf-8"))
 REPEATING = "the whale and the sea and the whale and the sea and the whale and"
@@ -130,31 +130,6 @@ def test_listed_prompts_are_answered_the_same(demo: Session) -> None:
 
 
 # Interrupts
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at one line of the runtime's own code, while it is entered."""
-
-    def __init__(self, at: int) -> None:
-        self.lines, self._at = 0, at
-
-    def __enter__(self) -> Interrupt:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame: Any, event: str, arg: Any) -> Any:
-        # not at the line behind the one that was interrupted: a second Ctrl-C within microseconds is not meant
-        return self._line if "glm4runtime" in frame.f_code.co_filename else None
-
-    def _line(self, frame: Any, event: str, arg: Any) -> Any:
-        if event == "line":
-            self.lines += 1
-            if self.lines == self._at:
-                raise KeyboardInterrupt
-        return self._line
 
 
 def read_interrupted(session: Session, prompt: list[int], params: SamplingParams, lookup: int, at: int) -> list[int]:

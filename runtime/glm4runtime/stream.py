@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from glm4runtime.tokenizer import Tokenizer
 ASSISTANT = "<|assistant|>"  # the token between an answer's words and calls, each a turn of its own
 
 Stop = str | int | Sequence[str | int]
+_UNREAD: Any = object()
 
 
 def stop_items(stop: Stop) -> list[object]:
@@ -68,6 +70,14 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
+    def state(self) -> tuple[str | None, str]:
+        """What :meth:`restore` takes."""
+        return self.found, self._held
+
+    def restore(self, state: tuple[str | None, str]) -> None:
+        """Go back to what was seen then."""
+        self.found, self._held = state
+
     @staticmethod
     def _overlap(text: str, string: str) -> int:
         """Length of the longest end of ``text`` that ``string`` begins with."""
@@ -80,6 +90,7 @@ class TextStream(Iterator[str]):
 
     ``text`` holds what came so far, as a terminal should show it: without special tokens, a new line where
     ``<|assistant|>`` parts words and calls. ``tool_calls`` and ``content`` are the same answer as a program reads it.
+    A read that is interrupted changes nothing, as with :class:`~glm4runtime.generate.Generation`.
     """
 
     def __init__(self, tokenizer: Tokenizer, generation: Generation, stop: Sequence[str] = ()) -> None:
@@ -92,6 +103,7 @@ class TextStream(Iterator[str]):
         self._separator = tokenizer.token_id(ASSISTANT)
         self._decoded = 0  # characters, those held back included
         self._breaks: list[tuple[int, int]] = []  # where segments end, and where the next begin
+        self._token: Any = _UNREAD  # the one whose text isn't out yet; None at the end
         self._done = False
 
     @property
@@ -131,15 +143,32 @@ class TextStream(Iterator[str]):
 
     def __next__(self) -> str:
         while not self._done:
-            token = next(self.generation, None)
-            piece = self._filter.push(self._decode(token))
-            if token is None:
-                piece += self._filter.finish()
-            self._done = token is None or self._filter.found is not None
-            if piece:
-                self.text += piece
-                return piece
+            if self._token is _UNREAD:
+                self._token = next(self.generation, None)
+            state = self._state()
+            try:
+                piece = self._filter.push(self._decode(self._token))
+                if self._token is None:
+                    piece += self._filter.finish()
+                self._done = self._token is None or self._filter.found is not None
+                self.text, self._token = self.text + piece, _UNREAD
+                if piece:
+                    return piece
+            except BaseException:  # Ctrl-C: the token is taken again at the next read
+                self._restore(state)
+                raise
         raise StopIteration
+
+    def _state(self) -> tuple[Any, ...]:
+        own = (self.text, self._token, self._decoded, len(self._breaks), self._done)
+        return own, self._decoder.state(), self._filter.state()
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        own, decoder, strings = state
+        self.text, self._token, self._decoded, breaks, self._done = own
+        del self._breaks[breaks:]
+        self._decoder.restore(decoder)
+        self._filter.restore(strings)
 
     def _decode(self, token: int | None) -> str:
         if token is None:

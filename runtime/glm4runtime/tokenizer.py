@@ -235,3 +235,11 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest: U+FFFD if the tokens ended inside a character, else empty. The decoder is then as new."""
         return self._decoder.decode(b"", final=True)
+
+    def state(self) -> tuple[bytes, int]:
+        """What :meth:`restore` takes: the bytes held back."""
+        return self._decoder.getstate()
+
+    def restore(self, state: tuple[bytes, int]) -> None:
+        """Go back to what was held back then."""
+        self._decoder.setstate(state)

@@ -16,6 +16,7 @@ from glm4runtime.generate import Generation
 from glm4runtime.stream import StopStrings, TextStream, split_stop
 from glm4runtime.tokenizer import Tokenizer
 
+from ..interrupts import Interrupt
 from .test_tokenizer import make_raw
 
 RAW = make_raw()
@@ -192,3 +193,23 @@ def test_arguments_are_plain_json() -> None:
     answer = stream('f\n{"a": [1, 2.5, null, {"b": "é"}]}')
     answer.read()
     assert json.dumps(answer.tool_calls[0].arguments, ensure_ascii=False) == '{"a": [1, 2.5, null, {"b": "é"}]}'
+
+
+def test_an_interrupted_read_loses_no_text() -> None:
+    """Half characters held back, a separator, and a stop string that begins and isn't one."""
+    turns = ("Grüße, 世界! En", "name\n{}")
+
+    def answer() -> TextStream:
+        return stream(*turns, spell=bytewise, stop=["End", "name\n{}!"])
+
+    wanted = answer().read()
+    with Interrupt(0) as count:
+        answer().read()
+    for at in range(1, count.lines, max(1, count.lines // 400)):
+        text = answer()
+        with Interrupt(at):
+            try:
+                text.read()
+            except KeyboardInterrupt:
+                text.read()
+        assert text.text == wanted
