@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4export.checkpoint import expected_tensors
 from glm4export.compile import sequence_limit
+from glm4export.ledger import tensor_shapes
 from glm4export.options import CALIBRATED, BuildOptions
 from glm4export.passes import PIPELINES
 from glm4export.passes.quantize_linears import SCALE_DTYPE
@@ -24,8 +25,7 @@ _INPUTS_OF_LAYER = 4  # qkv's, o_proj's, gate_up_proj's, down_proj's
 
 def parameters(config: Glm4Config) -> int:
     """Numbers in the checkpoint; a tied head counts once."""
-    shapes = expected_tensors(config)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not (name == HEAD and config.tie_word_embeddings))
+    return _sum(config, lambda name, shape: 0 if name == HEAD and config.tie_word_embeddings else math.prod(shape))
 
 
 def weight_bytes(config: Glm4Config, options: BuildOptions) -> int:
@@ -37,7 +37,7 @@ def weight_bytes(config: Glm4Config, options: BuildOptions) -> int:
     tables = 2 * positions * columns * options.compute_dtype.itemsize
     cache_scales = 2 * config.num_hidden_layers * config.kv_size * 4 if options.cache_dtype == "int8" else 0  # float32
     input_scales = 2 * _INPUTS_OF_LAYER * config.num_hidden_layers if options.precision == "fp8" else 0
-    weights = sum(_stored(name, shape, options) for name, shape in expected_tensors(config).items())
+    weights = _sum(config, lambda name, shape: _stored(name, shape, options))
     return weights + tables + cache_scales + input_scales
 
 
@@ -76,6 +76,12 @@ def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
         "target": target,
         "precisions": precisions,
     }
+
+
+def _sum(config: Glm4Config, size: Callable[[str, tuple[int, ...]], int]) -> int:
+    """The sum of something over all tensors; a layer's is taken as often as there are layers."""
+    outer, layer = (sum(size(*item) for item in shapes.items()) for shapes in tensor_shapes(config))
+    return outer + config.num_hidden_layers * layer
 
 
 def _stored(name: str, shape: tuple[int, ...], options: BuildOptions) -> int:

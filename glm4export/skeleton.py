@@ -41,10 +41,16 @@ class Skeleton:
     fp16_scales: Fp16Scales | None = None
     formats: Formats | None = None
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)  # names of the passes that it went through, in order
 
     @property
     def graph(self) -> ir.Graph:
         return self.model.graph
+
+    @property
+    def linears_of_layer(self) -> int:
+        """Matrices that a layer multiplies by: o, gate_up, down, and q, k, v until fuse_qkv makes them one."""
+        return 4 if "fuse_qkv" in self.passed else 6
 
     def nodes(self, op_type: str, domain: str = "") -> list[ir.Node]:
         """Every node of that type, in graph order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -20,9 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glm4export.checkpoint import Checkpoint, CheckpointError, Location, expected_tensors, locate
+from glm4export.checkpoint import Checkpoint, CheckpointError, Location, locate
 from glm4export.config import read_config
+from glm4export.ledger import expected_tensors
 from glm4export.recipes import whole
+from glm4runtime.contract import UserError
 
 from . import checkpoints
 
@@ -136,7 +139,97 @@ def test_ledger_lists_everything_at_once(mine: Path) -> None:
         "  unexpected score.weight [2, 64]",
         "  mis-shaped lm_head.weight: [64, 96], expected [96, 64]",
         "  mis-shaped model.layers.0.self_attn.q_proj.bias: [7], expected [128]",
+        "  num_hidden_layers=2, and tensors of 3 layers are here",
     ]
+
+
+def test_a_long_ledger_is_cut_and_counted(mine: Path) -> None:
+    extra = {f"model__layers__0__self_attn__experts{index}": torch.zeros(1) for index in range(3000)}
+    change(mine, **extra, model__norm__weight=torch.zeros(3))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(mine).check(read_config(mine / "config.json"))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{mine}: 3001 tensors do not match config.json; is it this model's config?"
+    assert lines[1] == "  unexpected model.layers.0.self_attn.experts0 [1]"
+    assert lines[11:] == ["  … and 2990 more", "  mis-shaped model.norm.weight: [3], expected [64]"]
+
+
+@pytest.mark.parametrize("layers", [10**6, 2**31 - 1])
+def test_layers_that_nothing_could_hold_are_refused_by_arithmetic(layers: int, single: Path) -> None:
+    """13 tensors for every layer that isn't there, counted and not made."""
+    config = dataclasses.replace(read_config(single / "config.json"), num_hidden_layers=layers)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(single).check(config)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{single}: {13 * (layers - 2)} tensors do not match")
+    assert lines[1] == "  missing model.layers.2.input_layernorm.weight [64]"
+    assert lines[-2:] == [
+        f"  … and {13 * (layers - 2) - 20} more",
+        f"  num_hidden_layers={layers}, and tensors of 2 layers are here",
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_names_and_shapes_are_those_of_transformers(bias: bool, tmp_path: Path) -> None:
+    model = checkpoints.random_model(attention_bias=bias, num_hidden_layers=3, num_attention_heads=6, head_dim=16)
+    config = read_config(checkpoints.save(model, tmp_path) / "config.json")
+    assert expected_tensors(config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("_orig_mod.", "it was saved from a torch.compile'd model: save model._orig_mod, or strip it from the names"),
+        ("module.", "it was saved from inside DataParallel or DistributedDataParallel: save model.module, or strip"),
+        ("base_model.model.", "it was saved from inside a PEFT model: save what its merge_and_unload() returns, or"),
+        ("glm.\x1b[31m", "save the model inside, or strip it from the names"),
+    ],
+)
+def test_a_prefix_of_every_name_is_named(prefix: str, message: str, mine: Path) -> None:
+    file = mine / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(mine).check(read_config(mine / "config.json"))
+    shown = prefix.replace("\x1b", r"\x1b")
+    assert str(caught.value).startswith(f"{mine}: every tensor's name begins with `{shown}`; {message}")
+
+
+MERGE = (
+    "merge it into its base model and build what that gives: `peft.AutoPeftModelForCausalLM.from_pretrained('{}')"
+    ".merge_and_unload().save_pretrained(...)`, with the base model's tokenizer beside it"
+)
+
+
+def test_a_lora_folder_is_told_how_to_merge(mine: Path) -> None:
+    (mine / "model.safetensors").rename(mine / "adapter_model.safetensors")
+    (mine / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as without_weights:
+        Checkpoint.open(mine)
+    assert str(without_weights.value) == (
+        f"{mine}: a LoRA adapter (adapter_config.json), without weights; {MERGE.format(mine)}"
+    )
+    (mine / "config.json").unlink()
+    with pytest.raises(CheckpointError) as without_config:
+        locate(str(mine))
+    assert str(without_config.value) == (
+        f"{mine}: a LoRA adapter (adapter_config.json), not a model; {MERGE.format(mine)}"
+    )
+
+
+def test_unmerged_lora_weights_are_told(mine: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    change(mine, **{name.replace(".", "__"): torch.zeros(8, 64)})
+    with pytest.raises(
+        CheckpointError, match=r": '.*lora_A\.weight' is a LoRA adapter's; merge it into its base model"
+    ):
+        Checkpoint.open(mine).check(read_config(mine / "config.json"))
+
+
+def test_names_with_control_codes_are_shown_escaped(mine: Path) -> None:
+    change(mine, **{"\x1b[2Jx\n  missing all": torch.zeros(1)})
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(mine).check(read_config(mine / "config.json"))
+    assert str(caught.value).splitlines()[1:] == [r"  unexpected \x1b[2Jx\n  missing all [1]"]
 
 
 @pytest.mark.parametrize("store_head", [False, True])
@@ -175,10 +268,9 @@ def test_truncated_files(size: int | str, mine: Path) -> None:
         b"\xff" * 64,
         (2).to_bytes(8, "little") + b"{]" + bytes(64),
         (1 << 40).to_bytes(8, "little") + b"{}",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",  # a clone without git-lfs
         pickle.dumps({"weight": 1}),
     ],
-    ids=["ones", "not json", "huge header", "lfs pointer", "pickle"],
+    ids=["ones", "not json", "huge header", "pickle"],
 )
 def test_garbage_headers(content: bytes, mine: Path) -> None:
     (mine / "model.safetensors").write_bytes(content)
@@ -186,6 +278,17 @@ def test_garbage_headers(content: bytes, mine: Path) -> None:
         CheckpointError, match=r"model\.safetensors: damaged or truncated \(.+\); fetch the file again$"
     ):
         Checkpoint.open(mine)
+
+
+@pytest.mark.parametrize("name", [INDEX, "model-00001-of-00004.safetensors"])
+def test_a_clone_without_git_lfs(name: str, my_shards: Path) -> None:
+    names = sorted(path.name for path in my_shards.glob("*.safetensors"))
+    file = my_shards / (name if name == INDEX else names[0])
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(
+        UserError, match=rf"{file}: a git-lfs pointer, not the file; run `git lfs install` and `git lfs"
+    ):
+        Checkpoint.open(my_shards)
 
 
 def test_a_file_that_vanishes_after_opening(mine: Path) -> None:
@@ -223,6 +326,64 @@ def test_missing_shards_are_all_named(my_shards: Path) -> None:
         Checkpoint.open(my_shards)
 
 
+def reindex(folder: Path, **placed: str | None) -> list[str]:
+    """Give tensors to other shards in the index, or (None) to none; returns all shards' names."""
+    data = json.loads((folder / INDEX).read_text())
+    for name, file in placed.items():
+        data["weight_map"].pop(name.replace("__", "."))
+        if file is not None:
+            data["weight_map"][name.replace("__", ".")] = file
+    (folder / INDEX).write_text(json.dumps(data))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_shards_that_their_index_contradicts(my_shards: Path) -> None:
+    """Every kind of contradiction, in one list; which numbers are the model's is nowhere said."""
+    holders = {name: path.name for path in my_shards.glob("*.safetensors") for name in load_file(path)}
+    where = holders["model.norm.weight"]
+    other = next(name for name in holders.values() if name != where)
+    copied = load_file(my_shards / other)
+    save_file({**copied, "model.norm.weight": torch.zeros(64), "extra": torch.zeros(1)}, my_shards / other)
+    embedding = holders["model.embed_tokens.weight"]
+    elsewhere = next(name for name in sorted(holders.values()) if name != embedding)
+    reindex(my_shards, model__embed_tokens__weight=elsewhere)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(my_shards)
+    assert str(caught.value).splitlines() == [
+        f"{my_shards}/{INDEX}: contradicted by its shards about 3 tensors; fetch index and shards again, or save the "
+        "model again",
+        f"  model.embed_tokens.weight: given to {elsewhere}, which doesn't hold it; {embedding} does",
+        f"  model.norm.weight: given to {where}, and in {other} too",
+        f"  extra: in {other}, and not in weight_map",
+    ]
+
+
+def test_a_tensor_that_no_shard_holds(my_shards: Path) -> None:
+    first = reindex(my_shards)[0]
+    data = json.loads((my_shards / INDEX).read_text())
+    data["weight_map"]["model.norm.bias"] = first
+    (my_shards / INDEX).write_text(json.dumps(data))
+    with pytest.raises(
+        CheckpointError, match=rf"1 tensors;(.|\n)*  model\.norm\.bias: given to {first}, which doesn't ho"
+    ):
+        Checkpoint.open(my_shards)
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(my_shards: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(64)}, my_shards / "model-00009-of-00009.safetensors")
+    checkpoint, config = Checkpoint.open(my_shards), read_config(my_shards / "config.json")
+    checkpoint.check(config)
+    assert checkpoint.read("model.norm.weight", ((0, 64),)).abs().min() > 0
+    with pytest.raises(CheckpointError, match=rf"not read, since {INDEX} is: model-00009-of-00009\.safetensors$"):
+        checkpoint.check(dataclasses.replace(config, vocab_size=97))
+
+
+def test_a_single_file_beside_an_index_of_others(my_shards: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(64)}, my_shards / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"holds model\.safetensors, and {INDEX} that names \d+ files; remove"):
+        Checkpoint.open(my_shards)
+
+
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "./x.safetensors"])
 def test_index_naming_a_file_elsewhere(name: str, my_shards: Path) -> None:
     data = json.loads((my_shards / INDEX).read_text())
@@ -236,6 +397,7 @@ def test_index_naming_a_file_elsewhere(name: str, my_shards: Path) -> None:
     "content",
     [
         *("", "{", "[]", "3", "{}", "\udcff", "[" * 100_000, '{"weight_map": 3}', '{"weight_map": []}'),
+        *('{"weight_map": {}}', '{"weight_map": {"a": "x", "a": "y"}}'),
         *('{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["x"]}}', '{"weight_map": {"a": null, "b": "x"}}'),
     ],
 )

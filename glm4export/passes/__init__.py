@@ -1,12 +1,12 @@
 """The passes, one a file, and the ordered list that each target and precision runs.
 
-A pass takes a skeleton, rewrites its nodes and recipes in place, and returns what it counted.
+A pass takes a skeleton, rewrites its nodes and recipes in place, and returns what it counted. Counts follow from the
+config, the options and the passes before: every pass states its own, and another one is an error (:class:`Pass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from glm4export.passes.counted import Counts, Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
@@ -23,9 +23,6 @@ from glm4export.passes.simplify import simplify
 from glm4export.passes.widen_cache import widen_cache
 from glm4export.skeleton import Skeleton
 from glm4runtime.contract import DECODE, PREFILL
-
-Counts = dict[str, int]
-Pass = Callable[[Skeleton], Counts]
 
 ORT_FP32: tuple[Pass, ...] = (lift_weights, fuse_qkv, lower_attention_gqa, simplify)
 ORT_FP16: tuple[Pass, ...] = (lift_weights, rescale_fp16, fuse_qkv, lower_attention_gqa, simplify)
@@ -91,5 +88,5 @@ def behind_lowering(pipeline: tuple[Pass, ...], step: Pass) -> tuple[Pass, ...]:
 
 
 def run(passes: tuple[Pass, ...], skeleton: Skeleton, *, skip_simplify: bool = False) -> dict[str, Counts]:
-    """Run passes in order; returns each one's counts by its name."""
-    return {step.__name__: step(skeleton) for step in passes if not (skip_simplify and step is simplify)}
+    """Run passes in order; returns each one's counts by its name. Raises InternalError where one isn't the promised."""
+    return {step.name: step(skeleton) for step in passes if not (skip_simplify and step is simplify)}

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from glm4export.passes.quantize_linears import HEAD, SCALE_DTYPE, scheme_of
+from glm4export.passes.counted import Counts, counts
+from glm4export.passes.quantize_linears import HEAD, SCALE_DTYPE, linears_left, scheme_of
 from glm4export.recipes import QuantizedPart, Recipe, RowQuantizedPart, Transpose
 from glm4export.skeleton import Skeleton
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    return {"linears": linears_left(skeleton)}
+
+
+@counts(_promised)
 def dequantize_linears(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``linears`` whose weight is stored as integers. One of 16 bits stays as it is."""
     formats = skeleton.formats

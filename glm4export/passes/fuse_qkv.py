@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import counts, per_layer
 from glm4export.recipes import Concat, Recipe, Transpose
 from glm4export.skeleton import Skeleton
 from glm4graphs.attention import DOMAIN, OP_TYPE
 
 
+@counts(per_layer(fused=1))
 def fuse_qkv(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``fused``, layers whose three projections became one. Attention then takes them packed in ``query``."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)

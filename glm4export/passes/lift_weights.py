@@ -6,10 +6,22 @@ has to fold it by holding both copies.
 
 from __future__ import annotations
 
+from glm4export.ledger import tensor_shapes
+from glm4export.passes.counted import Counts, counts
 from glm4export.recipes import Expr, Recipe, RotaryTable, Source, Transpose
 from glm4export.skeleton import DTYPE_NAMES, Skeleton
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    outer, layer = tensor_shapes(skeleton.config)
+    layers, tables = skeleton.config.num_hidden_layers, 2  # of cos and sin
+    return {
+        "weights": len(outer) + layers * len(layer) + tables,
+        "transposes": skeleton.linears_of_layer * layers + 1,  # the head's
+    }
+
+
+@counts(_promised)
 def lift_weights(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``weights`` initializers given a recipe, ``transposes`` folded into one."""
     graph = skeleton.graph

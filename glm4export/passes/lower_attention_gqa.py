@@ -7,6 +7,7 @@ import math
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import counts, per_layer
 from glm4export.recipes import Recipe, RotaryTable
 from glm4export.skeleton import Skeleton
 from glm4graphs.attention import DOMAIN, OP_TYPE
@@ -17,10 +18,11 @@ _HEAD_COLUMNS = 16  # a rotated head must have a multiple of this many
 _ROTARY_COLUMNS = 8  # cos and sin must have a multiple of this many
 
 
+@counts(per_layer(attention=1))
 def lower_attention_gqa(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``attention`` nodes lowered."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
-    lengths = _lengths(skeleton, nodes[0])
+    lengths = _lengths(skeleton, nodes[0]) if nodes else ()
     _pad_rotary_tables(skeleton)
     for node in nodes:
         query, key, value, past_key, past_value, _, cos, sin = node.inputs

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_standard import (
     OPSET,
     AttentionInputs,
@@ -29,6 +30,7 @@ OUTPUTS = ("attended", "present_key", "present_value")
 ATTRIBUTES = ("num_heads", "kv_num_heads", "scale")
 
 
+@counts(per_layer(attention=1))
 def lower_attention_plugin(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``attention`` nodes. The last pass: the optimizer would put the function's body in their places."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import onnx_ir as ir
 
+from glm4export.errors import InternalError
+from glm4export.passes.counted import counts, per_layer
 from glm4export.skeleton import Skeleton
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4graphs.config import Glm4Config
@@ -59,6 +61,7 @@ class HeadShapes:
         self.joined = constant("joined_heads", [0, 0, config.query_size])
 
 
+@counts(per_layer(attention=1))
 def lower_attention_standard(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
@@ -160,7 +163,9 @@ def _replace_mask(skeleton: Skeleton) -> tuple[ir.Value, ir.Value, ir.Value]:
     old = inputs[index]
     for node in skeleton.nodes(OP_TYPE, DOMAIN):
         node.replace_input_with(list(node.inputs).index(old), None)
-    assert not old.uses(), "only attention reads the mask of a step graph"
+    if old.uses():
+        readers = ", ".join(sorted({use.node.op_type for use in old.uses()}))
+        raise InternalError(f"step graph: its mask is read by {readers}, where only {DOMAIN}::{OP_TYPE} is expected to")
     inputs[index : index + 1] = new
     return new
 

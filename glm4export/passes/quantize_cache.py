@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.recipes import CacheScales, Recipe
 from glm4export.skeleton import Skeleton
@@ -31,6 +32,7 @@ class Int8Cache:
     scales: ir.Value  # float32 [kv_heads, 1, head_dim]
 
 
+@counts(per_layer(caches=2))
 def quantize_cache(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``caches``, two a layer, that are int8 now."""
     count = 0

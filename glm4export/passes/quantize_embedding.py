@@ -6,6 +6,7 @@ that could be seen, since checkpoints are bf16.
 
 from __future__ import annotations
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.passes.quantize_linears import scheme_of, store_quantized
 from glm4export.recipes import Recipe
@@ -14,6 +15,13 @@ from glm4export.skeleton import Skeleton
 _EMBEDDING = "model.embed_tokens.weight"
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    formats, recipe = skeleton.formats, skeleton.recipes.get(_EMBEDDING)
+    already = formats is not None and formats.embedding_bits == 16 and recipe is not None and recipe.dtype == "float16"
+    return {"embeddings": int(not already)}
+
+
+@counts(_promised)
 def quantize_embedding(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``embeddings`` stored in another format than the activations'."""
     formats = skeleton.formats

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.passes.quantize_linears import HEAD, SCALE_DTYPE
 from glm4export.recipes import Concat, Expr, InputScale, Recipe, RowQuantizedPart, Scale, Source, Transpose
 from glm4export.skeleton import ONNX_DTYPES, Skeleton
@@ -16,6 +17,13 @@ from glm4export.skeleton import ONNX_DTYPES, Skeleton
 FP8 = "float8_e4m3fn"
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    layers = skeleton.config.num_hidden_layers
+    # Inputs: of q, k and v together, of o, of gate_up, of down.
+    return {"linears": skeleton.linears_of_layer * layers, "activations": 4 * layers}
+
+
+@counts(_promised)
 def quantize_fp8(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``linears`` lowered, ``activations`` quantized for them."""
     scales = skeleton.fp16_scales

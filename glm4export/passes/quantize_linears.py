@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.quantize import Scheme, block_for
 from glm4export.recipes import QuantizedPart, Recipe, Transpose
@@ -15,6 +16,23 @@ SCALE_DTYPE = torch.float16
 _ACCURACY_INT8 = 4  # MatMulNBits' accuracy_level: activations are quantized to int8 by block inside the kernel
 
 
+def linears_left(skeleton: Skeleton) -> int:
+    """How many linears are to be stored as integers: the layers', where no pass has taken them, and the head."""
+    formats = skeleton.formats
+    assert formats is not None, "a quantizing pipeline is given its formats"
+    taken = {"quantize_rows", "quantize_fp8"} & {*skeleton.passed}
+    of_layers = 0 if taken or formats.linear_bits == 16 else skeleton.linears_of_layer
+    return of_layers * skeleton.config.num_hidden_layers + (formats.head_bits != 16)
+
+
+def _promised(skeleton: Skeleton) -> Counts:
+    linears = linears_left(skeleton)
+    with_bias = skeleton.linears_of_layer - 3  # q, k and v, apart or in one
+    of_layers = linears > 1 and skeleton.config.attention_bias
+    return {"linears": linears, "biases": with_bias * skeleton.config.num_hidden_layers if of_layers else 0}
+
+
+@counts(_promised)
 def quantize_linears(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``linears`` quantized, ``biases`` moved into them."""
     formats = skeleton.formats

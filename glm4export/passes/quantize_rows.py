@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.passes.quantize_linears import HEAD
 from glm4export.recipes import Recipe, RowQuantizedPart, Transpose
@@ -21,6 +22,13 @@ _ZERO_POINT = 64
 _LEVELS = 63
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    layers = skeleton.config.num_hidden_layers
+    # Inputs: of q, k and v together, of o, of gate_up, of down.
+    return {"linears": skeleton.linears_of_layer * layers, "activations": 4 * layers}
+
+
+@counts(_promised)
 def quantize_rows(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``linears`` lowered, ``activations`` quantized for them. The head is left to other passes."""
     constants = _Constants(skeleton)

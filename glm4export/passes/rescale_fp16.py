@@ -12,13 +12,27 @@ import re
 from functools import partial
 
 import onnx_ir as ir
+import torch
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.recipes import Recipe, Scale, map_sources
 from glm4export.skeleton import Skeleton
+from glm4runtime.contract import UserError
 
 _LAYER = r"model\.layers\.\d+\."
 
 
+def _promised(skeleton: Skeleton) -> Counts:
+    scales, layers = skeleton.fp16_scales, skeleton.config.num_hidden_layers
+    assert scales is not None, "an fp16 pipeline is given its scales"
+    branch, residual = scales.branch != 1, scales.residual != 1
+    return {
+        "weights": 2 * layers * branch + (2 * layers + 1) * residual,  # gate_up and o; post-norms and embedding
+        "eps": 2 * layers * branch + (2 * layers + 1) * residual,  # post-norms'; the other norms', the last one's too
+    }
+
+
+@counts(_promised)
 def rescale_fp16(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``weights`` whose recipe was scaled, ``eps`` changed. A scale of 1 changes nothing and counts nothing."""
     scales = skeleton.fp16_scales
@@ -45,6 +59,12 @@ def rescale_fp16(skeleton: Skeleton) -> dict[str, int]:
         (weight,) = skeleton.weights_of(node)
         for pattern, factor in eps_rules:
             if factor != 1 and re.fullmatch(pattern, weight):
-                node.attributes["epsilon"] = ir.AttrFloat32("epsilon", node.attributes["epsilon"].as_float() * factor)
+                scaled = node.attributes["epsilon"].as_float() * factor
+                if scaled < torch.finfo(torch.float32).tiny:
+                    raise UserError(
+                        f"{weight}: rms_norm_eps={skeleton.config.rms_norm_eps} scaled by {factor:.3g}, to keep fp16 "
+                        "finite, is nothing in float32; build with --precision bf16 or fp32"
+                    )
+                node.attributes["epsilon"] = ir.AttrFloat32("epsilon", scaled)
                 eps += 1
     return {"weights": weights, "eps": eps}

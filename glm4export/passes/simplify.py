@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from onnxscript import optimizer
 
+from glm4export.passes.counted import Counts, counts
 from glm4export.quiet import quiet
 from glm4export.skeleton import Skeleton
 
+_SEQUENCES = ("SplitToSequence", "SequenceAt")  # what the exporter writes for torch.split
 
+
+def _promised(skeleton: Skeleton) -> Counts:
+    of_layer = 2 if "lower_attention_standard" in skeleton.passed else 1  # gate and up; and q, k and v
+    return {"splits": of_layer * skeleton.config.num_hidden_layers, "sequences": 0}
+
+
+@counts(_promised)
 def simplify(skeleton: Skeleton) -> dict[str, int]:
-    """Counts: ``removed`` nodes."""
+    """Counts: ``removed`` nodes, ``splits`` there are now, and ``sequences`` left of what they're made of."""
     before = len(skeleton.graph)
     with quiet("onnx_ir"):  # it warns of every initializer without data
         optimizer.optimize(skeleton.model)
-    return {"removed": before - len(skeleton.graph)}
+    sequences = sum(len(skeleton.nodes(op_type)) for op_type in _SEQUENCES)
+    return {"removed": before - len(skeleton.graph), "splits": len(skeleton.nodes("Split")), "sequences": sequences}

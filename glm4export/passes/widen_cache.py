@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.passes.quantize_cache import Int8Cache, int8_caches
 from glm4export.skeleton import Skeleton
@@ -24,12 +25,14 @@ _TOKENS = 2  # the dim of a cache [batch, kv_heads, max_seq, head_dim] that toke
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
+@counts(per_layer(caches=2))
 def widen_cache(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``caches``, two a layer, that are int8 now."""
     layers = list(int8_caches(skeleton))
-    shared = _Shared(skeleton, layers[0][0])
-    for attention, caches in layers:
-        _Layer(skeleton, attention, caches, shared).widen()
+    if layers:
+        shared = _Shared(skeleton, layers[0][0])
+        for attention, caches in layers:
+            _Layer(skeleton, attention, caches, shared).widen()
     skeleton.model.opset_imports[""] = _TENSOR_SCATTER_OPSET
     return {"caches": sum(len(caches) for _, caches in layers)}
 

@@ -1,0 +1,45 @@
+"""How errors show what they were given: short, on one line, and without a control code reaching the terminal."""
+
+from __future__ import annotations
+
+import reprlib
+
+from glm4runtime.contract import UserError
+
+MOST_LINES = 20  # of a list in an error; the rest is counted
+_MOST_CHARACTERS = 2000  # of a line
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlong = 24
+
+
+class InternalError(UserError):
+    """A mistake of glm4export's own. No traceback: what was being compiled says more, so the message tells that."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}. This is a mistake in glm4export, not yours; please report it with this message")
+
+
+def shown(value: object) -> str:
+    """A value of somebody's file for a message: its repr, cut where it's long or nested deep."""
+    return _REPR.repr(value)
+
+
+def printable(text: str) -> str:
+    """One line without control codes, which a terminal would obey, nor characters that reorder text."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]} … and {len(text) - _MOST_CHARACTERS} characters more"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text whose line breaks are meant: those in a name must be escaped before it gets there."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def listed(lines: list[str], total: int | None = None, most: int = MOST_LINES) -> str:
+    """The first lines of a list, and how many more there are of ``total`` (default: of those given)."""
+    shown_lines = lines[:most]
+    more = (len(lines) if total is None else total) - len(shown_lines)
+    return "\n  ".join([*map(printable, shown_lines), *([f"… and {more} more"] if more else [])])
