@@ -29,6 +29,7 @@ from glm4export.passes.quantize_linears import scheme_of
 from glm4export.progress import note
 from glm4export.quantize import Scheme
 from glm4export.recipes import Recipe, TensorReader
+from glm4export.sidefiles import check_side_files
 from glm4export.skeleton import DTYPE_NAMES, Fp16Scales, Skeleton
 from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
@@ -86,6 +87,7 @@ def build(
     with stage("check"):
         checkpoint = Checkpoint.open(location.folder)
         checkpoint.check(config)
+        check_side_files(location.folder)
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
     if added:
         names = ", ".join(f"{text} ({token})" for text, token in added.items())
@@ -221,9 +223,7 @@ def detect_target() -> str:
 
 def sequence_limit(config: Glm4Config, wanted: int | None) -> int:
     """The bundle's cache length. Raises ConfigError past the positions that the model was made for."""
-    limit = config.max_position_embeddings
-    if (yarn := config.rope.yarn) is not None:
-        limit = max(limit, int(yarn.factor * yarn.original_max_position_embeddings))
+    limit = config.max_positions
     if wanted is None:
         return limit
     if not 1 <= wanted <= limit:

@@ -5,17 +5,26 @@ A key that changes what the model computes is read or refused, never guessed: a 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from glm4export.errors import shown
+from glm4export.files import read_json
 from glm4graphs.config import Glm4Config, Rope, YarnScaling
+from glm4graphs.rope import inverse_frequencies, rotary_tables
 from glm4runtime.contract import TokenIds, UserError
 
 ARCHITECTURE = "Glm4ForCausalLM"
 SUPPORTED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 SUPPORTED_ROPE = ("default", "linear", "yarn")
+
+_LARGEST_SIZE = 2**31 - 1  # of a dim that kernels count with 32 bits
+_LARGEST_HEAD = 2**16  # a hundred times what attention kernels take
+_MOST_POSITIONS = 2**24  # the angle of a position is computed in float32, which holds no further whole number
+_FLOAT16 = torch.finfo(torch.float16)
 
 
 class ConfigError(UserError):
@@ -31,14 +40,14 @@ def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
     """The model geometry of a parsed config.json; ``where`` names it in errors."""
     architectures = data.get("architectures") or []
     if architectures != [ARCHITECTURE]:
-        raise ConfigError(f"{where}: architectures={architectures!r} is not supported; supported: {ARCHITECTURE}")
+        raise ConfigError(f"{where}: architectures={shown(architectures)} is not supported; supported: {ARCHITECTURE}")
     if data.get("quantization_config") is not None:
         raise ConfigError(f"{where}: the checkpoint is already quantized; give the original bf16, fp16 or fp32 one")
     key = _Keys(data, where)
     act = key("hidden_act", str)
     if act not in SUPPORTED_ACTIVATIONS:
         raise ConfigError(
-            f"{where}: hidden_act={act!r} is not supported; supported: {', '.join(SUPPORTED_ACTIVATIONS)}"
+            f"{where}: hidden_act={shown(act)} is not supported; supported: {', '.join(SUPPORTED_ACTIVATIONS)}"
         )
     sizes = {
         name: key.positive(name)
@@ -49,26 +58,28 @@ def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
-            "max_position_embeddings",
         )
     }
+    positions = key.positive("max_position_embeddings", most=_MOST_POSITIONS)
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % kv_heads:
         raise ConfigError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     config = Glm4Config(
         **sizes,
-        head_dim=key.positive("head_dim", default=sizes["hidden_size"] // heads),
+        max_position_embeddings=positions,
+        head_dim=key.positive("head_dim", default=sizes["hidden_size"] // heads, most=_LARGEST_HEAD),
         hidden_act=act,
-        rms_norm_eps=key.above("rms_norm_eps", 0),
+        rms_norm_eps=_eps(key),
         attention_bias=key("attention_bias", bool, default=True),
         tie_word_embeddings=key("tie_word_embeddings", bool, default=False),
-        rope=_rope(data, where, sizes["max_position_embeddings"]),
+        rope=_rope(data, where, positions),
     )
     if config.rotary_dim < 2 or config.rotary_dim % 2:
         raise ConfigError(
             f"{where}: head_dim={config.head_dim} and partial_rotary_factor={config.rope.partial_rotary_factor} give "
             f"{config.rotary_dim} rotary columns; an even number of at least 2 is needed"
         )
+    _check_rotary(config, where)
     return config
 
 
@@ -88,7 +99,7 @@ def read_token_ids(folder: Path) -> TokenIds:
     optional = [(name, value) for name, value in (("pad_token_id", pad), ("bos_token_id", bos)) if value is not None]
     for name, value in (*(("eos_token_id", value) for value in eos_ids), *optional):
         if type(value) is not int or not 0 <= value < vocab:
-            raise ConfigError(f"{folder}: {name}={value!r} is not a token id below vocab_size={vocab}")
+            raise ConfigError(f"{folder}: {name}={shown(value)} is not a token id below vocab_size={vocab}")
     return TokenIds(eos=tuple(eos_ids), pad=pad, bos=bos)
 
 
@@ -107,7 +118,7 @@ def _rope(data: dict[str, Any], where: str, max_positions: int) -> Rope:
     kind = key.data.get("rope_type", "default")
     if kind not in SUPPORTED_ROPE:
         raise ConfigError(
-            f"{where}: rope_type={kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE)} "
+            f"{where}: rope_type={shown(kind)} is not supported; supported: {', '.join(SUPPORTED_ROPE)} "
             "(GLM-4's model cards ask for yarn beyond 32768 tokens)"
         )
     if kind == "default":
@@ -125,7 +136,55 @@ def _rope(data: dict[str, Any], where: str, max_positions: int) -> Rope:
         truncate=key("truncate", bool, default=True),
         **optional,
     )
+    if not yarn.factor * yarn.original_max_position_embeddings <= _MOST_POSITIONS:
+        raise ConfigError(
+            f"{where}: factor={yarn.factor} times original_max_position_embeddings="
+            f"{yarn.original_max_position_embeddings} is more than {_MOST_POSITIONS} positions"
+        )
     return Rope(theta, factor, yarn=yarn)
+
+
+def _eps(key: _Keys) -> float:
+    """The norms' eps: an attribute in float32, which kernels of float16 may hold as that."""
+    eps = key.above("rms_norm_eps", 0)
+    least, most = torch.finfo(torch.float32).tiny, _FLOAT16.max
+    if not least <= eps <= most:
+        raise ConfigError(
+            f"{key.where}: rms_norm_eps={eps} is not in {least:.2g} to {most:.0f}, what a norm can compute with"
+        )
+    return eps
+
+
+def _check_rotary(config: Glm4Config, where: str) -> None:
+    """Refuse values whose rotary tables, computed as a build computes them, aren't numbers or tell nothing apart."""
+    rope = config.rope
+    values = {"rope_theta": rope.theta}
+    if rope.linear_factor != 1:
+        values["factor"] = rope.linear_factor
+    if rope.yarn is not None:
+        values |= {name: value for name, value in vars(rope.yarn).items() if value is not None}
+    given = ", ".join(f"{name}={value}" for name, value in values.items())
+    last = config.max_positions - 1
+    try:
+        inverse, scale = inverse_frequencies(config)
+        first_row, last_row = (
+            torch.cat(rotary_tables(config, row + 1, row), -1).to(torch.float16) for row in (0, last)
+        )
+    except (ArithmeticError, ValueError) as error:  # a logarithm of 0, an exponent beyond a float's
+        raise ConfigError(f"{where}: {given} can't be computed with ({error})") from None
+    finite = torch.isfinite(inverse) & (inverse > 0)
+    largest = float(inverse.max()) * last  # radians
+    if not finite.all():
+        found = f"give an inverse frequency of {float(inverse[~finite][0])}"
+    elif not _FLOAT16.tiny <= scale <= _FLOAT16.max:
+        found = f"scale cos and sin by {scale:.3g}, which float16 doesn't hold"
+    elif largest > _MOST_POSITIONS:
+        found = f"turn position {last} by {largest:.3g} radians, of which float32 holds no fraction"
+    elif last and torch.equal(first_row, last_row):
+        found = f"turn position {last} by {largest:.3g} radians, as good as none"
+    else:
+        return
+    raise ConfigError(f"{where}: {given} {found}; is it this model's config?")
 
 
 def _rope_keys(data: dict[str, Any], where: str) -> dict[str, Any]:
@@ -135,14 +194,22 @@ def _rope_keys(data: dict[str, Any], where: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for spelling, keys in (("top level", top), *nested.items()):
         if not isinstance(keys, dict):
-            raise ConfigError(f"{where}: {spelling}={keys!r} must be an object")
+            raise ConfigError(f"{where}: {spelling}={shown(keys)} must be an object")
         for key, value in keys.items():
             name = "rope_type" if key == "type" else key
-            if value is not None and merged.setdefault(name, value) != value:
+            if value is not None and _differ(merged.setdefault(name, value), value):
                 raise ConfigError(
-                    f"{where}: {name} is given twice, as {merged[name]!r} and as {value!r}; keep the right one"
+                    f"{where}: {shown(name)[1:-1]} is given twice, as {shown(merged[name])} and as {shown(value)}; "
+                    "keep the right one"
                 )
     return merged
+
+
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return bool(one != other)
+    except RecursionError:  # lists in lists in lists
+        return True
 
 
 class _Keys:
@@ -161,13 +228,15 @@ class _Keys:
         if kind is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise ConfigError(f"{self.where}: {name}={value!r} must be a {kind.__name__}")
+            raise ConfigError(f"{self.where}: {name}={shown(value)} must be a {kind.__name__}")
         return value
 
-    def positive(self, name: str, default: int | None = None) -> int:
+    def positive(self, name: str, default: int | None = None, most: int = _LARGEST_SIZE) -> int:
         value: int = self(name, int, default)
         if value < 1:
-            raise ConfigError(f"{self.where}: {name}={value} must be at least 1")
+            raise ConfigError(f"{self.where}: {name}={shown(value)} must be at least 1")
+        if value > most:
+            raise ConfigError(f"{self.where}: {name}={shown(value)} must be at most {most}")
         return value
 
     def above(self, name: str, low: float) -> float:
@@ -179,7 +248,7 @@ class _Keys:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a checkpoint folder in Hugging Face layout holds one") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from glm4export.errors import InternalError
 from glm4export.quantize import E4M3_MAX, Quantized, Scheme, joined, quantize, quantize_rows, quantize_rows_fp8, signed
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
@@ -85,10 +86,11 @@ class RotaryTable:
         return (self.positions, self.columns)
 
     def read(self, reader: TensorReader, window: Window) -> Tensor:
-        cos, sin = rotary_tables(self.config, self.positions)
+        (first, stop), *columns = window
+        cos, sin = rotary_tables(self.config, stop, first)  # these rows only: a table may be larger than the memory
         table, zero_angle = (cos, 1.0) if self.function == "cos" else (sin, 0.0)
         padded = torch.nn.functional.pad(table, (0, self.columns - table.shape[1]), value=zero_angle)
-        return padded[_slices(window)]
+        return padded[(slice(None), *_slices(tuple(columns)))]
 
     def __str__(self) -> str:
         return f"rotary_{self.function}({self.positions} x {self.columns})"
@@ -327,7 +329,9 @@ def _calibrated(expr: Expr, reader: TensorReader, scheme: Scheme, rows: tuple[in
     if isinstance(expr, Scale) and (inner := _calibrated(expr.of, reader, scheme, rows)) is not None:
         inner.scales[max(expr.start - rows[0], 0) :] *= expr.factor  # exact: a power of two
         return inner
-    return None
+    if isinstance(expr, Scale):
+        return None
+    raise InternalError(f"recipe {expr}: what calibration quantized can't be found below a {type(expr).__name__}")
 
 
 def map_sources(expr: Expr, change: Callable[[Source], Expr]) -> Expr:
@@ -342,7 +346,9 @@ def map_sources(expr: Expr, change: Callable[[Source], Expr]) -> Expr:
         return Scale(map_sources(expr.of, change), expr.factor, expr.start)
     if isinstance(expr, QuantizedPart | RowQuantizedPart):
         return replace(expr, of=map_sources(expr.of, change))
-    return expr
+    if isinstance(expr, RotaryTable | CacheScales | InputScale):
+        return expr  # made without reading a tensor of the checkpoint
+    raise InternalError(f"recipe {expr}: no pass knows how to change a {type(expr).__name__}")
 
 
 def whole(shape: tuple[int, ...]) -> Window:

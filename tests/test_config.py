@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 from glm4export.config import ConfigError, parse_config, read_config, read_token_ids
 from glm4graphs.config import Glm4Config, Rope, YarnScaling
 from glm4graphs.rope import rotary_tables
+from glm4runtime.contract import UserError
 
 from . import checkpoints
 
@@ -140,8 +142,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": math.nan}, r"rms_norm_eps=nan must be a float"),
     ({"rms_norm_eps": math.inf}, r"rms_norm_eps=inf must be a float"),
     ({"rms_norm_eps": 0}, r"rms_norm_eps=0\.0 must be above 0"),
-    ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10+ must be a float"),
+    ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10+\.\.\.0+ must be a float"),
     ({"rms_norm_eps": None}, r"key 'rms_norm_eps' is missing"),
+    ({"rms_norm_eps": 1e-46}, r"rms_norm_eps=1e-46 is not in 1\.2e-38 to 65504, what a norm can compute with"),
+    ({"rms_norm_eps": 65505}, r"rms_norm_eps=65505\.0 is not in 1\.2e-38 to 65504"),
+    *(
+        ({name: 2**31}, rf"{name}=2147483648 must be at most 2147483647")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ),
+    ({"hidden_size": 2**60}, r"hidden_size=1152921504606846976 must be at most 2147483647"),
+    ({"hidden_size": 10**400}, r"hidden_size=10+\.\.\.0+ must be at most 2147483647"),
+    ({"head_dim": 2**16 + 1}, r"head_dim=65537 must be at most 65536"),
+    ({"max_position_embeddings": 10**8}, r"max_position_embeddings=100000000 must be at most 16777216"),
+    ({"hidden_act": "\x1b[2J" * 100}, r"hidden_act='(\\x1b\[2J){4}.*\.\.\..*' is not supported"),
     ({"attention_bias": 1}, r"attention_bias=1 must be a bool"),
     ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no' must be a bool"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object"),
@@ -165,6 +178,23 @@ REFUSED_ROPE: list[tuple[dict[str, Any], str]] = [
     ({**YARN, "original_max_position_embeddings": 0}, r"original_max_position_embeddings=0 must be at least 1"),
     ({**YARN, "truncate": 1}, r"truncate=1 must be a bool"),
     ({**YARN, "attention_factor": "1"}, r"attention_factor='1' must be a float"),
+    ({"rope_theta": 1e80}, r"rope_theta=1e\+80 give an inverse frequency of 0\.0; is it this model's config"),
+    ({"rope_type": "linear", "factor": 1e50}, r"factor=1e\+50 give an inverse frequency of 0\.0"),
+    ({"rope_type": "linear", "factor": 1e-46}, r"factor=1e-46 give an inverse frequency of inf"),
+    ({"rope_type": "linear", "factor": 1e-7}, r"factor=1e-07 turn position 63 by 6\.3e\+08 radians, of which float32"),
+    (
+        {"rope_type": "linear", "factor": 1e12},
+        r"factor=1000000000000\.0 turn position 63 by 6\.3e-11 radians, as good as none",
+    ),
+    ({**YARN, "factor": 1e308}, r"factor=1e\+308 times original_max_position_embeddings=32768 is more than 16777216"),
+    ({**YARN, "factor": 513}, r"factor=513\.0 times original_max_position_embeddings=32768 is more than 16777216 pos"),
+    ({**YARN, "factor": 1e-46}, r"factor=1e-46, .* give an inverse frequency of nan"),
+    ({**YARN, "attention_factor": 1e-5}, r"attention_factor=1e-05, .* scale cos and sin by 1e-05, which float16"),
+    ({**YARN, "attention_factor": 65505}, r"attention_factor=65505\.0, .* scale cos and sin by 6\.55e\+04, which"),
+    ({**YARN, "mscale": 1e308, "mscale_all_dim": 1e-9}, r"mscale=1e\+308, .* scale cos and sin by 1\.39e\+307, which"),
+    ({**YARN, "beta_fast": 1e308}, r"beta_fast=1e\+308, .* can't be computed with \(math domain error\)"),
+    ({**YARN, "beta_slow": 5e-324}, r"beta_slow=5e-324, .* can't be computed with \(cannot convert float infinity"),
+    ({"rope_type": ["\x1b"] * 50}, r"rope_type=\['\\x1b', .*\.\.\.\] is not supported"),
 ]
 
 
@@ -187,8 +217,10 @@ def test_refusals_name_key_value_and_remedy(change: dict[str, Any], message: str
         (b"[" * 100_000, r"config.json: cannot be read as JSON"),
         (b"[1]", r"config.json: expected a JSON object, found list"),
         (b"null", r"config.json: expected a JSON object, found NoneType"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"cannot be read as JSON \(key 'c' is given twice\)"),
+        (b" " * (2**24 + 1), r"cannot be read as JSON \(16777217 bytes; at most 16777216 are read\)"),
     ],
-    ids=["missing", "empty", "cut", "utf-16", "deep", "list", "null"],
+    ids=["missing", "empty", "cut", "utf-16", "deep", "list", "null", "twice", "huge"],
 )
 def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
@@ -196,6 +228,36 @@ def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path) -
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_config(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"cannot be read as JSON \(not a regular file\)"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match=r"config\.json: a git-lfs pointer, not the file; run `git lfs install` and"):
+        read_config(tmp_path / "config.json")
+
+
+def test_spellings_nested_too_deep_to_compare() -> None:
+    deep: list[list[Any]] = [[], []]
+    for _ in range(5000):
+        deep = [[inner] for inner in deep]
+    data = {**config_of(), "rope_theta": deep[0], "rope_parameters": {**DEFAULT, "rope_theta": deep[1]}}
+    with pytest.raises(ConfigError, match=r"c: rope_theta is given twice, as \[+\.\.\.\]+ and as \[+\.\.\.\]+; keep"):
+        parse_config(data, "c")
+
+
+@pytest.mark.parametrize("positions", [1, 2**24])
+def test_the_fewest_and_the_most_positions(positions: int) -> None:
+    config = parse_config({**config_of(), "max_position_embeddings": positions}, "c")
+    assert config.max_positions == positions
+    cos, _ = rotary_tables(config, positions, positions - 1)
+    assert cos.shape == (1, 8)
+    assert float(cos[0, 0]) == pytest.approx(math.cos(positions - 1), abs=1e-6)
 
 
 JSON_VALUES = st.recursive(

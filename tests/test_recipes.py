@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm4export import weights
+from glm4export import recipes, weights
 from glm4export.config import parse_config
+from glm4export.errors import InternalError
 from glm4export.quantize import Scheme, quantize, quantize_rows
 from glm4export.recipes import (
     Concat,
@@ -172,6 +174,49 @@ def test_map_sources_reaches_every_leaf() -> None:
     assert str(mapped) == (
         "transpose(scale(concat(scale(a, 2^1), transpose(transpose(scale(b, 2^1))), rotary_sin(2 x 3)), 2^-1, rows 1:))"
     )
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """An expression that somebody added without telling those who walk over expressions."""
+
+    of: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def read(self, reader: Any, window: Any) -> torch.Tensor:
+        return self.of.read(reader, window)
+
+    def __str__(self) -> str:
+        return f"unheard({self.of})"
+
+
+def test_an_expression_that_nobody_knows_is_an_error() -> None:
+    strange = Unheard(Source("a", (2, 32)))
+    with pytest.raises(
+        InternalError, match=r"recipe unheard\(a\): no pass knows how to change a Unheard\. This is a mis"
+    ):
+        map_sources(Transpose(Concat((strange,))), lambda leaf: leaf)
+    scheme = Scheme(4, 32, True, torch.float16)
+    with pytest.raises(InternalError, match=r"unheard\(a\): what calibration quantized can't be found below a Unheard"):
+        QuantizedPart(Concat((strange,)), scheme, "data").read(Tensors(), ((0, 2), (0, 1)))
+
+
+def test_a_window_of_a_rotary_table_computes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = parse_config(config_of(), "c"), []
+
+    def tables(config: Any, positions: int, first: int = 0) -> Any:
+        asked.append(positions - first)
+        return rotary_tables(config, positions, first)
+
+    monkeypatch.setattr(recipes, "rotary_tables", tables)
+    table = RotaryTable("sin", config, 2**24, 16)  # a gigabyte
+    rows = table.read(Tensors(), ((40, 60), (3, 16)))
+    assert asked == [20]
+    assert torch.equal(rows[:, :5], rotary_tables(config, 64)[1][40:60, 3:])
+    assert not rows[:, 5:].any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -58,6 +58,13 @@ class Glm4Config:
         return self.num_attention_heads * self.head_dim
 
     @property
+    def max_positions(self) -> int:
+        """The most positions that the model was made for, as YaRN stretches them."""
+        yarn = self.rope.yarn
+        stretched = 0 if yarn is None else int(yarn.factor * yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def kv_size(self) -> int:
         """Columns of all key (or value) heads together."""
         return self.num_key_value_heads * self.head_dim

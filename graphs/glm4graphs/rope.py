@@ -19,10 +19,10 @@ def inverse_frequencies(config: Glm4Config) -> tuple[Tensor, float]:
     return 1.0 / frequencies / rope.linear_factor, 1.0
 
 
-def rotary_tables(config: Glm4Config, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each float32 [positions, rotary_dim / 2]."""
+def rotary_tables(config: Glm4Config, positions: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles from ``first`` on, each float32 [positions - first, rotary_dim / 2]."""
     inverse, scale = inverse_frequencies(config)
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * inverse
+    angles = torch.arange(first, positions).float()[:, None] * inverse
     return angles.cos() * scale, angles.sin() * scale
 
 
