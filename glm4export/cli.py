@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from glm4export import streams
+from glm4export.errors import printable_lines
 from glm4export.tensorrt.cli_options import (
     add_engine_options,
     engine_builder,
@@ -137,7 +138,7 @@ def _build(arguments: argparse.Namespace) -> int:
     from glm4export.checkpoint import locate
     from glm4export.compile import build, detect_target
     from glm4export.options import BuildOptions
-    from glm4export.progress import byte_bar, stage
+    from glm4export.progress import byte_bar, note, stage
 
     location = locate(arguments.model, revision=arguments.revision, token=arguments.token)
     target = detect_target() if arguments.target == "auto" else arguments.target
@@ -159,6 +160,8 @@ def _build(arguments: argparse.Namespace) -> int:
     name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
     out = arguments.output or Path(f"{name}-{arguments.precision}")
     manifest = build(location, out, options, stage=stage, bar=byte_bar, engines=builder)
+    if "tokenizer.json" not in manifest.files:
+        note(f"{location.folder}: no tokenizer.json; the bundle takes and gives token ids, not text")
     size = sum(spec.size for spec in manifest.files.values())
     if arguments.json:
         facts = {"bundle": str(out), "target": target, "precision": manifest.precision, "bytes": size}
@@ -346,7 +349,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         facts = inspect.inspect_bundle(folder, check_hashes=arguments.check_hashes)
         shown = inspect.text(facts)
-    print(json.dumps(facts, ensure_ascii=False) if arguments.json else shown)
+    print(json.dumps(facts, ensure_ascii=False) if arguments.json else printable_lines(shown))
     return 0
 
 
@@ -452,7 +455,7 @@ def _load(arguments: argparse.Namespace, *, check_hashes: bool = False, chat_tem
 
 
 def _complain(message: str) -> int:
-    streams.complain(f"glm4export: error: {message}")
+    streams.complain(f"glm4export: error: {printable_lines(message)}")
     return 2
 
 

@@ -25,6 +25,7 @@ from glm4runtime.contract import MANIFEST
 from . import checkpoints
 from .conftest import Build
 from .runtime.test_tokenizer import make_raw
+from .test_sidefiles import PANIC, POINTER
 
 PREFIX = "glm4export: error: "
 TEMPLATE = "[gMASK]<sop>{% for m in messages %}<|user|>\n{{ m.content }}{% endfor %}"
@@ -128,6 +129,70 @@ def test_build_of_damaged_weights(fails: Fails, mine: Path, tmp_path: Path) -> N
     os.truncate(file, 1000)
     assert "model.safetensors: damaged or truncated" in fails("build", mine, "-o", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_names_and_values_with_escape_codes_are_shown_without(fails: Fails, mine: Path, tmp_path: Path) -> None:
+    file = mine / "model.safetensors"
+    save_file({**load_file(file), "\x1b]0;owned\x07": torch.zeros(1)}, file)
+    message = fails("build", mine, "-o", tmp_path / "out", lines=2)
+    assert message.splitlines()[1] == r"  unexpected \x1b]0;owned\x07 [1]"
+    edit(mine / "config.json", hidden_act="\x1b[2J")
+    assert r"config.json: hidden_act='\x1b[2J' is not supported" in fails("build", mine, "-o", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_build_of_a_tokenizer_that_panics(fails: Fails, mine: Path, tmp_path: Path) -> None:
+    edit(mine / "tokenizer.json", normalizer=PANIC)
+    assert fails("build", mine, "-o", tmp_path / "out").startswith(f"{mine}/tokenizer.json: ")
+    (mine / "tokenizer.json").write_text(POINTER)
+    assert "tokenizer.json: a git-lfs pointer, not the file" in fails("build", mine, "-o", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mine / "tokenizer.json").unlink()
+    out = tmp_path / "out"
+    assert cli.main(["build", str(mine), "-o", str(out), "--target", "cpu", "--precision", "fp32"]) == 0
+    told = f"glm4export: note: {mine}: no tokenizer.json; the bundle takes and gives token ids, not text\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines", "message"),
+    [
+        ({"num_hidden_layers": 2**31}, 1, "num_hidden_layers=2147483648 must be at most 2147483647"),
+        ({"num_hidden_layers": 2**30}, 23, "13958643686 tensors do not match config.json"),
+        ({"hidden_size": 2**60}, 1, "hidden_size=1152921504606846976 must be at most 2147483647"),
+        ({"hidden_size": 2**30}, 22, "mis-shaped lm_head.weight: [420, 64], expected [420, 1073741824]"),
+        ({"max_position_embeddings": 10**8}, 1, "max_position_embeddings=100000000 must be at most 16777216"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made(
+    changes: dict[str, Any],
+    lines: int,
+    message: str,
+    fails: Fails,
+    mine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_: pytest.fail("a module is made"))
+    edit(mine / "config.json", **changes)
+    assert message in fails("build", mine, "-o", tmp_path / "out", lines=lines)
+
+
+def test_inspect_of_absurd_sizes_is_arithmetic(mine: Path, fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
+    most = 2**31 - 1
+    edit(mine / "config.json", num_hidden_layers=most, intermediate_size=2**30, max_position_embeddings=2**24)
+    assert cli.main(["inspect", str(mine), "--target", "tensorrt", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == most * (64 * 3 * 2**30 + 2 * 64 * 128 + 2 * 64 * 64 + 256 + 4 * 64) + 420 * 128 + 64
+    assert cli.main(["inspect", str(mine), "--target", "cpu"]) == 0
+    assert "no" in capsys.readouterr().out
+    edit(mine / "config.json", hidden_size=2**60)
+    assert "hidden_size=1152921504606846976 must be at most" in fails("inspect", mine)
 
 
 def test_build_of_weights_that_are_not_finite(fails: Fails, mine: Path, tmp_path: Path) -> None:
