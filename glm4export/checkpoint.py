@@ -27,6 +27,7 @@ from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of a LoRA adapter, which is no model
 SIDE_FILES = (
     CONFIG,
     "generation_config.json",
@@ -40,7 +41,6 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAPPED_BYTES = 1 << 26  # of a file's pages touched before they're unmapped
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEVER_STORED = re.compile(r"model\.rotary_emb\.inv_freq")  # a buffer that some transformers releases saved
-_ADAPTER = "adapter_config.json"
 
 
 class CheckpointError(UserError):
@@ -166,8 +166,8 @@ class Checkpoint:
 
 def _no_adapter(location: Location) -> Location:
     folder = location.folder
-    if (folder / _ADAPTER).is_file() and not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: a LoRA adapter ({_ADAPTER}), not a model; {_merging(folder)}")
+    if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), not a model; {_merging(folder)}")
     return location
 
 
@@ -200,8 +200,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not index.is_file():
         if single.is_file():
             return {}
-        if (folder / _ADAPTER).is_file():
-            raise CheckpointError(f"{folder}: a LoRA adapter ({_ADAPTER}), without weights; {_merging(folder)}")
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), without weights; {_merging(folder)}")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
         raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} found{hint}")
@@ -259,7 +259,7 @@ def _download(repo_id: str, revision: str | None, token: str | None, weights: bo
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*SIDE_FILES, _ADAPTER, *((_INDEX, "model*.safetensors") if weights else ())]
+    patterns = [*SIDE_FILES, ADAPTER, *((_INDEX, "model*.safetensors") if weights else ())]
     at = f"{repo_id}@{revision}" if revision else repo_id
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from glm4export import streams
-from glm4export.errors import printable_lines
+from glm4export.errors import message_text, printable_lines
 from glm4export.tensorrt.cli_options import (
     add_engine_options,
     engine_builder,
@@ -337,11 +337,12 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from glm4export import inspect
-    from glm4export.checkpoint import CONFIG, locate
+    from glm4export.checkpoint import ADAPTER, CONFIG, locate
     from glm4export.compile import detect_target
 
     folder = Path(arguments.what)
-    if ((folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()) or not folder.exists():
+    model = any((folder / name).is_file() for name in (CONFIG, ADAPTER)) and not (folder / MANIFEST).is_file()
+    if model or not folder.exists():
         location = locate(arguments.what, revision=arguments.revision, token=arguments.token, weights=False)
         target = detect_target() if arguments.target == "auto" else arguments.target
         facts = inspect.inspect_model(location, target)
@@ -455,7 +456,7 @@ def _load(arguments: argparse.Namespace, *, check_hashes: bool = False, chat_tem
 
 
 def _complain(message: str) -> int:
-    streams.complain(f"glm4export: error: {printable_lines(message)}")
+    streams.complain(f"glm4export: error: {message_text(message)}")
     return 2
 
 

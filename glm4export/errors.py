@@ -7,6 +7,7 @@ import reprlib
 from glm4runtime.contract import UserError
 
 MOST_LINES = 20  # of a list in an error; the rest is counted
+_MOST_MESSAGE_LINES = 2 * MOST_LINES  # of a whole message, such as another package's
 _MOST_CHARACTERS = 2000  # of a line
 
 _REPR = reprlib.Repr()
@@ -36,6 +37,14 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for a text whose line breaks are meant: those in a name must be escaped before it gets there."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def message_text(message: str) -> str:
+    """An error's message for a terminal: printable, and cut where it's long."""
+    lines = message.split("\n")
+    more = len(lines) - _MOST_MESSAGE_LINES
+    cut = [f"… and {more} lines more"] if more > 0 else []
+    return "\n".join([*map(printable, lines[:_MOST_MESSAGE_LINES]), *cut])
 
 
 def listed(lines: list[str], total: int | None = None, most: int = MOST_LINES) -> str:

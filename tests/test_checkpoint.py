@@ -561,6 +561,15 @@ def test_download(hub_server: type[Hub], mine: Path, tmp_path: Path) -> None:
         assert (location.folder / name).read_bytes() == (mine / name).read_bytes()
 
 
+def test_a_lora_adapter_on_the_hub_is_told(hub_server: type[Hub], mine: Path) -> None:
+    (mine / "adapter_config.json").write_text("{}")
+    (mine / "config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"a LoRA adapter \(adapter_config\.json\), not a model; merge it into its"
+    ):
+        locate("org/name", weights=False)
+
+
 @pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_a_hub_that_refuses(status: str, hub_server: type[Hub]) -> None:
     hub_server.failure = status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glm4export import cli
-from glm4export.errors import listed, printable, printable_lines, shown
+from glm4export.errors import listed, message_text, printable, printable_lines, shown
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,12 @@ def test_a_list_is_cut_and_counted() -> None:
     assert listed(["a\nb", "c"]) == "a\\nb\n  c"
     assert listed(["x"] * 3001).count("\n") == 20 and listed(["x"] * 3001).endswith("\n  … and 2981 more")
     assert listed(["x"], 2**31) == "x\n  … and 2147483647 more"
+
+
+def test_a_long_message_is_cut_and_counted() -> None:
+    lines = message_text("heading\x1b\n" + "line\n" * 3000).split("\n")
+    assert (len(lines), lines[0], lines[-1]) == (41, r"heading\x1b", "… and 2962 lines more")
+    assert message_text("a\n  b") == "a\n  b"
 
 
 def test_values_are_shown_short() -> None:

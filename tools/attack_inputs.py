@@ -323,13 +323,13 @@ def prepare(folder: Path) -> None:
 
 def attack(family: str, folder: Path, seed: str, compiles: bool = False) -> tuple[str, str]:
     """Run one case: its outcome, and what to say of it."""
-    from glm4export.errors import printable_lines
+    from glm4export.errors import message_text
     from glm4runtime.contract import UserError
 
     try:
         return CASES[family](folder, seed, compiles), ""
     except UserError as error:
-        text = printable_lines(str(error))
+        text = message_text(str(error))
         lines = text.split("\n")
         if len(lines) > MOST_LINES or any(line and not line.isprintable() for line in lines) or "\n  forged" in text:
             return "message", text[:300]
