@@ -98,6 +98,14 @@ def names_around(node: ir.Node) -> list[str]:
     return [node.name or "", *(value.name or "" for value in node.inputs if value is not None)]
 
 
+def test_layers_out_of_order_are_no_int8_cache(config: Glm4Config) -> None:
+    skeleton = skeleton_of(config, "decode")
+    passes.run(INT8_CACHE[:-1], skeleton)
+    skeleton.nodes("GroupQueryAttention", "com.microsoft")[0].op_type = "Unheard"
+    with pytest.raises(InternalError, match=r"layers\.1\..*: its cache isn't past_key_values\.0\.key, as of layer 0"):
+        passes.run(INT8_CACHE[-1:], skeleton)
+
+
 @pytest.mark.parametrize("operator", ["glm4::Attention", "com.microsoft::GroupQueryAttention"])
 def test_a_pass_that_finds_nothing_at_all_is_an_error(operator: str, config: Glm4Config) -> None:
     skeleton = skeleton_of(config, "prefill")

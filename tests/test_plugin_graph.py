@@ -18,7 +18,7 @@ from glm4export.options import BuildOptions
 from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
-from glm4export.tensorrt.plugin.graph import use_plugins
+from glm4export.tensorrt.plugin.graph import use_plugins, write_plugin_graph
 from glm4export.tensorrt.plugin.reference import Case
 from glm4export.verify import kl_divergence
 from glm4runtime.contract import UserError, read_manifest
@@ -82,6 +82,17 @@ def test_attention_is_one_node_a_layer_and_one_function(bundle: Path) -> None:
     assert list(function.output) == ["attended", "present_key", "present_value"]
     assert {node.domain for node in function.node} == {""}
     assert {(entry.domain, entry.version) for entry in loaded.opset_import} == {("", 24), ("glm4", 1)}
+
+
+def test_a_graph_that_lacks_a_node_for_the_plugin_is_refused(bundle: Path, tmp_path: Path) -> None:
+    model = ir.load(bundle / "step.onnx")
+    next(node for node in model.graph if node.domain == "glm4").op_type = "Unheard"
+    onnx.save(ir.to_proto(model), tmp_path / "step.onnx")
+    with pytest.raises(
+        UserError, match=rf"step\.onnx: {LAYERS - 1} glm4::Attention nodes for the caches of {LAYERS} la"
+    ):
+        write_plugin_graph(tmp_path / "step.onnx", tmp_path / "plugins.onnx", programs=2)
+    assert not (tmp_path / "plugins.onnx").exists()
 
 
 def test_tensorrt_gets_three_plugins_a_layer(bundle: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.errors import InternalError
 from glm4export.passes.counted import counts, per_layer
 from glm4export.recipes import Concat, Recipe, Transpose
 from glm4export.skeleton import Skeleton
@@ -31,7 +32,10 @@ def _fuse(skeleton: Skeleton, attention: ir.Node) -> None:
     matmul = source if source.op_type == "MatMul" else _producer(source.inputs[0])
     recipes = [skeleton.recipes[weight] for weight in weights]
     parts = tuple(recipe.expr.of for recipe in recipes if isinstance(recipe.expr, Transpose))
-    assert len(parts) == 3, "lift_weights stores every projection transposed"
+    if len(parts) != 3:
+        raise InternalError(
+            f"{attention.name}: {len(parts)} of 3 projections are stored transposed, as lift_weights does"
+        )
     fused = Recipe(Transpose(Concat(parts)), recipes[0].dtype)
     packed = skeleton.insert_before(
         attention, f"{scope}/MatMul", "MatMul", [matmul.inputs[0], skeleton.weight(f"{scope}.weight", fused)]

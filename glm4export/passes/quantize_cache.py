@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from glm4export.errors import InternalError
 from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.recipes import CacheScales, Recipe
@@ -53,7 +54,8 @@ def int8_caches(skeleton: Skeleton) -> Iterator[tuple[ir.Node, list[Int8Cache]]]
         caches = []
         for part in ("key", "value"):
             past, present = attention.inputs[_PAST[part]], attention.outputs[_PRESENT[part]]
-            assert past is not None and past.name == past_name(layer, part), "attention nodes come in layer order"
+            if past is None or past.name != past_name(layer, part):
+                raise InternalError(f"{attention.name}: its cache isn't {past_name(layer, part)}, as of layer {layer}")
             past.type = present.type = ir.TensorType(ir.DataType.INT8)
             recipe = Recipe(CacheScales(layer, part, skeleton.config), "float32")
             scales = skeleton.weight(f"model.layers.{layer}.self_attn.{part}_scales", recipe)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4graphs.attention import DOMAIN, OP_TYPE
+from glm4runtime.contract import UserError
 
 NAMESPACE = DOMAIN
 APPEND = "AppendToCache"
@@ -47,9 +48,18 @@ def use_plugins(model: ir.Model, *, programs: int) -> int:
 
 
 def write_plugin_graph(graph: Path, out: Path, *, programs: int) -> None:
-    """As :func:`use_plugins`, of a step graph's file; ``out`` is in its folder, and names the same weights file."""
+    """As :func:`use_plugins`, of a step graph's file; ``out`` is in its folder, and names the same weights file.
+
+    Raises UserError where the graph hasn't one such node for each layer's cache.
+    """
     model = ir.load(graph)
-    use_plugins(model, programs=programs)
+    layers = sum(1 for value in model.graph.inputs if (value.name or "").endswith(".key"))
+    found = use_plugins(model, programs=programs)
+    if found != layers:
+        raise UserError(
+            f"{graph}: {found} {DOMAIN}::{OP_TYPE} nodes for the caches of {layers} layers; "
+            "build the bundle again with --attention plugin"
+        )
     ir.save(model, out)
 
 
