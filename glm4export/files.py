@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.errors import shown
-from glm4runtime.contract import UserError
+from glm4runtime import contract
 
 _MOST_BYTES = 1 << 24  # of a JSON file: the index of a model with a million tensors has less
-_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 64  # of a file, that tell a git-lfs pointer
 
 
 def read_json(path: Path) -> Any:
@@ -30,12 +30,7 @@ def read_json(path: Path) -> Any:
 def refuse_pointer(path: Path) -> None:
     """Raise UserError where git-lfs's stand-in lies in a file's place, as a clone without git-lfs leaves it."""
     with path.open("rb") as file:
-        start = file.read(len(_POINTER))
-    if start == _POINTER:
-        raise UserError(
-            f"{path}: a git-lfs pointer, not the file; run `git lfs install` and `git lfs pull` in that folder, "
-            "or fetch the file again"
-        )
+        contract.refuse_pointer(file.read(_POINTER_BYTES), str(path))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

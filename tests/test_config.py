@@ -238,7 +238,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(UserError, match=r"config\.json: a git-lfs pointer, not the file; run `git lfs install` and"):
+    with pytest.raises(UserError, match=r"config\.json: a git-lfs pointer, not the file; run `git lfs pull` in"):
         read_config(tmp_path / "config.json")
 
 

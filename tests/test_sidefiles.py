@@ -36,7 +36,7 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("name", SIDE_FILES)
 def test_a_git_lfs_pointer_is_told(name: str, folder: Path) -> None:
     (folder / name).write_text(POINTER)
-    with pytest.raises(UserError, match=rf"^{folder}/{name}: a git-lfs pointer, not the file; run `git lfs install` "):
+    with pytest.raises(UserError, match=rf"^{folder}/{name}: a git-lfs pointer, not the file; run `git lfs pull` "):
         check_side_files(folder)
 
 
