@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from glm4export import cli, compile, inspect
-from glm4export.onnxfile import read_graph
 from glm4export.tensorrt import engines, flavour, memory, worker
 from glm4export.tensorrt.engines import EngineOptions, add_engines, plan
 from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
@@ -25,6 +24,7 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.engine_spec import Profile, read_engine_specs
 from glm4runtime.lookup import MAX_DRAFT
+from glm4runtime.onnxfile import read_graph
 
 from . import checkpoints
 from .conftest import Build

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glm4export.onnxfile import read_graph
 from glm4export.output import link_bundle, new_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
@@ -31,6 +30,7 @@ from glm4runtime.contract import (
     sha256_of,
 )
 from glm4runtime.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
+from glm4runtime.onnxfile import read_graph
 
 Phase = Callable[[str], None]  # told what is being done
 Show = Callable[[str], AbstractContextManager[Phase]]  # a progress display for the engine of a name
