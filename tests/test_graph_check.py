@@ -138,11 +138,12 @@ def test_files_that_tensors_anywhere_in_a_model_name(tmp_path: Path) -> None:
         ({"max_seq_len": True}, "max_seq_len=True is not a whole number"),
         ({"max_seq_len": 2.5}, r"max_seq_len=2\.5 is not a whole number"),
         ({"max_seq_len": "5"}, "max_seq_len='5' is not a whole number"),
-        ({"max_seq_len": 0}, "max_seq_len=0 must be at least 1"),
+        ({"max_seq_len": 0}, r"max_seq_len=0 is not in 1\.\.2048, the positions"),
         ({"max_seq_len": np.bool_(1)}, r"max_seq_len=np\.True_ is not a whole number"),
         ({"prefill_chunk": 0}, "prefill_chunk=0 must be at least 1"),
         ({"prefill_chunk": [3]}, r"prefill_chunk=\[3\] is not a whole number"),
         ({"check_hashes": "no"}, "check_hashes='no' is not True or False"),
+        ({"invariant": 1}, "invariant=1 is not True or False"),
         ({"provider": 3}, "provider 3 is not known; known: cpu, cuda"),
     ],
 )  # fmt: skip

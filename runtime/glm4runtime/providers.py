@@ -32,13 +32,14 @@ def require_settings(
     max_seq_len: Any = None,
     prefill_chunk: Any = 512,
     check_hashes: Any = False,
+    invariant: Any = False,
 ) -> None:
     """Raise UserError for arguments of :func:`glm4runtime.load` that fit no bundle on this machine."""
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider {shown(provider)} is not known; known: {', '.join(PROVIDERS)}")
     _require_number("prefill_chunk", prefill_chunk, 1)
     if max_seq_len is not None:
-        _require_number("max_seq_len", max_seq_len, 1)
+        _require_number("max_seq_len", max_seq_len)  # the runner tells its range, which is the bundle's
     _require_number("threads", threads, 0)
     processors = os.cpu_count() or 1
     if threads > (most := _THREADS_EACH * processors):
@@ -46,18 +47,19 @@ def require_settings(
             f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
             "0 lets ONNX Runtime choose"
         )
-    if not isinstance(check_hashes, bool):
-        raise UserError(f"check_hashes={shown(check_hashes)} is not True or False")
+    for name, value in (("check_hashes", check_hashes), ("invariant", invariant)):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={shown(value)} is not True or False")
 
 
-def _require_number(name: str, value: Any, least: int) -> None:
+def _require_number(name: str, value: Any, least: int | None = None) -> None:
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise UserError(f"{name}={shown(value)} is not a whole number")
-    if number < least:
+    if least is not None and number < least:
         raise UserError(f"{name}={shown(value)} must be at least {least}")
 
 

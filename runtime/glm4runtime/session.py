@@ -54,6 +54,7 @@ def load(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         check_hashes=check_hashes,
+        invariant=invariant,
     )
     if not isinstance(bundle, str | os.PathLike):
         raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
