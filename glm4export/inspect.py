@@ -16,11 +16,13 @@ from glm4export.machine import memory_bytes
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.contract import BundleError, read_manifest
 from glm4runtime.engine_spec import EngineSpec, read_engine_specs
+from glm4runtime.graph_check import require_graphs
 
 
 def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any]:
     """A bundle's facts as JSON-ready values. Raises BundleError where the bundle isn't whole."""
     manifest = read_manifest(folder, check_hashes=check_hashes)
+    require_graphs(folder, manifest)
     cache = manifest.cache
     return {
         "bundle": str(folder),

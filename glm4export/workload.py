@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4export.onnxfile import FLOAT16, Graph, read_graph
 from glm4runtime.contract import DECODE, PREFILL, STEP, Manifest
+from glm4runtime.onnxfile import FLOAT16, Graph, read_graph
 
 # The inputs of which a token reads one row, not the whole: embeddings (with scales and zero points), rotary tables.
 _LOOKED_UP = {

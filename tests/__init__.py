@@ -1,0 +1,1 @@
+import glm4runtime  # noqa: F401 - first, for what it sets before anything imports onnxruntime

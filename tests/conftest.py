@@ -78,7 +78,7 @@ def job(bundle: Path) -> Job:
         engine=str(bundle / "new.engine"),
         attention="standard",
         layers=LAYERS,
-        profiles=TENSORRT_RTX.profiles(max_batch=1, chunk=64),
+        profiles=TENSORRT_RTX.profiles(chunk=64),
         optimization_level=None,
         workspace=None,
         timing_cache=None,

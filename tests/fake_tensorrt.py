@@ -4,12 +4,19 @@ It has no mercy: device memory starts as NaN, work waits on its stream until tha
 replays the addresses and shapes it was captured with, addresses must lie in what was allocated, on the right side of a
 copy. An engine is a file that names a step graph, which ONNX Runtime runs. Every name here is one of the real packages
 (``tests/test_trt_names.py``); how real devices behave beyond that, it doesn't know.
+
+What their docstrings ask for is asked for here too: 256-byte aligned scratch memory as large as the engine says *after*
+its streaming budget is set; no budget beyond an engine that streams, nor with contexts; shapes within the profile, set
+again behind a change of profile; every address before a run; no host code unless allowed; nothing freed under a
+context, a graph or work that may still use it. Rules broken where an exception would be lost, in finalizers, are
+collected in ``FakeCuda.broken_rules``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import types
+import weakref
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
@@ -20,6 +27,7 @@ import numpy as np
 import onnxruntime as ort
 
 ALIGNMENT = 256
+_DEVICE_BYTES = 500_000
 
 
 class cudaError_t(IntEnum):
@@ -44,6 +52,13 @@ class cudaDeviceAttr(IntEnum):
     cudaDevAttrComputeCapabilityMinor = 76
 
 
+class Graph:
+    """A captured graph, or one that is ready to be launched; empty once it's destroyed."""
+
+    def __init__(self, work: list[Callable[[], None]]) -> None:
+        self.work = list(work)
+
+
 class FakeCuda:
     """``cuda.bindings.runtime`` for one stream. ``calls``: all, in order. ``failing``: names that return an error."""
 
@@ -57,7 +72,19 @@ class FakeCuda:
         self.handles: set[Any] = set()  # streams and graphs not destroyed yet
         self.pending: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
+        self.contexts: weakref.WeakSet[IExecutionContext] = weakref.WeakSet()
+        self.broken_rules: list[str] = []
         self._blocks: dict[int, Any] = {}
+
+    def rule(self, holds: bool, words: str) -> None:
+        """Note a rule that is broken, and raise."""
+        if not holds:
+            self.broken_rules.append(words)
+            raise AssertionError(words)
+
+    def living(self) -> list[IExecutionContext]:
+        """The execution contexts that are, in the order they were made."""
+        return sorted(self.contexts, key=lambda context: context._number)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda"):
@@ -120,6 +147,8 @@ class FakeCuda:
         return self._allocate("pinned", size)
 
     def _cudaFree(self, address: int) -> None:
+        self.rule(not self.pending, "memory freed under work that waits")
+        self.rule(all(address != context._scratch[0] for context in self.contexts), "a context's scratch memory freed")
         del self.memory["device"][address]
 
     def _cudaFreeHost(self, address: int) -> None:
@@ -169,19 +198,25 @@ class FakeCuda:
 
     def _cudaStreamEndCapture(self, stream: int) -> Any:
         assert self.captured is not None
-        graph, self.captured = tuple(self.captured), None
+        graph, self.captured = Graph(self.captured), None
         self.handles.add(graph)
         return graph
 
     def _cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
-        self.handles.add(replay := ("replay", graph))
+        self.handles.add(replay := Graph(graph.work))
         return replay
 
     def _cudaGraphLaunch(self, replay: Any, stream: int) -> None:
         assert replay in self.handles and stream in self.handles
-        self.pending.extend(replay[1])
+        self.pending.extend(replay.work)
 
     def _destroy(self, handle: Any) -> None:
+        self.rule(not self.pending, "a handle destroyed under work that waits")
+        graphs = [held for held in self.handles if isinstance(held, Graph)]
+        if isinstance(handle, Graph):
+            handle.work.clear()
+        else:
+            self.rule(not graphs and not self.contexts, "a stream destroyed before its users")
         self.handles.remove(handle)
 
     _cudaStreamDestroy = _cudaGraphDestroy = _cudaGraphExecDestroy = _destroy
@@ -220,11 +255,21 @@ class IExecutionContext:
     """One set of addresses, shapes and a profile."""
 
     def __init__(self, engine: ICudaEngine, config: Any) -> None:
+        strategy = config._strategy if isinstance(config, IRuntimeConfig) else config
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED, "set_device_memory is for USER_MANAGED"
+        self._captured: Any = None
         self._engine, self._config = engine, config
         self._profile, self._shapes, self._addresses, self._scratch = 0, {}, {}, (0, 0)
+        self._number = len(engine._cuda.contexts)
+        engine._cuda.contexts.add(self)
+
+    def __del__(self) -> None:
+        cuda = self._engine._cuda
+        if any(isinstance(held, Graph) and self._captured in held.work for held in cuda.handles):
+            cuda.broken_rules.append("a context destroyed before the graph that was captured of it")
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        assert size >= self._engine.device_memory_size_v2
+        assert memory % ALIGNMENT == 0 and size >= self._engine.device_memory_size_v2
         self._engine._cuda.require("device", memory, size)
         self._scratch = memory, size
 
@@ -235,6 +280,7 @@ class IExecutionContext:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._engine._cuda.calls.append(("set_optimization_profile_async", profile_index))
+        assert stream_handle in self._engine._cuda.handles
         self._profile, self._shapes = profile_index, {}
         return profile_index < len(self._engine._profiles)
 
@@ -255,28 +301,51 @@ class IExecutionContext:
         cuda = self._engine._cuda
         cuda.calls.append(("execute_async_v3", dict(self._shapes)))
         assert self._scratch[0] and stream_handle in cuda.handles
+        missing = {*self._engine._inputs, *self._engine._outputs} - set(self._addresses)
+        assert not missing, f"no address for {missing}"
         if self._engine._broken or self.infer_shapes():
             return False
-        cuda.submit(partial(self._engine._run, dict(self._shapes), dict(self._addresses)))
+        work = partial(self._engine._run, dict(self._shapes), dict(self._addresses))
+        self._captured = self._captured if cuda.captured is None else work
+        cuda.submit(work)
         return True
 
 
 class ICudaEngine:
     """A step graph in ONNX Runtime, reading and writing at addresses."""
 
-    device_memory_size_v2 = 1000
+    streamable_weights_size = 10_000
 
     def __init__(self, cuda: FakeCuda, graph: Path, profiles: Any) -> None:
+        self._streams, self._budget = False, self.streamable_weights_size
         self._cuda, self._profiles = cuda, profiles
         self._broken, self._capturable = False, True
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self.contexts: list[IExecutionContext] = []
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """More where weights come and go through it."""
+        return 1000 if self._budget >= self.streamable_weights_size else 3000
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        self._cuda.calls.append(("weight_streaming_budget_v2", budget))
+        if not self._streams or self._cuda.contexts or budget < 0:
+            raise RuntimeError("the budget can't be set")
+        self._budget = budget
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        """Some of what the device has left."""
+        return max(0, _DEVICE_BYTES - sum(self._cuda.memory["device"].values())) // 100
 
     def create_execution_context(self, config: Any) -> IExecutionContext:
-        self.contexts.append(IExecutionContext(self, config))
-        return self.contexts[-1]
+        return IExecutionContext(self, config)
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
@@ -303,7 +372,10 @@ class ICudaEngine:
 
 
 class FakeTensorRT(types.SimpleNamespace):
-    """The module: reads an "engine" whose bytes are the path of a step graph. ``engine``: the last one read."""
+    """The module: reads an "engine" whose bytes are the path of a step graph.
+
+    ``engine`` and ``runtime``: the last ones, while they live.
+    """
 
     def __init__(self, cuda: FakeCuda, profiles: Any, *, flavour: str = "tensorrt_rtx") -> None:
         super().__init__(
@@ -311,6 +383,9 @@ class FakeTensorRT(types.SimpleNamespace):
             ILogger=ILogger,
             ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
             engine=None,
+            runtime=None,
+            host_code=False,  # that its engines hold code for the host
+            streams=False,  # that they were built for weight streaming
             broken=False,  # that its engines refuse to run
             capturable=True,
         )
@@ -321,6 +396,9 @@ class FakeTensorRT(types.SimpleNamespace):
         class Runtime:
             def __init__(self, logger: Any) -> None:
                 self._logger = logger
+                self.engine_host_code_allowed = False
+                self._engine: Callable[[], Any] = lambda: None
+                module.runtime = weakref.proxy(self)
 
             def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
                 text = bytes(serialized_engine).decode()
@@ -328,8 +406,16 @@ class FakeTensorRT(types.SimpleNamespace):
                     self._logger.log(Severity.WARNING, "a warning")
                     self._logger.log(Severity.ERROR, "not an engine\nat all")
                     return None
-                module.engine = ICudaEngine(cuda, Path(text), profiles)
-                module.engine._broken, module.engine._capturable = module.broken, module.capturable
-                return module.engine
+                if module.host_code and not self.engine_host_code_allowed:
+                    self._logger.log(Severity.ERROR, "engine_host_code_allowed is False")
+                    return None
+                engine = ICudaEngine(cuda, Path(text), profiles)
+                engine._streams, engine._broken, engine._capturable = module.streams, module.broken, module.capturable
+                module.engine, self._engine = weakref.proxy(engine), weakref.ref(engine)
+                return engine
+
+            def __del__(self) -> None:
+                if self._engine() is not None:
+                    cuda.broken_rules.append("a runtime destroyed before its engine")
 
         self.Runtime = Runtime

@@ -2,7 +2,8 @@
 
 The front end is the wheel ``tensorrt-cu12-bindings``' ``tensorrt_bindings/plugin``: the decorators' validation and the
 templates that TensorRT calls while it builds an engine. Here those calls are made in TensorRT's order, with symbolic
-dimensions that can be evaluated.
+dimensions that can be evaluated, and what the native half asks of the answers is asked: tactics that are unique and
+above 0, one output of an aliased input, of its type and shape, and launches within CUDA's limits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import enum
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -182,7 +184,10 @@ class Built:
     def launch(self, sizes: dict[str, int]) -> tuple[tuple[int, ...], list[int]]:
         """Grid and scalars at those sizes of the dynamic dimensions."""
         grid = tuple(getattr(self.params, f"grid_{axis}").expr.evaluate(sizes) for axis in "xyz")
-        return grid, [scalar.expr.evaluate(sizes) for scalar in self.scalars]
+        assert all(1 <= count <= most for count, most in zip(grid, (2**31 - 1, 65535, 65535), strict=True)), grid
+        scalars = [scalar.expr.evaluate(sizes) for scalar in self.scalars]
+        assert all(-(2**31) <= scalar < 2**31 for scalar in scalars), scalars
+        return grid, scalars
 
     def shapes(self, sizes: dict[str, int]) -> list[list[int]]:
         return [[dim.evaluate(sizes) for dim in shape] for shape in self.output_shapes]
@@ -216,6 +221,7 @@ def build(trt: Any, plugin_id: str, inputs: Sequence[Tensor], attributes: dict[s
     assert [entry.type for entry in supported] == [desc.desc.type for desc in descs]
     plugin.configure_plugin(descs[: len(inputs)], descs[len(inputs) :])
     tactics = plugin.get_valid_tactics()
+    assert len(set(tactics)) == len(tactics) and all(number > 0 for number in tactics), tactics
     plugin.set_tactic(tactic)
     params, setter = _LaunchParams(), _Setter()
     plugin.get_launch_params(None, descs, len(inputs), params, setter, builder)
@@ -223,5 +229,17 @@ def build(trt: Any, plugin_id: str, inputs: Sequence[Tensor], attributes: dict[s
         [desc.desc for desc in descs[: len(inputs)]], [desc.desc for desc in descs[len(inputs) :]]
     )
     aliases = {index: plugin.get_aliased_input(index) for index in range(len(output_types))}
+    aliased = [source for source in aliases.values() if source >= 0]
+    assert len(set(aliased)) == len(aliased), "an input is the alias of one output at most"
+    for output, source in aliases.items():
+        if source >= 0:
+            sizes = {dim: 3 for _, dims in inputs for dim in dims if isinstance(dim, str)}
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in inputs[source][1]]
+            assert output_types[output] == kinds[source]
+            assert [dim.evaluate(sizes) for dim in shapes[output]] == shape
+    blocks = [getattr(params, f"block_{axis}") for axis in "xyz"]
+    threads = math.prod(block.expr.evaluate({}) for block in blocks if block is not None)
+    assert 0 < threads <= 1024
+    assert params.shared_mem.expr.evaluate({}) <= 48 * 1024, "more needs an attribute that TensorRT doesn't set"
     scalars = [setter[index] for index in range(setter.nbSymExprs)]
     return Built(kernel_name, ptx.decode(), params, scalars, output_types, shapes, aliases, tactics)

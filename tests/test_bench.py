@@ -14,11 +14,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from glm4export import bench, bench_report, cli, machine, onnxfile, plot
+from glm4export import bench, bench_report, cli, machine, plot
 from glm4export.machine import Limits
+from glm4export.onnxfile import matmul_model
 from glm4export.workload import Workload, linear_weights, workload
 from glm4runtime import BundleError, load
 from glm4runtime.contract import read_manifest
+from glm4runtime.onnxfile import read_graph
 
 from . import checkpoints
 from .conftest import Build
@@ -304,7 +306,7 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
 @pytest.mark.parametrize("name", ["prefill.onnx", "decode.onnx"])
 def test_graphs_are_read_as_onnx_reads_them(precision: str, name: str, bundles: dict[str, Path]) -> None:
-    found = onnxfile.read_graph(bundles[precision] / name)
+    found = read_graph(bundles[precision] / name)
     graph = onnx.load(bundles[precision] / name, load_external_data=False).graph
     assert [(node.op, node.inputs) for node in found.nodes] == [(n.op_type, tuple(n.input)) for n in graph.node]
     integers = [{a.name: a.i for a in n.attribute if a.type == onnx.AttributeProto.INT} for n in graph.node]
@@ -322,14 +324,14 @@ def test_a_damaged_graph(data: bytes, bundles: dict[str, Path], tmp_path: Path) 
     whole = (bundles["fp32"] / "decode.onnx").read_bytes()
     (tmp_path / "x.onnx").write_bytes(whole[: len(whole) // 2] if data == b"cut" else data)
     with pytest.raises(BundleError, match=r"x\.onnx: not a readable ONNX graph \(.*\); build the bundle again"):
-        onnxfile.read_graph(tmp_path / "x.onnx")
+        read_graph(tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize(("given", "stored"), [(np.float32, np.float32), (np.uint8, np.int8)])
 def test_matmul_model(given: Any, stored: Any) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 100, (3, 200)).astype(given), rng.integers(-100, 100, (200, 5)).astype(stored)
-    model = onnxfile.matmul_model(b)
+    model = matmul_model(b)
     onnx.checker.check_model(onnx.load_from_string(model))
     (result,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"A": a})
     np.testing.assert_array_equal(result, a.astype(np.int64) @ b.astype(np.int64))

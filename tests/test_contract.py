@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from glm4runtime.contract import (
     FORMAT_VERSION,
+    GEOMETRY,
     BundleError,
     CacheSpec,
     FileSpec,
@@ -45,7 +46,7 @@ MANIFEST = Manifest(
     target="cpu",
     precision="fp16",
     vocab_size=96,
-    config={"hidden_size": 64, "rope": {"theta": 1e4, "yarn": None}},
+    config={**dict.fromkeys(GEOMETRY, 64), "rope": {"theta": 1e4, "yarn": None}},
     source={"repo_id": "org/模型", "commit": "0" * 40},
     tokens=TokenIds(eos=(1, 2, 3), pad=0, bos=None),
     cache=CacheSpec(layers=2, kv_heads=2, head_dim=32, dtype="float16", max_seq_len=64),
@@ -112,7 +113,7 @@ def test_names_and_sizes() -> None:
         ("tokens/pad", "0", r"tokens: pad is '0', expected int"),
         ("cache/layers", ..., r"cache: key 'layers' is missing"),
         ("cache/max_seq_len", -1, r"cache: max_seq_len is -1, expected at least 1"),
-        ("cache/dtype", "fp16", r"cache dtype 'fp16' is not one of float32, float16"),
+        ("cache/dtype", "fp16", r"cache: dtype 'fp16' is not one of float32, float16"),
         ("graphs/decode", ..., r"no decode graph; build the bundle again"),
         ("graphs/prefill", ..., r"no prefill graph; build the bundle again"),
         ("graphs/decode/file", "d.onnx", r"graph file 'd\.onnx' is not among its files"),
@@ -121,6 +122,21 @@ def test_names_and_sizes() -> None:
         ("graphs/decode/outputs/0/dims", [1.5], r"graphs: decode: outputs: dims holds 1\.5, expected int or str"),
         ("files/weights.bin", {"size": 5000}, r"files: weights\.bin: key 'sha256' is missing"),
         ("files/weights.bin", 5000, r"files: weights\.bin is 5000, expected dict"),
+        ("files/weights.bin", ..., r"weights file 'weights\.bin' is not among its files; build the bundle again"),
+        ("files/weights.bin/size", -1, r"files: weights\.bin: size is -1, expected at least 0"),
+        ("files/weights.bin/size", 2**63, r"size is 9223372036854775808, expected less than 2\*\*63"),
+        ("cache/layers", 1 << 13287, r"layers is an integer of 13288 bits, expected less than 2\*\*63"),
+        ("files/weights.bin/sha256", "0" * 63, r"sha256 is '0{63}', expected 64 hexadecimal digits"),
+        ("files/weights.bin/sha256", "G" * 64, r"expected 64 hexadecimal digits"),
+        ("graphs/decode/inputs/0/dims", ["batch", 0], r"dims holds 0, expected a name or a number above 0"),
+        ("graphs/decode/inputs/0/dims", ["batch", 2**64], r"dims holds an integer of 65 bits, expected a name or"),
+        ("graphs/decode/inputs/0/dims", [""], r"dims holds '', expected a name or a number above 0"),
+        ("graphs/decode/inputs/0/dtype", "float13", r"inputs: dtype 'float13' is not one of float32, float16"),
+        ("graphs/decode/inputs/0/name", "\x1b[2J", r"inputs: name is '\\x1b\[2J', expected characters that can be"),
+        ("precision", "\x1b[31m", r"precision is '\\x1b\[31m', expected characters that can be printed"),
+        ("source/repo_id", 3, r"source: repo_id is 3, expected str"),
+        ("config/head_dim", "64", r"config: head_dim is '64', expected int"),
+        ("config/hidden_size", ..., r"config: key 'hidden_size' is missing"),
     ],
 )  # fmt: skip
 def test_manifests_that_are_refused(path: str, value: Any, message: str) -> None:
@@ -136,7 +152,31 @@ def test_file_names_that_leave_the_folder(name: str) -> None:
         Manifest.from_json(json.dumps(data), "m")
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0", "[" * 100_000], ids=["empty", "cut", "nul", "deep"])
+@pytest.mark.parametrize("name", ["", ".", "a//b", "./a", "a/", "a\0b", "\x1b[31m", "\ud800", "a\nb", "manifest.json"])
+def test_file_names_that_name_no_file_of_a_bundle(name: str) -> None:
+    data = json.loads(MANIFEST.to_json())
+    data["files"][name] = {"size": 1, "sha256": "0" * 64}
+    with pytest.raises(BundleError, match=r"^m: files: .*: not the path of a file in a bundle; refusing it$") as caught:
+        Manifest.from_json(json.dumps(data), "m")
+    assert str(caught.value).isprintable()
+
+
+def test_a_key_that_comes_twice() -> None:
+    text = MANIFEST.to_json().replace('"precision"', '"vocab_size": 3, "precision"', 1)
+    with pytest.raises(BundleError, match=r"^m: not valid JSON \(two keys 'vocab_size' in one object\); build the"):
+        Manifest.from_json(text, "m")
+
+
+def test_two_tensors_of_one_name() -> None:
+    data = json.loads(MANIFEST.to_json())
+    data["graphs"]["decode"]["inputs"] *= 2
+    with pytest.raises(BundleError, match=r"^m: graphs: decode: inputs: two of one name; build the bundle again"):
+        Manifest.from_json(json.dumps(data), "m")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "\0", "[" * 100_000, "1" * 5000], ids=["empty", "cut", "nul", "deep", "digits"]
+)
 def test_text_that_is_not_json(text: str) -> None:
     with pytest.raises(BundleError, match=r"^m: not valid JSON \(.+\); build the bundle again$"):
         Manifest.from_json(text, "m")
@@ -155,8 +195,14 @@ VALUES = st.recursive(
 )
 
 
+_ODD: list[Any] = [
+    -1, 0, 2**31, 2**63, 2**64, 10**400, float("nan"), float("inf"), "", "\0", "\x1b[2J", "\ud800", "../x", "x" * 5000,
+    [], {}, [[]], None, True,
+]  # fmt: skip
+
+
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), value=VALUES)
+@given(data=st.data(), value=VALUES | st.sampled_from(_ODD))
 def test_any_value_of_any_key_is_read_or_refused(data: st.DataObject, value: Any) -> None:
     whole = copy.deepcopy(json.loads(MANIFEST.to_json()))
     inner = whole
@@ -169,7 +215,7 @@ def test_any_value_of_any_key_is_read_or_refused(data: st.DataObject, value: Any
     try:
         manifest = Manifest.from_json(json.dumps(whole), "m")
     except BundleError as error:
-        assert str(error).startswith("m")
+        assert str(error).startswith("m") and str(error).isprintable() and len(str(error)) < 400
     else:
         assert isinstance(manifest, Manifest)
 
@@ -214,4 +260,50 @@ def test_damaged_files(name: str, bundle: Path) -> None:
         read_manifest(bundle)
     file.mkdir()
     with pytest.raises(BundleError, match=rf"{file}: missing"):
+        read_manifest(bundle)
+
+
+def test_links_may_not_leave_the_bundle(bundle: Path, tmp_path: Path) -> None:
+    """As onnxruntime has it of a graph's own files; links into the store that manifest.json is a link into may."""
+    outside = tmp_path / "outside.bin"
+    (bundle / "weights.bin").rename(outside)
+    (bundle / "weights.bin").symlink_to(outside)
+    with pytest.raises(BundleError, match=rf"weights\.bin: a link to {outside}, which is outside of the bundle; copy"):
+        read_manifest(bundle)
+    outside.rename(bundle / "w")
+    (bundle / "weights.bin").unlink()
+    (bundle / "weights.bin").symlink_to("w")
+    (tmp_path / "link").symlink_to(bundle)
+    assert read_manifest(tmp_path / "link") == read_manifest(bundle) == MANIFEST
+
+
+def test_a_hub_caches_snapshot(bundle: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
+    blobs.mkdir()
+    (snapshot / "engines").mkdir(parents=True)
+    for index, name in enumerate((*FILES, "manifest.json")):
+        (bundle / name).rename(blobs / str(index))
+        (snapshot / name).symlink_to(blobs / str(index))
+    assert read_manifest(snapshot, check_hashes=True) == MANIFEST
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_hashes_are_checked_of_all_that_is_read(name: str, bundle: Path) -> None:
+    (bundle / name).write_text("{}")
+    read_manifest(bundle)
+    with pytest.raises(BundleError, match=rf"{name}: the manifest doesn't list it; remove it, or build the bundle"):
+        read_manifest(bundle, check_hashes=True)
+
+
+def test_a_file_that_cannot_be_looked_at(bundle: Path) -> None:
+    name = "n" * 300
+    data = json.loads(MANIFEST.to_json())
+    data["files"][name] = {"size": 1, "sha256": "0" * 64}
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"nnn: cannot be read \(File name too long\)"):
+        read_manifest(bundle)
+    (bundle / "manifest.json").write_text(MANIFEST.to_json(), encoding="utf-8")
+    (bundle / "weights.bin").unlink()
+    (bundle / "weights.bin").symlink_to("weights.bin")
+    with pytest.raises(BundleError, match=r"weights\.bin: (missing|cannot be read)"):
         read_manifest(bundle)

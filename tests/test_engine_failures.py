@@ -37,7 +37,7 @@ pytest.importorskip("tensorrt_rtx")
         (["--compute-capability", "SM89"], "--compute-capability SM89: tensorrt-rtx builds for 7.5"),
         ([], "no GPU here to build an engine for: name the GPU's compute capability with --compute-ca"),
         (["--engine", "tensorrt"], "tensorrt is not installed; pip install 'glm4export[tensorrt]'"),
-        (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: expected at least 1"),
+        (["--compute-capability", "8.9", "--prefill-chunk", "0"], "--prefill-chunk 0: expected at least 1"),
         (["--compute-capability", "8.9", "--prefill-chunk", "-1"], "--prefill-chunk -1: expected at least 1"),
         (["--compute-capability", "8.9", "--workspace", "0"], "--workspace 0: expected more than 0 GB"),
         (["--compute-capability", "8.9", "--timing-cache", "x"], "--timing-cache is not something that tensorrt-rtx"),

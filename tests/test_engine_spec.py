@@ -56,7 +56,7 @@ def test_a_sidecar_reads_back_as_written(tmp_path):
 
 def test_a_sidecar_without_counts_and_sizes_reads():
     data = json.loads(SPEC.to_json())
-    del data["layers"], data["weight_bytes"], data["scratch_bytes"]
+    del data["layers"], data["weight_bytes"], data["scratch_bytes"], data["weight_streaming"]
     read = EngineSpec.from_json(json.dumps(data), "x")
     assert read == dataclasses.replace(SPEC, layers={}, weight_bytes=None)
     assert (SPEC.attentions, read.attentions) == (4, 0)
@@ -64,7 +64,17 @@ def test_a_sidecar_without_counts_and_sizes_reads():
 
 def test_an_engine_that_fits_is_taken():
     SPEC.require(MANIFEST, **HERE)
-    dataclasses.replace(SPEC, version="1.6", version_compatible=True).require(MANIFEST, **HERE)
+    for version in ("1.6.9", "1.7.9", "0.10.1"):  # the same minor version, or one before
+        dataclasses.replace(SPEC, version=version, version_compatible=True).require(MANIFEST, **HERE)
+
+
+@pytest.mark.parametrize("version", ["1.8.0", "1.10", "2.0"])
+def test_an_older_runtime_takes_no_newer_engine(version):
+    spec = dataclasses.replace(SPEC, version=version, version_compatible=True)
+    with pytest.raises(
+        BundleError, match=f"the version of TensorRT does not fit: the engine was built for {version}, "
+    ):
+        spec.require(MANIFEST, **HERE)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +98,14 @@ def test_a_mismatch_is_told_with_its_reason(change, message):
         ({"format_version": 2}, "sidecar format 2, this version reads 1"),
         ({"size": 0}, "size is 0, expected at least 1"),
         ({"version": 3}, "version is 3, expected str"),
+        ({"version": "new"}, r"version is 'new', expected a version such as 10\.15\.1"),
+        ({"compute_capability": "../../x"}, r"compute_capability is '\.\./\.\./x', expected numbers such as 8\.9"),
+        ({"flavour": "lite"}, "flavour 'lite' is not one of tensorrt, tensorrt-rtx"),
+        ({"attention": "flash"}, "attention 'flash' is not one of standard, plugin"),
+        ({"sha256": "c" * 63}, "sha256 is 'c{63}', expected 64 hexadecimal digits"),
+        ({"precision": "\x1b[2J"}, r"precision is '\\x1b\[2J', expected characters that can be printed"),
+        ({"weight_streaming": 1}, "weight_streaming is 1, expected bool"),
+        ({"size": 2**63}, r"size is 9223372036854775808, expected less than 2\*\*63"),
         ({"layers": {"CAST": "many"}}, "layers: CAST is 'many', expected int"),
         ({"profiles": [{"name": "step", "batch": [2, 1, 4], "seq": [1, 1, 1], "rows": [1, 1, 1]}]},
          r"batch is \[2, 1, 4\], expected three rising numbers above 0"),

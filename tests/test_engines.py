@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from glm4export import cli, compile, inspect
-from glm4export.onnxfile import read_graph
 from glm4export.tensorrt import engines, flavour, memory, worker
 from glm4export.tensorrt.engines import EngineOptions, add_engines, plan
 from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
@@ -25,6 +24,7 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.engine_spec import Profile, read_engine_specs
 from glm4runtime.lookup import MAX_DRAFT
+from glm4runtime.onnxfile import read_graph
 
 from . import checkpoints
 from .conftest import Build
@@ -40,7 +40,7 @@ def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callabl
     capabilities = CAPABILITIES[precision]
     before = contents(tensorrt_bundles(precision))
     bundle = Path(shutil.copytree(tensorrt_bundles(precision), tmp_path / "bundle"))
-    made = builder(compute_capabilities=capabilities, max_batch=3, prefill_chunk=32)
+    made = builder(compute_capabilities=capabilities, prefill_chunk=32)
     manifest = add_engines(bundle, made)
     assert read_manifest(bundle, check_hashes=True) == manifest
     specs = read_engine_specs(bundle)
@@ -52,7 +52,7 @@ def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callabl
         assert spec.layers["ATTENTION_OUTPUT"] == spec.attentions == LAYERS
         assert spec.layers["ROTARY_EMBEDDING"] == spec.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
         assert spec.precision == precision and spec.version == trt.__version__
-        assert spec.profiles == (Profile("step", (1, 3, 3), (1, 1, 128), (1, 1, 16)),)
+        assert spec.profiles == (Profile("step", (1, 1, 1), (1, 1, 128), (1, 1, 16)),)
         spec.require(
             manifest, flavour="tensorrt-rtx", version=trt.__version__, compute_capability=spec.compute_capability
         )
@@ -214,10 +214,10 @@ def test_tensorrt_rtx_builds_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -
 def test_profiles_of_full_tensorrt(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its configuration, made with RTX's module, whose builder has the same methods."""
     assert flavour.MOST_ROWS == MAX_DRAFT + 1
-    profiles = TENSORRT.profiles(max_batch=4, chunk=32)
+    profiles = TENSORRT.profiles(chunk=32)
     assert profiles == (
-        Profile("prefill", (1, 1, 4), (1, 32, 32), (1, 1, 1)),
-        Profile("decode", (1, 4, 4), (1, 1, 16), (1, 1, 16)),
+        Profile("prefill", (1, 1, 1), (1, 32, 32), (1, 1, 1)),
+        Profile("decode", (1, 1, 1), (1, 1, 16), (1, 1, 16)),
     )
     job = replace(
         job,
@@ -261,11 +261,12 @@ def test_an_engine_is_replaced_and_others_stay(bundle: Path) -> None:
     add_engines(bundle, builder(compute_capabilities=("8.9",)))
     opened = (bundle / "engines/tensorrt-rtx-sm89.engine").open("rb")  # as a running session has it
     first = {spec.compute_capability: spec for spec in read_engine_specs(bundle)}
-    add_engines(bundle, builder(max_batch=2))
+    add_engines(bundle, builder(weight_streaming=True))
     add_engines(bundle, builder(compute_capabilities=("8.0",)))
     specs = {spec.compute_capability: spec for spec in read_engine_specs(bundle)}
-    assert sorted(specs) == ["8.0", "8.9"] and specs["8.9"].profiles[0].batch == (1, 2, 2)
+    assert sorted(specs) == ["8.0", "8.9"] and specs["8.9"].weight_streaming
     read_manifest(bundle, check_hashes=True)
+    assert specs["8.9"].sha256 != first["8.9"].sha256 and not first["8.9"].weight_streaming
     assert len(opened.read()) == first["8.9"].size
     opened.close()
 

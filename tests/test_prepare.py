@@ -8,11 +8,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from glm4runtime import UserError, load
+from glm4runtime import BundleError, UserError, load
 from glm4runtime.contract import WEIGHTS, read_manifest
 from glm4runtime.prepare import FOLDER, prepare
 
@@ -85,6 +86,47 @@ def test_prepared_for_something_else_is_passed_over_with_a_message(wide: Path, t
     prepare(bundle, read_manifest(bundle))
     note = bundle / FOLDER / "prepared.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "machine": "another"}))
+    with pytest.warns(UserWarning, match="prepared for another CPU, onnxruntime or build, and passed over"):
+        load(bundle)
+
+
+@pytest.mark.parametrize("name", ["prefill/prefill.onnx", "decode/decode.onnx", "decode/weights.bin"])
+def test_prepared_files_that_were_changed(name: str, demo_bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Their sizes are compared always, what they hold with check_hashes: it's them that run."""
+    bundle = Path(shutil.copytree(demo_bundles["fp32"], tmp_path / "bundle"))
+    file = prepare(bundle, read_manifest(bundle)) / name
+    load(bundle, check_hashes=True)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(
+        BundleError, match=r"prepared/.*: sha256 \w+, its prepared\.json says \w+; the file was changed"
+    ):
+        load(bundle, check_hashes=True)
+    file.write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=rf"prepared/.*: {len(data) - 1} bytes, its prepared\.json says {len(data)};"):
+        load(bundle)
+    file.unlink()
+    with pytest.raises(BundleError, match=rf"prepared/{name}: missing; its prepared\.json lists it"):
+        load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"files: key 'decode/decode\.onnx' is missing"),
+        ([], r"files is \[\], expected dict"),
+        ({"decode/decode.onnx": {"size": "1", "sha256": ""}}, r"files: decode/decode\.onnx: size is '1', expected int"),
+    ],
+)
+def test_a_note_that_lists_no_files(files: Any, message: str, demo_bundles: dict[str, Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(demo_bundles["fp32"], tmp_path / "bundle"))
+    note = prepare(bundle, read_manifest(bundle)) / "prepared.json"
+    told = json.loads(note.read_text())
+    note.write_text(json.dumps({**told, "files": files}))
+    with pytest.raises(BundleError, match=rf"prepared\.json: {message}; run `glm4export prepare {bundle}` again"):
+        load(bundle)
+    del told["files"]  # as an earlier version left it
+    note.write_text(json.dumps(told))
     with pytest.warns(UserWarning, match="prepared for another CPU, onnxruntime or build, and passed over"):
         load(bundle)
 

@@ -27,6 +27,9 @@ def test_tensorrt_rtx_has_every_name() -> None:
             assert hasattr(getattr(real, name), member), f"{name}.{member}"
     assert hasattr(real.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
     assert hasattr(real.Runtime, "deserialize_cuda_engine")
+    assert "Default: False" in real.Runtime.__doc__.split("engine_host_code_allowed")[1].split(":ivar")[0]
+    assert "streamable_weights_size (default)" in real.ICudaEngine.__doc__
+    assert "set the returned budget" in real.ICudaEngine.get_weight_streaming_automatic_budget.__doc__
     for name in ("Severity", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy"):
         theirs = real.ILogger.Severity if name == "Severity" else getattr(real, name)
         for member in getattr(fake_tensorrt, name):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og
 
 from glm4runtime import SamplingParams, Session, load
 
@@ -50,6 +49,8 @@ def our_round(session: Session, timed: TimedSession, steps: int) -> tuple[float,
 
 def genai_rounds(bundle: Path, steps: int, threads: int) -> Callable[[], float]:
     """A function that times one round of onnxruntime-genai, in seconds a step."""
+    import onnxruntime_genai as og
+
     config = og.Config(str(bundle))
     if threads:
         config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')

@@ -23,13 +23,10 @@ from glm4runtime.contract import WEIGHTS, read_manifest
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path)
-    parser.add_argument("--max-batch", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="default: %(default)s")
     arguments = parser.parse_args()
 
-    options = EngineOptions(
-        "tensorrt-rtx", ("8.9",), max_batch=arguments.max_batch, prefill_chunk=arguments.prefill_chunk
-    )
+    options = EngineOptions("tensorrt-rtx", ("8.9",), prefill_chunk=arguments.prefill_chunk)
     print(f"{'bundle':<24}{'weights':>9}{'engine':>9}{'own':>9}{'resident':>10}{'estimate':>10}{'s':>8}   (GB)")
     for bundle in arguments.bundles:
         builder = EngineBuilder(plan(options), lambda name: nullcontext(lambda phase: None))

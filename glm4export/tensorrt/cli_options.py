@@ -30,7 +30,6 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
         metavar="X.Y",
         help="GPUs to build for, an engine each, such as 8.9 (default: the GPU here; tensorrt-rtx needs none here)",
     )
-    group.add_argument("--max-batch", type=int, metavar="N", help="most sequences in a run (default: 1)")
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens in a run (default: 512)")
     group.add_argument(
         "--optimization-level", type=int, choices=range(6), metavar="0..5", help="effort (default: TensorRT's)"
@@ -42,10 +41,14 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
         "--timing-cache", type=Path, metavar="FILE", help="keep measurements for later builds (tensorrt)"
     )
     group.add_argument(
-        "--version-compatible", action="store_true", help="an engine that later versions load, too (tensorrt)"
+        "--version-compatible",
+        action="store_true",
+        help="an engine that later versions load, too (tensorrt); it holds code for the host that loading runs",
     )
     group.add_argument(
-        "--weight-streaming", action="store_true", help="weights may stay in host memory when the engine runs"
+        "--weight-streaming",
+        action="store_true",
+        help="weights that don't fit the GPU stay in host memory when the engine runs",
     )
 
 
@@ -76,13 +79,13 @@ def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder 
         timing_cache=arguments.timing_cache,
         version_compatible=arguments.version_compatible,
         weight_streaming=arguments.weight_streaming,
-        **{name: value for name in ("max_batch", "prefill_chunk") if (value := getattr(arguments, name)) is not None},
+        **({} if arguments.prefill_chunk is None else {"prefill_chunk": arguments.prefill_chunk}),
     )
     return EngineBuilder(plan(options), engine_line)
 
 
 _ENGINE_ONLY = (
-    *("engine", "compute_capability", "max_batch", "prefill_chunk", "optimization_level", "workspace"),
+    *("engine", "compute_capability", "prefill_chunk", "optimization_level", "workspace"),
     *("timing_cache", "version_compatible", "weight_streaming"),
 )
 

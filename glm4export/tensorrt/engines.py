@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glm4export.onnxfile import read_graph
 from glm4export.output import link_bundle, new_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
@@ -31,6 +30,7 @@ from glm4runtime.contract import (
     sha256_of,
 )
 from glm4runtime.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
+from glm4runtime.onnxfile import read_graph
 
 Phase = Callable[[str], None]  # told what is being done
 Show = Callable[[str], AbstractContextManager[Phase]]  # a progress display for the engine of a name
@@ -45,7 +45,6 @@ class EngineOptions:
 
     flavour: str | None = None
     compute_capabilities: tuple[str, ...] = ()
-    max_batch: int = 1
     prefill_chunk: int = 512  # tokens; the runtime's default
     optimization_level: int | None = None  # 0 to 5
     workspace_gb: float | None = None
@@ -54,9 +53,8 @@ class EngineOptions:
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
-        for option, value in (("--max-batch", self.max_batch), ("--prefill-chunk", self.prefill_chunk)):
-            if value < 1:
-                raise UserError(f"{option} {value}: expected at least 1")
+        if self.prefill_chunk < 1:
+            raise UserError(f"--prefill-chunk {self.prefill_chunk}: expected at least 1")
         if self.workspace_gb is not None and not self.workspace_gb > 0:
             raise UserError(f"--workspace {self.workspace_gb:g}: expected more than 0 GB")
 
@@ -180,7 +178,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
     estimated = require_memory(stored_weights(graph))  # again: other programs may have taken some since
     attention = attention_of(graph)
     chunk = min(options.prefill_chunk, manifest.cache.max_seq_len)
-    profiles = flavour.profiles(options.max_batch, chunk)
+    profiles = flavour.profiles(chunk)
     stem = engine_stem(flavour.name, capability)
     for suffix in (".engine", ".json"):  # an earlier engine's name is a link to the bundle's own file
         (folder / f"{stem}{suffix}").unlink(missing_ok=True)
@@ -207,6 +205,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         precision=manifest.precision,
         attention=attention,
         version_compatible=options.version_compatible,
+        weight_streaming=options.weight_streaming,
         profiles=profiles,
         graph_sha256=manifest.step_sha256,
         weights_sha256=manifest.files[WEIGHTS].sha256,

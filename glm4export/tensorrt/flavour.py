@@ -40,18 +40,18 @@ class Flavour:
         """Its Python module. Raises UserError, naming the package and the pip command, where it isn't installed."""
         return import_flavour(self.name)
 
-    def profiles(self, max_batch: int, chunk: int) -> tuple[Profile, ...]:
-        """Optimization profiles for runs of 1 to ``chunk`` tokens of 1 to ``max_batch`` sequences.
+    def profiles(self, chunk: int) -> tuple[Profile, ...]:
+        """Optimization profiles for runs of 1 to ``chunk`` tokens of one sequence: a session has no more.
 
         Prefill asks for one row of logits, the verification of drafts for up to MOST_ROWS.
         """
         if self.shares_weights:
             return (
-                Profile("prefill", (1, 1, max_batch), (1, chunk, chunk), (1, 1, 1)),
-                Profile("decode", (1, max_batch, max_batch), (1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
+                Profile("prefill", (1, 1, 1), (1, chunk, chunk), (1, 1, 1)),
+                Profile("decode", (1, 1, 1), (1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
             )
         width = max(chunk, _RTX_LEAST_WIDTH)
-        return (Profile("step", (1, max_batch, max_batch), (1, 1, width), (1, 1, MOST_ROWS)),)
+        return (Profile("step", (1, 1, 1), (1, 1, width), (1, 1, MOST_ROWS)),)
 
     def capabilities(self, module: Any) -> dict[str, Any]:
         """What :attr:`cross_compiles` can build for: ``8.9`` and the module's name for it."""

@@ -6,8 +6,14 @@
 ...     print(piece, end="", flush=True)
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime 1.32 writes a device id under HOME when it's imported and sends what it ran from then on; its own
+# disable_telemetry_events() comes too late for both. onnxruntime-genai obeys the same variable. What a machine runs is
+# its owner's business, so this is set before anything can import either: glm4export's and tests' first line is us.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from glm4runtime.contract import BundleError, UserError
 

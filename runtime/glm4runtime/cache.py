@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from glm4runtime.contract import CacheSpec, past_name, present_name
+from glm4runtime.contract import CacheSpec, UserError, past_name, present_name
 
 _ONNX_BFLOAT16 = 16  # numpy has no such dtype; onnxruntime takes ONNX's number for it
 
@@ -25,12 +26,19 @@ class Buffer:
         self.dtype: Any = _ONNX_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
         self.device = device
         self._stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)  # of the same size
-        if device == "cpu":
-            self.array = np.zeros(self.shape, self._stored)
-            self.address: int = self.array.ctypes.data
-        else:
-            self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self._stored, device, 0)
-            self.address = self._value.data_ptr()
+        try:
+            if device == "cpu":
+                self.array = np.zeros(self.shape, self._stored)
+                self.address: int = self.array.ctypes.data
+            else:
+                self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self._stored, device, 0)
+                self.address = self._value.data_ptr()
+        except Exception as error:  # MemoryError, ValueError, and onnxruntime's own unrelated classes
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
+            size = math.prod(self.shape) * self._stored.itemsize
+            raise UserError(
+                f"{size / 1e9:.2f} GB for a tensor {list(self.shape)} of {dtype} on {device} cannot be had: {reason}"
+            ) from None
 
     @cached_property
     def host(self) -> np.ndarray:
@@ -66,13 +74,21 @@ class Cache:
     """One sequence's keys and values for every layer, each [1, kv_heads, max_seq_len, head_dim], written in place."""
 
     def __init__(self, spec: CacheSpec, max_seq_len: int, device: str) -> None:
+        """Raises UserError, with the sizes, where there's no memory for it."""
         self.max_seq_len = max_seq_len
         shape = (1, spec.kv_heads, max_seq_len, spec.head_dim)
-        self._buffers = {
-            (layer, part): Buffer(shape, spec.dtype, device)
-            for layer in range(spec.layers)
-            for part in ("key", "value")
-        }
+        try:
+            self._buffers = {
+                (layer, part): Buffer(shape, spec.dtype, device)
+                for layer in range(spec.layers)
+                for part in ("key", "value")
+            }
+        except UserError as error:
+            raise UserError(
+                f"the cache of {max_seq_len} tokens takes {spec.bytes_per_token * max_seq_len / 1e9:.2f} GB "
+                f"({spec.layers} layers, {spec.kv_heads} heads of {spec.head_dim} in {spec.dtype}): {error}; open the "
+                "bundle with a smaller max_seq_len"
+            ) from None
 
     def bind(self, binding: Any) -> None:
         """Bind past and present of every layer to the same memory: the graph appends, nothing is copied."""

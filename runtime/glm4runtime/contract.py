@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,11 @@ from typing import Any
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)  # what a session reads beside its graphs
 PREFILL = "prefill"
 DECODE = "decode"
 STEP = "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
@@ -28,11 +34,18 @@ LOGIT_ROWS = "logit_rows"  # step graphs: int64 [batch, rows], which of the new 
 LOGITS = "logits"
 
 TENSORRT = "tensorrt"
+TARGETS = ("cpu", "cuda", TENSORRT)
 
+#: The sizes in a manifest's ``config``, which has more.
+GEOMETRY = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 _WITH_TEMPLATE = ("chat_template.jinja", "tokenizer_config.json")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+SHA256, SHA256_WORDS = "[0-9a-f]{64}", "64 hexadecimal digits"
 _HASH_BLOCK = 1 << 22  # bytes read at a time while hashing
 
 
@@ -148,44 +161,46 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
         """Parse and check the text of a manifest; ``where`` names it in errors. Raises BundleError."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where}: not valid JSON ({error}); build the bundle again") from None
-        read = FieldReader(data, where)
+        read = read_json(text, where)
         version = read("format_version", int)
         if version != FORMAT_VERSION:
             remedy = "upgrade glm4export" if version > FORMAT_VERSION else "build the bundle again"
             raise BundleError(f"{where}: bundle format {version}, this version reads format {FORMAT_VERSION}; {remedy}")
         cache, tokens = read.child("cache"), read.child("tokens")
         graphs, files = read.child("graphs"), read.child("files")
+        config, source = read.child("config"), read.child("source")
+        for name in GEOMETRY:
+            config.positive(name)
+        texts: dict[str, Any] = {name: read.text(name) for name in _TEXT_FIELDS}
         manifest = cls(
-            **{name: read(name, str) for name in _TEXT_FIELDS},
+            **texts,
+            target=read.one_of("target", TARGETS),
             vocab_size=read.positive("vocab_size"),
-            config=read("config", dict),
-            source=read("source", dict),
+            config=config.data,
+            source={name: source.text(name) for name in source.data},
             tokens=TokenIds(
                 eos=tokens.items("eos", int), pad=tokens.optional("pad", int), bos=tokens.optional("bos", int)
             ),
             cache=CacheSpec(
-                dtype=cache("dtype", str),
+                dtype=cache.one_of("dtype", DTYPE_BYTES),
                 **{name: cache.positive(name) for name in ("layers", "kv_heads", "head_dim", "max_seq_len")},
             ),
             graphs={name: _graph(graphs.child(name)) for name in graphs.data},
             files={name: _file(name, files.child(name)) for name in files.data},
         )
-        if manifest.cache.dtype not in DTYPE_BYTES:
-            raise BundleError(f"{where}: cache dtype {manifest.cache.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
         for name in graph_names(manifest.target):
             if name not in manifest.graphs:
                 raise BundleError(f"{where}: no {name} graph; build the bundle again")
-        for spec in manifest.graphs.values():
-            if spec.file not in manifest.files:
-                raise BundleError(f"{where}: graph file {spec.file!r} is not among its files; build the bundle again")
+        for what, file in (
+            *((f"{name} graph", spec.file) for name, spec in manifest.graphs.items()),
+            ("weights", WEIGHTS),
+        ):
+            if file not in manifest.files:
+                raise BundleError(f"{where}: {what} file {shown(file)} is not among its files; build the bundle again")
         return manifest
 
 
-_TEXT_FIELDS = ("producer", "producer_version", "family", "task", "target", "precision")
+_TEXT_FIELDS = ("producer", "producer_version", "family", "task", "precision")
 
 
 def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
@@ -204,21 +219,40 @@ def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
         raise BundleError(f"{path}: cannot be read ({error})") from None
     manifest = Manifest.from_json(text, str(path))
     for name, spec in manifest.files.items():
-        file = folder / name
+        check_file(folder, name, spec, check_hashes=check_hashes)
+    if check_hashes:
+        for name in (WEIGHTS, *SIDE_FILES):
+            if name not in manifest.files and (folder / name).exists():
+                raise BundleError(
+                    f"{folder / name}: the manifest doesn't list it; remove it, or build the bundle again"
+                )
+    return manifest
+
+
+def check_file(folder: Path, name: str, spec: FileSpec, *, check_hashes: bool, by: str = "the manifest") -> None:
+    """Raise BundleError unless a bundle's file is there, inside the bundle, and as ``spec`` says.
+
+    by: what says so. Its sha256 is only compared with ``check_hashes``, which reads the whole file.
+    """
+    file = folder / name
+    try:
+        # Hub caches have links for files, into one store: where manifest.json leads, the others may.
+        homes = folder.resolve(), (folder / MANIFEST).resolve().parent
         if not file.is_file():
-            raise BundleError(f"{file}: missing; the manifest lists it. Build the bundle again or copy it whole")
-        size = file.stat().st_size
+            raise BundleError(f"{file}: missing; {by} lists it. Build the bundle again or copy it whole")
+        real, size = file.resolve(), file.stat().st_size
+        if not any(real.is_relative_to(home) for home in homes):
+            raise BundleError(f"{file}: a link to {real}, which is outside of the bundle; copy that file into it")
         if size != spec.size:
             with file.open("rb") as opened:
                 refuse_pointer(opened.read(len(_LFS_POINTER)), str(file))
             raise BundleError(
-                f"{file}: {size} bytes, the manifest says {spec.size}; copy or build the bundle again{_hint(name)}"
+                f"{file}: {size} bytes, {by} says {spec.size}; copy or build the bundle again{_hint(name)}"
             )
         if check_hashes and (found := sha256_of(file)) != spec.sha256:
-            raise BundleError(
-                f"{file}: sha256 {found}, the manifest says {spec.sha256}; the file was changed{_hint(name)}"
-            )
-    return manifest
+            raise BundleError(f"{file}: sha256 {found}, {by} says {spec.sha256}; the file was changed{_hint(name)}")
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def refuse_pointer(start: bytes, name: str) -> None:
@@ -248,27 +282,74 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(text: str, where: str) -> FieldReader:
+    """The object that a JSON text holds; ``where`` names it in errors. Raises BundleError."""
+    try:
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where}: not valid JSON ({error}); build the bundle again") from None
+    return FieldReader(data, where)
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: on one line, whatever characters it has, and cut where it's long."""
+    text = (
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 1 << 64
+        else f"an integer of {value.bit_length()} bits"
+    )
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
 class FieldReader:
     """Typed access to a JSON object that names the key in its errors."""
 
-    def __init__(self, data: Any, where: str) -> None:
+    def __init__(self, data: Any, where: str, remedy: str = "build the bundle again") -> None:
+        self.where, self.remedy = where, remedy
         if not isinstance(data, dict):
-            raise BundleError(f"{where}: expected an object, found {type(data).__name__}; build the bundle again")
+            raise self.error(f"expected an object, found {type(data).__name__}")
         self.data: dict[str, Any] = data
-        self.where = where
+
+    def error(self, message: str) -> BundleError:
+        """An error about this object, with the remedy."""
+        return BundleError(f"{self.where}: {message}; {self.remedy}")
 
     def __call__(self, key: str, kind: type) -> Any:
         if key not in self.data:
-            raise BundleError(f"{self.where}: key {key!r} is missing; build the bundle again")
+            raise self.error(f"key {key!r} is missing")
         value = self.data[key]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise BundleError(f"{self.where}: {key} is {value!r}, expected {kind.__name__}; build the bundle again")
+            raise self.error(f"{_name(key)} is {shown(value)}, expected {kind.__name__}")
         return value
 
-    def positive(self, key: str) -> int:
+    def positive(self, key: str, least: int = 1) -> int:
+        """An integer from ``least`` to 2**63 - 1."""
         value: int = self(key, int)
-        if value < 1:
-            raise BundleError(f"{self.where}: {key} is {value}, expected at least 1; build the bundle again")
+        if value < least:
+            raise self.error(f"{_name(key)} is {shown(value)}, expected at least {least}")
+        if value >= 1 << 63:
+            raise self.error(f"{_name(key)} is {shown(value)}, expected less than 2**63")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text that may be printed."""
+        value: str = self(key, str)
+        if not value.isprintable():
+            raise self.error(f"{_name(key)} is {shown(value)}, expected characters that can be printed")
+        return value
+
+    def matching(self, key: str, pattern: str, expected: str) -> str:
+        """A text that the whole of ``pattern`` matches, which is ``expected`` in words."""
+        value: str = self(key, str)
+        if not re.fullmatch(pattern, value):
+            raise self.error(f"{_name(key)} is {shown(value)}, expected {expected}")
+        return value
+
+    def one_of(self, key: str, known: Collection[str]) -> str:
+        """A text that is one of ``known``."""
+        value: str = self(key, str)
+        if value not in known:
+            raise self.error(f"{_name(key)} {shown(value)} is not one of {', '.join(known)}")
         return value
 
     def items(self, key: str, *kinds: type) -> tuple[Any, ...]:
@@ -276,19 +357,44 @@ class FieldReader:
         for value in values:
             if type(value) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
-                raise BundleError(f"{self.where}: {key} holds {value!r}, expected {expected}; build the bundle again")
+                raise self.error(f"{_name(key)} holds {shown(value)}, expected {expected}")
         return tuple(values)
 
     def optional(self, key: str, kind: type) -> Any:
         return None if self.data.get(key) is None else self(key, kind)
 
     def child(self, key: str) -> FieldReader:
-        return FieldReader(self(key, dict), f"{self.where}: {key}")
+        return FieldReader(self(key, dict), f"{self.where}: {_name(key)}", self.remedy)
+
+
+def _name(key: str) -> str:
+    """A key as errors name it: what a damaged file calls its keys doesn't reach a terminal as it is."""
+    return key if key.isprintable() and len(key) <= 80 else shown(key)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two keys {shown(next(name for name in names if names.count(name) > 1))} in one object")
+    return found
 
 
 def _tensors(values: list[Any], where: str) -> tuple[TensorSpec, ...]:
     readers = [FieldReader(value, where) for value in values]
-    return tuple(TensorSpec(read("name", str), read("dtype", str), read.items("dims", int, str)) for read in readers)
+    specs = tuple(TensorSpec(read.text("name"), read.one_of("dtype", DTYPE_BYTES), _dims(read)) for read in readers)
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise BundleError(f"{where}: two of one name; build the bundle again")
+    return specs
+
+
+def _dims(read: FieldReader) -> tuple[int | str, ...]:
+    dims: tuple[int | str, ...] = read.items("dims", int, str)
+    for dim in dims:
+        if not (dim if isinstance(dim, str) else 0 < dim < 1 << 63):
+            raise read.error(f"dims holds {shown(dim)}, expected a name or a number above 0")
+    return dims
 
 
 def _graph(read: FieldReader) -> GraphSpec:
@@ -297,7 +403,8 @@ def _graph(read: FieldReader) -> GraphSpec:
 
 
 def _file(name: str, read: FieldReader) -> FileSpec:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
+    if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\\" in name:
         raise BundleError(f"{read.where}: the path leaves the bundle's folder; refusing it")
-    return FileSpec(read("size", int), read("sha256", str))
+    if not name.isprintable() or PurePosixPath(name).as_posix() != name or name == MANIFEST or name == ".":
+        raise BundleError(f"{read.where}: not the path of a file in a bundle; refusing it")
+    return FileSpec(read.positive("size", 0), read.matching("sha256", SHA256, SHA256_WORDS))

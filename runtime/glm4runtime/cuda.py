@@ -7,8 +7,10 @@ cuda-bindings 12.9 and 13.5, checked by ``tests/test_trt_names.py``.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,8 @@ class Memory:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._held: list[tuple[str, Any]] = []  # the call that frees it, and what
+        self._held: list[Callable[[], Any]] = []  # what frees each thing held
+        self._process = os.getpid()
 
     def device(self, size: int, what: str) -> int:
         """Address of ``size`` bytes of zeros on the device. Raises UserError naming ``what`` it was for."""
@@ -76,7 +79,7 @@ class Memory:
                 f"{what}: {size / 1e9:.2f} GB on the device: {error}; free device memory, or build the bundle with a "
                 "smaller --max-seq-len or precision"
             ) from None
-        self._held.append(("cudaFree", address))
+        self.keep("cudaFree", address)
         self._cuda("cudaMemset", address, 0, max(size, 1))
         return address
 
@@ -92,14 +95,24 @@ class Memory:
 
     def keep(self, release: str, handle: Any) -> Any:
         """Have ``release(handle)`` called at the end too; returns the handle."""
-        self._held.append((release, handle))
+        self._held.append(partial(getattr(self._cuda.api, release), handle))
         return handle
 
+    def at_close(self, call: Callable[[], Any]) -> None:
+        """Have ``call`` made at the end, before what was held until now is freed."""
+        self._held.append(call)
+
     def close(self) -> None:
-        """Free everything, last things first. Results are not looked at: at the interpreter's end CUDA may be gone."""
+        """Free everything, last things first, when the device is done with it.
+
+        Results are not looked at: at the interpreter's end CUDA may be gone. Nothing is freed in a forked child, since
+        what is held is its parent's.
+        """
+        if not self._held or os.getpid() != self._process:
+            return
+        self._cuda.api.cudaDeviceSynchronize()
         while self._held:
-            release, handle = self._held.pop()
-            getattr(self._cuda.api, release)(handle)
+            self._held.pop()()
 
 
 def open_cuda(extra: str) -> Cuda:

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glm4runtime.contract import STEP, WEIGHTS, BundleError, FieldReader, Manifest
+from glm4runtime.contract import (
+    SHA256,
+    SHA256_WORDS,
+    STEP,
+    WEIGHTS,
+    BundleError,
+    FieldReader,
+    Manifest,
+    read_json,
+)
 
 FOLDER = "engines"
 FORMAT_VERSION = 1
@@ -52,6 +62,7 @@ class EngineSpec:
     layers: Mapping[str, int] = field(default_factory=dict)  # of the parsed network, by TensorRT's LayerType
     weight_bytes: int | None = None  # on the device, as TensorRT states it; None where it doesn't
     scratch_bytes: int | None = None  # activations of one execution context, likewise
+    weight_streaming: bool = False  # built so that weights may stay in host memory
 
     @property
     def attentions(self) -> int:
@@ -73,11 +84,7 @@ class EngineSpec:
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineSpec:
         """Parse and check the text of a sidecar; ``where`` names it in errors. Raises BundleError."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where}: not valid JSON ({error}); build the engine again") from None
-        read = FieldReader(data, where)
+        read = read_json(text, where)
         if (version := read("format_version", int)) != FORMAT_VERSION:
             raise BundleError(
                 f"{where}: sidecar format {version}, this version reads {FORMAT_VERSION}; build the engine again"
@@ -85,28 +92,34 @@ class EngineSpec:
         profiles = [FieldReader(profile, f"{where}: profiles") for profile in read("profiles", list)]
         layers = read.child("layers") if "layers" in read.data else FieldReader({}, where)
         return cls(
-            **{name: read(name, str) for name in _TEXT_FIELDS},
+            flavour=read.one_of("flavour", FLAVOURS),
+            version=read.matching("version", r"\d+\.\d+[\w.+-]*", "a version such as 10.15.1"),
+            compute_capability=read.matching("compute_capability", r"\d+\.\d", "numbers such as 8.9"),
+            precision=read.text("precision"),
+            attention=read.one_of("attention", (STANDARD, PLUGIN)),
+            **{name: read.matching(name, SHA256, SHA256_WORDS) for name in _HASHES},
             version_compatible=read("version_compatible", bool),
+            weight_streaming=read.optional("weight_streaming", bool) or False,
             size=read.positive("size"),
-            layers={kind: layers(kind, int) for kind in layers.data},
+            layers={kind: layers.positive(kind, 0) for kind in layers.data},
             weight_bytes=read.optional("weight_bytes", int),
             scratch_bytes=read.optional("scratch_bytes", int),
             profiles=tuple(
-                Profile(profile("name", str), *(_range(profile, dim) for dim in ("batch", "seq", "rows")))
+                Profile(profile.text("name"), *(_range(profile, dim) for dim in ("batch", "seq", "rows")))
                 for profile in profiles
             ),
         )
 
     def require(self, manifest: Manifest, *, flavour: str, version: str, compute_capability: str) -> None:
         """Raise BundleError, with the reason, unless the engine fits this bundle, this TensorRT and this device."""
-        found = {
+        found: dict[str, tuple[str, str]] = {
             "the flavour of TensorRT": (self.flavour, flavour),
             "the compute capability": (self.compute_capability, compute_capability),
             f"the bundle's {STEP} graph by its sha256": (self.graph_sha256, manifest.step_sha256),
             f"the bundle's {WEIGHTS} by its sha256": (self.weights_sha256, manifest.files[WEIGHTS].sha256),
         }
-        if not self.version_compatible:
-            found["the version of TensorRT"] = (self.version, version)
+        if not (self.version_compatible and _release(self.version) <= _release(version)):
+            found["the version of TensorRT"] = (self.version, version)  # newer ones load a compatible engine
         for what, (built, here) in found.items():
             if built != here:
                 raise BundleError(
@@ -131,9 +144,13 @@ def read_engine_specs(bundle: Path) -> list[EngineSpec]:
     return specs
 
 
-_TEXT_FIELDS = (
-    "flavour", "version", "compute_capability", "precision", "attention", "graph_sha256", "weights_sha256", "sha256",
-)  # fmt: skip
+_HASHES = ("graph_sha256", "weights_sha256", "sha256")
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor version, by which version-compatible engines are loaded or not."""
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)
 
 
 def _range(read: FieldReader, dim: str) -> Range:

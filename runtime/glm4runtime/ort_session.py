@@ -14,8 +14,9 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime.contract import BundleError, UserError
+from glm4runtime.fork import refuse_in_children
 
-ort.disable_telemetry_events()  # what a service runs is its own business
+ort.disable_telemetry_events()  # for where the user's own code imported it before us: see glm4runtime/__init__.py
 
 NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -71,6 +72,7 @@ def open_session(
         raise BundleError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}") from None
     if name not in session.get_providers():  # onnxruntime falls back to the CPU and only logs it
         raise UserError(f"{name} could not start; check the driver and the CUDA, cuDNN and TensorRT libraries it needs")
+    refuse_in_children(session, "run", "run_with_iobinding", "io_binding")
     return session
 
 

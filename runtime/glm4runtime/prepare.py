@@ -14,10 +14,11 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
-from glm4runtime.contract import WEIGHTS, Manifest, UserError, sha256_of
+from glm4runtime.contract import WEIGHTS, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
 
 FOLDER = "prepared"
 _NOTE = "prepared.json"
@@ -46,7 +47,7 @@ def prepare(folder: Path, manifest: Manifest) -> Path:
             if other.stat().st_size == first.stat().st_size and sha256_of(other) == digest:
                 other.unlink()
                 other.hardlink_to(first)  # the same pages for both graphs
-        note = {"machine": machine_key(), "weights": manifest.files[WEIGHTS].sha256}
+        note = {**_wanted(manifest), "files": list_files(scratch)}
         (scratch / _NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return scratch.rename(folder / FOLDER)
@@ -63,8 +64,7 @@ def prepared_graph(folder: Path, manifest: Manifest, graph: str) -> Path | None:
         note = json.loads((place / _NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    wanted = {"machine": machine_key(), "weights": manifest.files[WEIGHTS].sha256}
-    if note != wanted:
+    if not _fits(note, manifest):
         warnings.warn(
             f"{place}: prepared for another CPU, onnxruntime or build, and passed over; "
             f"run `glm4export prepare {folder}` again",
@@ -73,6 +73,47 @@ def prepared_graph(folder: Path, manifest: Manifest, graph: str) -> Path | None:
         return None
     path = place / graph / manifest.graphs[graph].file
     return path if path.is_file() else None
+
+
+def check_prepared(folder: Path, manifest: Manifest, *, check_hashes: bool) -> None:
+    """Raise BundleError where prepared files aren't as :func:`prepare` wrote them; their sha256 with ``check_hashes``.
+
+    Nothing is checked of what :func:`prepared_graph` passes over.
+    """
+    place = folder / FOLDER
+    try:
+        note = json.loads((place / _NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not _fits(note, manifest):
+        return
+    files = FieldReader(note, str(place / _NOTE), f"run `glm4export prepare {folder}` again").child("files")
+    for name, spec in manifest.graphs.items():
+        for file in (f"{name}/{spec.file}", f"{name}/{WEIGHTS}"):
+            told = FileSpec(files.child(file)("size", int), files.child(file)("sha256", str))
+            check_file(place, file, told, check_hashes=check_hashes, by=f"its {_NOTE}")
+
+
+def list_files(place: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in a folder, by path in it."""
+    paths = sorted(path for path in place.rglob("*") if path.is_file())
+    digests: dict[int, str] = {}  # of a file with two names, once
+    for path in paths:
+        inode = path.stat().st_ino
+        digests[inode] = digests.get(inode) or sha256_of(path)
+    return {
+        path.relative_to(place).as_posix(): {"size": path.stat().st_size, "sha256": digests[path.stat().st_ino]}
+        for path in paths
+    }
+
+
+def _wanted(manifest: Manifest) -> dict[str, Any]:
+    return {"machine": machine_key(), "weights": manifest.files[WEIGHTS].sha256}
+
+
+def _fits(note: Any, manifest: Manifest) -> bool:
+    """Whether what was prepared is for this machine and bundle, and by a version that lists its files."""
+    return isinstance(note, dict) and _wanted(manifest).items() <= note.items() and "files" in note
 
 
 def machine_key() -> str:

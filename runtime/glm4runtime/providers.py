@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from glm4runtime.contract import TENSORRT, Manifest, UserError
+from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
+from glm4runtime.graph_check import require_graphs
 
 if TYPE_CHECKING:
     from glm4runtime.runner import Runner
@@ -14,11 +17,50 @@ ENGINE = "engine"
 GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
 STEP_PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")  # of step graphs: ONNX Runtime's execution providers
 PROVIDERS = (*STEP_PROVIDERS, ENGINE)
+_THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
 
 
 def default_provider(manifest: Manifest) -> str:
     """What a bundle runs on where nothing else is asked for: its target, and a bundle for TensorRT on its engine."""
     return ENGINE if manifest.target == TENSORRT else manifest.target
+
+
+def require_settings(
+    *,
+    provider: Any = None,
+    threads: Any = 0,
+    max_seq_len: Any = None,
+    prefill_chunk: Any = 512,
+    check_hashes: Any = False,
+    invariant: Any = False,
+) -> None:
+    """Raise UserError for arguments of :func:`glm4runtime.load` that fit no bundle on this machine."""
+    if provider is not None and provider not in PROVIDERS:
+        raise UserError(f"provider {shown(provider)} is not known; known: {', '.join(PROVIDERS)}")
+    _require_number("prefill_chunk", prefill_chunk, 1)
+    if max_seq_len is not None:
+        _require_number("max_seq_len", max_seq_len)  # the runner tells its range, which is the bundle's
+    _require_number("threads", threads, 0)
+    processors = os.cpu_count() or 1
+    if threads > (most := _THREADS_EACH * processors):
+        raise UserError(
+            f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
+            "0 lets ONNX Runtime choose"
+        )
+    for name, value in (("check_hashes", check_hashes), ("invariant", invariant)):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={shown(value)} is not True or False")
+
+
+def _require_number(name: str, value: Any, least: int | None = None) -> None:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UserError(f"{name}={shown(value)} is not a whole number")
+    if least is not None and number < least:
+        raise UserError(f"{name}={shown(value)} must be at least {least}")
 
 
 def open_runner(
@@ -33,8 +75,16 @@ def open_runner(
 ) -> Runner:
     """Open a bundle's graphs or its engine; arguments as :func:`glm4runtime.load`'s.
 
-    Raises UserError where the provider does not fit the bundle or the machine, or sizes are out of range.
+    Raises UserError where the provider does not fit the bundle or the machine, or sizes are out of range; BundleError
+    where the graphs, or what was prepared of them, are not what the manifest or the note beside them says.
     """
+    require_settings(
+        provider=provider,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        check_hashes=check_hashes,
+    )
     chosen = provider or default_provider(manifest)
     has_step = manifest.target == TENSORRT
     if chosen not in PROVIDERS:
@@ -44,8 +94,7 @@ def open_runner(
             f"provider {chosen!r} runs bundles built with `--target tensorrt`; {folder} is for {manifest.target}: "
             f"use {' or '.join(GRAPH_PROVIDERS)}, or build it again"
         )
-    if prefill_chunk < 1 or threads < 0:
-        raise UserError(f"prefill_chunk={prefill_chunk} must be at least 1 and threads={threads} at least 0")
+    require_graphs(folder, manifest)
     if chosen == ENGINE:
         from glm4runtime.trt import open_engine
 
@@ -55,8 +104,11 @@ def open_runner(
     from glm4runtime.ort import OrtRunner
     from glm4runtime.ort_session import require_provider
     from glm4runtime.ort_step import OrtStepRunner
+    from glm4runtime.prepare import check_prepared
 
     require_provider(chosen)
+    if chosen == "cpu" and not has_step:
+        check_prepared(folder, manifest, check_hashes=check_hashes)
     runner = OrtStepRunner if has_step else OrtRunner
     return runner(
         folder, manifest, provider=chosen, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.chat import ChatTemplate
-from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest
+from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest, shown
 from glm4runtime.generate import Generation
 from glm4runtime.invariance import make_invariant
-from glm4runtime.providers import open_runner
+from glm4runtime.providers import open_runner, require_settings
 from glm4runtime.runner import Runner
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.stream import Stop, TextStream, split_stop, stop_items
@@ -43,8 +44,20 @@ def load(
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 
+    A process that forks loads after it: an inherited session is refused in the child.
+
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
     """
+    require_settings(
+        provider=provider,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        check_hashes=check_hashes,
+        invariant=invariant,
+    )
+    if not isinstance(bundle, str | os.PathLike):
+        raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
     folder = Path(bundle)
     template = None if chat_template is None else _template_source(chat_template)
     manifest = read_manifest(folder, check_hashes=check_hashes)

@@ -23,17 +23,19 @@ from glm4runtime.contract import (
     DTYPE_BYTES,
     LOGITS,
     BundleError,
+    FileSpec,
     Manifest,
     UserError,
+    check_file,
     past_name,
     present_name,
-    sha256_of,
 )
 from glm4runtime.cuda import Cuda, Memory, open_cuda
 from glm4runtime.engine_spec import EngineSpec, read_engine_specs
+from glm4runtime.fork import refuse_in_children
 from glm4runtime.runner import MAX_RUN, Runner
 from glm4runtime.step import longest_run, profiles_for
-from glm4runtime.trt_context import RunContext, create_context
+from glm4runtime.trt_context import RunContext
 from glm4runtime.trt_module import error_log, import_flavour, version_of
 
 
@@ -70,20 +72,28 @@ class EngineRunner(Runner):
         self._stream = self._memory.keep("cudaStreamDestroy", cuda("cudaStreamCreateWithFlags", nonblocking))
         self._wait = cuda.checked("cudaStreamSynchronize", self._stream)
         self._log = error_log(module)
-        self._runtime = module.Runtime(self._log)
-        self._engine = _read_engine(self._runtime, folder / spec.file, self._log)
+        # Contexts, engine and runtime go in this order, before the stream and the memory they were given, and after the
+        # graph that holds a context's state.
+        owned: list[Any] = [module.Runtime(self._log)]
+        self._memory.at_close(owned.clear)
+        if spec.version_compatible:  # it holds code for the host, which is why its hash was compared: open_engine
+            owned[0].engine_host_code_allowed = True
+        owned.append(_read_engine(owned[0], folder / spec.file, self._log))
+        self._memory.at_close(owned.pop)
         addresses = _allocate_cache(self._memory, manifest)
         self._logits = self._allocate_logits(draft, manifest.vocab_size, addresses)
-        scratch = self._engine.device_memory_size_v2
+        if spec.weight_streaming:
+            _set_budget(owned[1], self._log)
+        scratch = owned[1].device_memory_size_v2
         shared = self._memory.device(scratch, "scratch memory"), scratch
         kinds: list[RunContext] = []
         for width, rows in ((1, 1), (max(self.prefill_chunk, draft), draft)):
-            context = create_context(self._engine, module, captured=not kinds)
-            if context is None:
-                raise UserError(f"create_execution_context failed: {self._log.text}")
-            context.set_device_memory(*shared)
-            kinds.append(RunContext(cuda, self._memory, self._stream, context, manifest, width, rows, addresses))
+            kind = RunContext(cuda, self._memory, self._stream, manifest, width, rows)
+            self._memory.at_close(kind.close)
+            kind.open(owned[1], module, shared, addresses, self._log, captured=not kinds)
+            kinds.append(kind)
         self._token, self._many = kinds
+        refuse_in_children(self, "_run_prompt", "_run_token", "_run_draft")
         cuda("cudaDeviceSynchronize")  # the stream doesn't wait for what was cleared and copied outside of it
         self._replay = self._capture()
 
@@ -193,7 +203,7 @@ def open_engine(
         except UserError as error:
             reasons.append(str(error))
             continue
-        _check_file(folder / spec.file, spec, check_hashes)
+        _check_files(folder, manifest, spec, check_hashes)
         return EngineRunner(
             folder, manifest, spec, module=module, cuda=cuda, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
         )
@@ -203,13 +213,36 @@ def open_engine(
 _REMEDY = "`--provider cpu` runs the same graph in ONNX Runtime, without a GPU"
 
 
-def _check_file(path: Path, spec: EngineSpec, check_hashes: bool) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; its sidecar is there. Build the engine again or copy the bundle whole")
-    if (size := path.stat().st_size) != spec.size:
-        raise BundleError(f"{path}: {size} bytes, its sidecar says {spec.size}; copy or build the engine again")
-    if check_hashes and (found := sha256_of(path)) != spec.sha256:
-        raise BundleError(f"{path}: sha256 {found}, its sidecar says {spec.sha256}; the file was changed")
+def _check_files(folder: Path, manifest: Manifest, spec: EngineSpec, check_hashes: bool) -> None:
+    """Compare the engine with its sidecar; where hashes count, both must be the manifest's.
+
+    They do for a version-compatible engine always: loading it runs the code in it.
+    """
+    told, sidecar = FileSpec(spec.size, spec.sha256), Path(spec.file).with_suffix(".json").as_posix()
+    if check_hashes or spec.version_compatible:
+        for name in (sidecar, spec.file):
+            if name not in manifest.files:
+                raise BundleError(f"{folder / name}: the manifest doesn't list it; build the engine again")
+        if manifest.files[spec.file] != told:
+            raise BundleError(f"{folder / sidecar}: the manifest has another engine; build the engine again")
+        if not check_hashes:
+            check_file(folder, sidecar, manifest.files[sidecar], check_hashes=True)
+    check_file(folder, spec.file, told, check_hashes=spec.version_compatible and not check_hashes, by="its sidecar")
+
+
+def _set_budget(engine: Any, log: Any) -> None:
+    """Have weights that the device has no room for beside the cache stay on the host.
+
+    A streaming engine's own setting is that all are on the device. TensorRT takes another before there are contexts,
+    and their scratch memory depends on it.
+    """
+    budget = engine.get_weight_streaming_automatic_budget()
+    try:
+        engine.weight_streaming_budget_v2 = budget
+    except RuntimeError as error:
+        raise UserError(f"weight_streaming_budget_v2={budget} failed: {log.text or error}") from None
+    if engine.weight_streaming_budget_v2 != budget:
+        raise UserError(f"weight_streaming_budget_v2={budget} failed: {log.text}")
 
 
 def _read_engine(runtime: Any, path: Path, log: Any) -> Any:

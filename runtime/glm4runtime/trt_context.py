@@ -14,21 +14,15 @@ from glm4runtime.step import INTEGERS, RunInputs, Staircase, cache_shapes, input
 
 
 class RunContext:
-    """One execution context with the inputs it reads: a block of integers, filled on the host, and a mask."""
+    """One execution context with the inputs it reads: a block of integers, filled on the host, and a mask.
 
-    def __init__(
-        self,
-        cuda: Cuda,
-        memory: Memory,
-        stream: Any,
-        context: Any,
-        manifest: Manifest,
-        width: int,
-        rows: int,
-        shared: Mapping[str, int],
-    ) -> None:
-        """shared: addresses of the cache's inputs and outputs and of the logits, by name."""
-        self.context, self._stream = context, stream
+    Nothing else refers to the context, so that :meth:`close` destroys it.
+    """
+
+    def __init__(self, cuda: Cuda, memory: Memory, stream: Any, manifest: Manifest, width: int, rows: int) -> None:
+        """Allocate the inputs of runs of up to ``width`` tokens with logits of up to ``rows``."""
+        self.context: Any = None
+        self._stream = stream
         self._max_seq, self._cache = manifest.cache.max_seq_len, cache_shapes(manifest.cache)
         self._set = (0, 0, -1)  # tokens, rows of logits and profile that the context is set to
         shapes = input_shapes(width, rows, self._max_seq)
@@ -51,10 +45,30 @@ class RunContext:
         self._stairs = Staircase(width, self._max_seq, fill)
         first = self._stairs.first()
         cuda("cudaMemcpy", mask, first.ctypes.data, first.nbytes, to)
-        own = {name: integers + offset for name, offset in offsets.items()}
-        for name, address in {**shared, **own, ATTENTION_MASK: mask}.items():
-            if not context.set_tensor_address(name, address):
+        self._addresses = {name: integers + offset for name, offset in offsets.items()} | {ATTENTION_MASK: mask}
+
+    def open(
+        self,
+        engine: Any,
+        module: Any,
+        scratch: tuple[int, int],
+        shared: Mapping[str, int],
+        log: Any,
+        *,
+        captured: bool,
+    ) -> None:
+        """Make the context. scratch: address and size; shared: addresses of the cache and the logits, by name."""
+        self.context = _create(engine, module, captured=captured)
+        if self.context is None:
+            raise UserError(f"create_execution_context failed: {log.text}")
+        self.context.set_device_memory(*scratch)
+        for name, address in {**shared, **self._addresses}.items():
+            if not self.context.set_tensor_address(name, address):
                 raise BundleError(f"the engine has no tensor {name!r}; build it again")
+
+    def close(self) -> None:
+        """Destroy the context."""
+        self.context = None
 
     def fill(
         self, tokens: Sequence[int] | np.ndarray, start: int, *, every_row: bool = False, padding: int = 0
@@ -81,7 +95,7 @@ class RunContext:
         self._set = (count, rows, profile)
 
 
-def create_context(engine: Any, module: Any, *, captured: bool) -> Any:
+def _create(engine: Any, module: Any, *, captured: bool) -> Any:
     """An execution context whose scratch memory is given to it.
 
     TensorRT-RTX compiles kernels for a shape while others, slower ones, already run; a graph would hold on to those.

@@ -36,7 +36,7 @@ def listed_anew(bundle: Path, name: str, content: str) -> None:
     """Write a file into a bundle as if the checkpoint had had it so."""
     (bundle / name).write_text(content)
     manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": ""}
+    manifest["files"][name] = {"size": len(content), "sha256": "0" * 64}
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 

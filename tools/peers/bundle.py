@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from glm4runtime import load
 from glm4runtime.contract import DECODE, LOGITS, WEIGHTS, past_name
@@ -23,6 +22,8 @@ class Bundle:
     """One session; ``every`` runs the decode graph over a whole window with a cache of its own."""
 
     def __init__(self, folder: Path, threads: int, context: int) -> None:
+        import onnxruntime
+
         self._session = load(folder, threads=threads, max_seq_len=context)
         manifest = self._session.manifest
         self._runner = self._session.runner
