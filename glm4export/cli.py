@@ -290,10 +290,16 @@ def _add_verify(commands: Any) -> None:
         "--steps", type=int, default=32, metavar="N", help="decode steps a prompt (default: %(default)s)"
     )
     command.add_argument(
-        "--max-kl", type=float, metavar="NATS", help="mean KL divergence allowed (default: by precision)"
+        "--long",
+        action="store_true",
+        help="also fill the cache to its last row, where rotary tables and YaRN may be wrong: minutes to hours, since "
+        "PyTorch computes as many tokens in fp32 (--max-seq-len makes them fewer)",
     )
     command.add_argument(
-        "--min-top1", type=float, metavar="SHARE", help="top-1 agreement asked (default: by precision)"
+        "--max-kl", type=float, metavar="NATS", help="mean KL divergence allowed in a phase (default: by precision)"
+    )
+    command.add_argument(
+        "--min-top1", type=float, metavar="SHARE", help="top-1 agreement asked over all (default: by precision)"
     )
     _add_session_options(command)
     command.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -314,6 +320,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         checkpoint=arguments.checkpoint,
         prompts=arguments.prompt,
         steps=arguments.steps,
+        long=arguments.long,
         thresholds=thresholds,
     )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else verify.table(report))

@@ -33,6 +33,7 @@ from glm4export.sidefiles import check_side_files
 from glm4export.skeleton import DTYPE_NAMES, Fp16Scales, Skeleton
 from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
+from glm4export.tied import HEAD, as_stored
 from glm4export.trace import trace
 from glm4export.turns import with_turn_tokens
 from glm4export.weights import Layout, Progress, lay_out, windows, write_weights
@@ -81,17 +82,23 @@ def build(
     location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar, engines: Engines | None = None
 ) -> Manifest:
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
-    config = read_config(location.folder / CONFIG)
-    tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, config.vocab_size)
-    max_seq_len = sequence_limit(config, options.max_seq_len)
+    declared = read_config(location.folder / CONFIG)
+    tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
+    max_seq_len = sequence_limit(declared, options.max_seq_len)
     with stage("check"):
         checkpoint = Checkpoint.open(location.folder)
-        checkpoint.check(config)
+        checkpoint.check(declared)
         check_side_files(location.folder)
+        config = as_stored(declared, checkpoint)
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
     if added:
         names = ", ".join(f"{text} ({token})" for text, token in added.items())
         note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
+    if config != declared:
+        note(
+            f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the embedding: "
+            "the stored head is used, as transformers does"
+        )
     with new_bundle(out) as folder:  # before the trace: an output that can't be written is told at once
         skeletons = {}
         for name in graph_names(options.target):

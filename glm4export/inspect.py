@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from glm4export.checkpoint import CONFIG, Location
+from glm4export.checkpoint import CONFIG, Checkpoint, CheckpointError, Location
 from glm4export.config import read_config
 from glm4export.estimate import estimate
 from glm4export.machine import memory_bytes
 from glm4export.tensorrt.network import FUSED
+from glm4export.tied import as_stored
 from glm4runtime.contract import BundleError, read_manifest
 from glm4runtime.engine_spec import EngineSpec, read_engine_specs
 from glm4runtime.graph_check import require_graphs
@@ -70,9 +72,13 @@ def text(facts: dict[str, Any]) -> str:
 
 
 def inspect_model(location: Location, target: str) -> dict[str, Any]:
-    """A checkpoint's facts as JSON-ready values, from its config alone; see :func:`glm4export.estimate.estimate`."""
+    """A checkpoint's facts as JSON-ready values, from its config; see :func:`glm4export.estimate.estimate`."""
     total, _ = memory_bytes()
-    return estimate(read_config(location.folder / CONFIG), target, total)
+    config = read_config(location.folder / CONFIG)
+    if config.tie_word_embeddings:
+        with suppress(CheckpointError):  # its weights aren't here: it is what its config says
+            config = as_stored(config, Checkpoint.open(location.folder))
+    return estimate(config, target, total)
 
 
 def model_text(name: str, facts: dict[str, Any]) -> str:

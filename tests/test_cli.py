@@ -407,16 +407,28 @@ def test_verify(built: Path, source: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["precision"] == "fp32" and report["target"] == "cpu" and report["failures"] == []
-    assert [phase["name"] for phase in report["phases"]] == ["prefill", "decode", "continuation"]
-    assert [phase["positions"] for phase in report["phases"]] == [1, 3, 1]
+    assert [phase["name"] for phase in report["phases"]] == ["prefill", "decode", "continuation", "chat", "chunks"]
+    assert [phase["positions"] for phase in report["phases"]] == [1, 3, 1, 4, 2 + 16]
     for phase in report["phases"]:
         assert 0 <= phase["mean_abs"] <= phase["max_abs"] < 1e-4 and phase["mean_kl"] < 1e-6 and phase["top1"] == 1
     assert report["greedy"] == [{"prompt": "hello world", "tokens": 3, "parts_at": None}]
+    assert report["left_out"] == ["long: the last rows of the cache are compared with --long"]
+    assert report["cache_clipped"] is None
+    assert cli.main([*arguments, "--long", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["phases"][-1]["name"], report["phases"][-1]["positions"], report["left_out"]) == ("long", 4 + 16, [])
 
 
-@pytest.mark.parametrize("threshold", [["--max-kl=-1"], ["--min-top1", "1.01"], ["--max-kl", "nan"]])
+@pytest.mark.parametrize(
+    ("threshold", "found", "count"),
+    [
+        (["--max-kl=-1"], "prefill: mean KL .* exceeds", 5),
+        (["--max-kl", "nan"], "prefill: mean KL .* exceeds", 5),
+        (["--min-top1", "1.01"], r"top-1 agreement 100\.00% over \d+ positions is below 101\.0%", 1),
+    ],
+)
 def test_verify_past_its_thresholds(
-    threshold: list[str], built: Path, source: Path, capsys: pytest.CaptureFixture[str]
+    threshold: list[str], found: str, count: int, built: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [
         "verify",
@@ -430,17 +442,18 @@ def test_verify_past_its_thresholds(
         *threshold,
     ]
     assert cli.main(arguments) == 1
-    assert re.search(r"FAILED: prefill: .*\n(.*\n)*3 checks failed\n$", capsys.readouterr().out)
+    ending = "1 check" if count == 1 else f"{count} checks"
+    assert re.search(rf"FAILED: {found}.*\n(.*\n)*{ending} failed\n$", capsys.readouterr().out)
     assert cli.main([*arguments, "--json"]) == 1
-    assert len(json.loads(capsys.readouterr().out)["failures"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["failures"]) == count
 
 
 @pytest.mark.parametrize(
     ("arguments", "phases"),
     [
-        (["--steps", "0", "--prompt", "hello world"], ["prefill", "continuation"]),
-        (["--steps", "2", "--prompt", "h"], ["prefill", "decode"]),  # one token can't be cut in two
-        (["--prompt", "hello " * 100], ["prefill", "continuation"]),  # fills the cache
+        (["--steps", "0", "--prompt", "hello world"], ["prefill", "continuation", "chat", "chunks"]),
+        (["--steps", "2", "--prompt", "h"], ["prefill", "decode", "chat", "chunks"]),  # one token can't be cut in two
+        (["--prompt", "hello " * 100], ["prefill", "continuation", "chat", "chunks"]),  # fills the cache
     ],
 )
 def test_verify_leaves_out_phases_without_a_position(

@@ -19,7 +19,7 @@ from glm4export import cli
 from glm4export.config import read_config
 from glm4export.estimate import cache_bytes_per_token, weight_bytes
 from glm4export.options import BuildOptions
-from glm4export.verify import table, thresholds_of, verify
+from glm4export.verify import agreement, table, thresholds_of, verify
 from glm4runtime import Session, load
 from glm4runtime.contract import UserError, past_name, present_name, read_manifest
 from glm4runtime.ort import OrtRunner
@@ -151,8 +151,9 @@ def demo(build_bundle: Build) -> dict[str, Path]:
 def test_embedded_model_stays_near_fp32(precision: str, mean_kl: float, top1: float, demo: dict[str, Path]) -> None:
     report = verify(load(demo[precision]), steps=16)
     assert not report.failures, table(report)
-    assert all(phase.mean_kl <= mean_kl and phase.top1 >= top1 for phase in report.phases), table(report)
-    prefill, decode, _ = report.phases
+    assert all(phase.mean_kl <= mean_kl for phase in report.phases), table(report)
+    assert agreement(report.phases)[1] >= top1, table(report)
+    prefill, decode, *_ = report.phases
     if precision == "fp32":
         assert prefill.max_abs <= 1e-4 < decode.mean_kl * 1e3  # prefill reads its own keys unrounded; decode doesn't
 

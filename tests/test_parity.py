@@ -13,7 +13,7 @@ import torch
 from transformers import Glm4ForCausalLM
 
 from glm4export.checkpoint import locate
-from glm4export.verify import PROMPTS
+from glm4export.phases import PROMPTS
 from glm4runtime import Session, load
 from glm4runtime.contract import past_name, present_name
 

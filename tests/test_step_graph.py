@@ -18,8 +18,9 @@ from glm4export.config import read_config
 from glm4export.estimate import weight_bytes
 from glm4export.observe import observe
 from glm4export.options import BuildOptions
+from glm4export.phases import PROMPTS
 from glm4export.quantize import Scheme, dequantize, quantize
-from glm4export.verify import PROMPTS, kl_divergence
+from glm4export.verify import kl_divergence
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.tokenizer import Tokenizer
 

@@ -57,6 +57,10 @@ class Buffer:
         else:
             self._value.update_inplace(data)
 
+    def read(self) -> np.ndarray:
+        """What the buffer holds; on ``cpu`` the buffer itself. bfloat16 comes as uint16."""
+        return self.array if self.device == "cpu" else np.asarray(self._value.numpy())
+
     def clear(self) -> None:
         """Fill the buffer with zeros; on ``cpu`` it starts with them."""
         self.write(np.zeros(self.shape, self._stored))
@@ -95,6 +99,14 @@ class Cache:
         for (layer, part), buffer in self._buffers.items():
             buffer.bind_input(binding, past_name(layer, part))
             buffer.bind_output(binding, present_name(layer, part))
+
+    def clipped(self, length: int) -> float:
+        """Of an int8 cache's first ``length`` rows, the share of values at the ends of its range: -128, -127, 127."""
+        shares = [
+            np.mean((rows >= 127) | (rows <= -127))
+            for rows in (buffer.read()[:, :, :length] for buffer in self._buffers.values())
+        ]
+        return float(np.mean(shares))
 
     def clear(self) -> None:
         """Make every row finite: a step graph multiplies the rows it masks by zero, and zero times NaN is NaN."""

@@ -53,6 +53,11 @@ class OrtRunner(Runner):
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
     @property
+    def cache(self) -> Cache:
+        """The sequence's keys and values."""
+        return self._cache
+
+    @property
     def graphs(self) -> dict[str, Any]:
         """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
         return {PREFILL: self._prefill, DECODE: self._decode}
