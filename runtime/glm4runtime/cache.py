@@ -100,6 +100,10 @@ class Cache:
             buffer.bind_input(binding, past_name(layer, part))
             buffer.bind_output(binding, present_name(layer, part))
 
+    def bits(self, length: int) -> list[bytes]:
+        """The first ``length`` rows of every buffer; on ``cpu`` only, [] elsewhere."""
+        return [buffer.array[:, :, :length].tobytes() for buffer in self._buffers.values() if buffer.device == "cpu"]
+
     def clipped(self, length: int) -> float:
         """Of an int8 cache's first ``length`` rows, the share of values at the ends of its range: -128, -127, 127."""
         shares = [

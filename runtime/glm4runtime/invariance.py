@@ -23,7 +23,7 @@ __all__ = ["find_granule", "make_invariant"]
 _GRANULES = (1, 2, 4, 8)
 _WIDEST_STEP = 8  # tokens; what serves more at once does it in multiples of these
 _CONTEXT = 48  # tokens in front of the runs that are compared
-_STARTS = (48, 31, 16)  # where they begin: attention's bits may agree by luck at one place
+_STARTS = (48, 31, 16)  # where they begin: at one place bits may agree by luck
 
 
 def make_invariant(runner: Runner) -> None:
@@ -48,8 +48,9 @@ def make_invariant(runner: Runner) -> None:
 def find_granule(runner: Runner) -> int | None:
     """The smallest number whose multiples, as widths of runs, give the same bits; None where there's none up to 8.
 
-    Steps of 1 to 8 tokens are compared with one of 16, and a prompt in growing chunks with a whole one. ``runner`` must
-    have no granule yet; what its cache holds is lost.
+    Steps of 1 to 8 tokens are compared with one of 16, and a prompt in growing chunks with a whole one: logits, and in
+    the host's memory the cache too, since fp16 rounds most differences out of logits. ``runner`` must have no granule
+    yet; what its cache holds is lost.
     """
     room = runner.max_seq_len
     rng = np.random.default_rng(0)
@@ -70,14 +71,16 @@ def _steps_agree(runner: Runner, tokens: list[int], granule: int, room: int) -> 
             runner.prefill(tokens[:start])
         run = tokens[start : start + wide]
         wanted = runner.verify(run).copy()
+        written = {width: runner.cache_bits(start + width) for width in range(granule, wide + 1, granule)}
         for width in range(granule, min(_WIDEST_STEP, wide) + 1, granule):
-            if not np.array_equal(runner.verify(run[:width]), wanted[:width]):
+            rows = runner.verify(run[:width])
+            if not np.array_equal(rows, wanted[:width]) or runner.cache_bits(start + width) != written[width]:
                 return False
     return True
 
 
 def _chunks_agree(runner: Runner, tokens: list[int], granule: int, room: int) -> bool:
-    """Whether chunks of one, two, three ... granules write what one chunk does, by the last row's logits."""
+    """Whether chunks of one, two, three ... granules write what one chunk does."""
     if runner.manifest.cache.dtype == "int8":
         return True  # there chunks have fixed places
     count = min(_CONTEXT, room, runner.prefill_chunk)
@@ -85,10 +88,10 @@ def _chunks_agree(runner: Runner, tokens: list[int], granule: int, room: int) ->
     runner.rewind()
     if not count:
         return True
-    wanted = runner.prefill(tokens[:count]).copy()
+    wanted, written = runner.prefill(tokens[:count]).copy(), runner.cache_bits(count)
     runner.rewind()
     width = 0
     while runner.length < count:
         width = min(width + granule, count - runner.length)
         row = runner.prefill(tokens[runner.length : runner.length + width])
-    return bool(np.array_equal(row, wanted))
+    return bool(np.array_equal(row, wanted)) and runner.cache_bits(count) == written

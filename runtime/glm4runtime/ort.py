@@ -57,6 +57,9 @@ class OrtRunner(Runner):
         """The sequence's keys and values."""
         return self._cache
 
+    def cache_bits(self, rows: int) -> list[bytes]:
+        return self._cache.bits(rows)
+
     @property
     def graphs(self) -> dict[str, Any]:
         """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""

@@ -53,6 +53,9 @@ class OrtStepRunner(Runner):
         self._draft = self._kind(MAX_RUN, MAX_RUN)
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
+    def cache_bits(self, rows: int) -> list[bytes]:
+        return self._cache.bits(rows)
+
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         self._prompt.run(ids, start, padding=padding)
         return self._row

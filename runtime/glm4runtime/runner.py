@@ -144,6 +144,10 @@ class Runner(ABC):
             raise UserError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self._ahead, self.length, self.epoch = 0, length, self.epoch + 1
 
+    def cache_bits(self, rows: int) -> list[bytes]:
+        """The bits of the cache's first ``rows`` rows, every layer's; none where they aren't in the host's memory."""
+        return []
+
     def state(self) -> tuple[int, int]:
         """What :meth:`restore` takes: the sequence as it is now."""
         return self.length, self._ahead
