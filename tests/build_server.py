@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from glm4export import cli, compile, output, progress
+from glm4export import cli, compile, output, progress, swap
 from glm4export.config import read_config
 from glm4export.options import BuildOptions
 from glm4runtime.contract import Manifest, graph_names
@@ -78,17 +78,15 @@ def before_manifest(die: Callable[[], None]) -> None:
 
 
 def before_rename(die: Callable[[], None]) -> None:
-    output._replace = lambda folder, out: die()
+    output.swap = lambda scratch, out, check: die()  # type: ignore[assignment]
 
 
 def after_rename(die: Callable[[], None]) -> None:
-    replace = output._replace
-
-    def then_die(folder: Path, out: Path) -> None:
-        replace(folder, out)
+    def then_die(scratch: Path, out: Path, check: swap.Check) -> None:
+        swap.swap(scratch, out, check)
         die()
 
-    output._replace = then_die
+    output.swap = then_die  # type: ignore[assignment]
 
 
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,24 @@ def job(bundle: Path) -> Job:
         version_compatible=False,
         weight_streaming=False,
     )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a file system of so many bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int) -> Path:
+        if shutil.which("mount") is None:
+            pytest.skip("no mount command")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small file system is not permitted here")
+        return disk
+
+    try:
+        yield mount
+    finally:
+        if disk.is_mount():
+            subprocess.run(["umount", disk], capture_output=True)
