@@ -215,9 +215,10 @@ def test_build_of_weights_that_are_not_finite(fails: Fails, mine: Path, tmp_path
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("{tmp}/mine/config.json", "exists and is not a folder; choose another name with -o"),
-        ("{tmp}/mine", "exists and is not a bundle (no manifest.json); refusing to replace it"),
-        ("{tmp}/mine/config.json/out", "cannot be written"),
+        ("{tmp}/theirs/file", "exists and is not a folder; choose another name with -o"),
+        ("{tmp}/theirs", "exists and is not a bundle (no manifest.json); refusing to replace it"),
+        ("{tmp}/theirs/file/out", "cannot be written"),
+        ("{tmp}/mine", "is the input {tmp}/mine itself; the output must lie apart from it, choose another folder"),
         ("/proc/out", "cannot be written"),
     ],
 )
@@ -225,10 +226,12 @@ def test_build_into_a_place_that_cannot_be_written(
     out: str, message: str, fails: Fails, mine: Path, tmp_path: Path
 ) -> None:
     path = out.format(tmp=tmp_path)
-    before = sorted(file.name for file in mine.iterdir())
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
     found = fails("build", mine, "-o", path, "--precision", "fp32", "--target", "cpu")
-    assert found.startswith(f"{path}: {message}")
-    assert sorted(file.name for file in mine.iterdir()) == before
+    assert found.startswith(f"{path}: {message.format(tmp=tmp_path)}")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_build_on_a_full_disk(fails: Fails, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

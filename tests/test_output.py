@@ -297,6 +297,7 @@ def test_the_same_inputs_give_the_same_bytes(run: Run, bundles: Pair, out: Path)
     assert bundles[0].keys() >= {MANIFEST, WEIGHTS, "prefill.onnx", "decode.onnx", "genai_config.json", "config.json"}
 
 
+TRACING = ["amid a trace", "amid a translation"]
 BEFORE = ["at the weights", "amid the weights", "amid a graph", "before the manifest", "before the rename"]
 
 
@@ -318,10 +319,21 @@ def test_kill(point: str, earlier: bool, run: Run, bundles: Pair, folders: Any, 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("point", BEFORE)
 def test_signal(point: str, number: int, code: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
+    signal_at(point, number, code, run, bundles, folders, out)
+
+
+@pytest.mark.parametrize(("point", "number"), [(TRACING[0], signal.SIGHUP), (TRACING[1], signal.SIGINT)])
+def test_signal_while_tracing(point: str, number: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
+    """What runs there catches exceptions of all kinds."""
+    signal_at(point, number, 128 + number, run, bundles, folders, out)
+
+
+def signal_at(point: str, number: int, code: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
     put(out, bundles[0])
     assert run(out, {"point": point, "signal_number": number}, checkpoint=folders[1]) == [code]
     assert contents(out) == bundles[0] and names(out.parent) == ["bundle"]
-    assert "Traceback" not in log(out).read_text()
+    said = "interrupted" if number == signal.SIGINT else f"glm4export: ended by {signal.Signals(number).name}"
+    assert log(out).read_text() == f"{said}\n"
 
 
 @pytest.mark.parametrize("earlier", [True, False], ids=["over a bundle", "new"])

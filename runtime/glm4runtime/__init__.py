@@ -9,9 +9,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime.contract import BundleError, UserError
-
 if TYPE_CHECKING:
+    from glm4runtime.contract import BundleError, UserError
     from glm4runtime.generate import Generation
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session, load
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["BundleError", "Generation", "SamplingParams", "Session", "TextStream", "UserError", "load"]
 
 _MODULES = {
+    "BundleError": "contract",
+    "UserError": "contract",
     "Generation": "generate",
     "SamplingParams": "sampling",
     "Session": "session",
@@ -29,7 +30,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the compiler needs the contract alone, and onnxruntime may not be installed."""
+    """Import on first use: the compiler needs the contract alone, the command line handles signals before it imports
+    anything else, and onnxruntime may not be installed."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
