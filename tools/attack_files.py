@@ -39,7 +39,7 @@ from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.prepare import prepare
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-HANDLED_MASK = 1 << (signal.SIGTERM - 1)  # in /proc/PID/status
+HANDLED = sum(1 << (number - 1) for number in SIGNALS[:3])  # as /proc/PID/status has them
 Files = dict[str, str]
 
 
@@ -196,30 +196,34 @@ class Attack:
 
 
 def process_of_its_own(log: Path, folder: Path) -> Callable[[list[str]], int]:
-    """Starts ``python -m glm4export``; returns once its handlers stand: what comes before is Python's own start."""
+    """Starts ``python -m glm4export``."""
 
     def start(argv: list[str]) -> int:
         with log.open("w") as output:
             command = [sys.executable, "-m", "glm4export", *argv]
             process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
         process.returncode = 0  # waited for by its id
-        while not caught_signals(process.pid) & HANDLED_MASK:
-            time.sleep(0.001)
-        return process.pid
+        return handling(process.pid)
 
     return start
 
 
-def caught_signals(process: int) -> int:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+def handling(process: int) -> int:
+    """Wait until a process handles its signals: what comes before is Python's own start, or the fork's."""
+    while True:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt")), HANDLED)
+        if caught & HANDLED == HANDLED:
+            return process
+        time.sleep(0.001)
 
 
 def kills(attack: Attack, count: int, processes: int) -> Iterator[tuple[str, Tally]]:
     """Kills of each kind, shown while they go on; ``processes`` of them of processes of their own."""
 
     def forked(argv: list[str]) -> int:
-        return fork(argv, attack.log, attack.root)
+        attack.log.write_text("")
+        return handling(fork(argv, attack.log, attack.root))
 
     own = process_of_its_own(attack.log, attack.root)
     forks = max(0, count - processes)
