@@ -79,7 +79,6 @@ def fork(argv: list[str], log: Path, folder: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         status = cli.main(argv)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0
@@ -446,6 +445,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of signals and moments (default: %(default)s)")
     arguments = parser.parse_args()
 
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, handler)  # ignored under nohup and in a shell's background, and so by all here
     torch.set_num_threads(1)  # a fork has none of its parent's threads
     findings = 0
     with tempfile.TemporaryDirectory() as root:
