@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,6 +23,14 @@ from . import checkpoints
 from .engine_builds import LAYERS
 
 Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_not_ignored() -> None:
+    """As they are under nohup and in a shell's background, and then in every process that a test starts."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
