@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -21,12 +20,12 @@ ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 Undo = Callable[[], None]
 
 
-@dataclass
-class _State:
-    undo: list[tuple[int, Undo]] = field(default_factory=list)  # each with the process that it belongs to
-    held: int = 0
-    pending: int | None = None
-    raising: bool = False
+class _State:  # no dataclass: that module takes as long to import as all the others here
+    def __init__(self) -> None:
+        self.undo: list[tuple[int, Undo]] = []  # each with the process that it belongs to
+        self.held = 0
+        self.pending: int | None = None
+        self.raising = False
 
 
 _state = _State()
