@@ -112,7 +112,7 @@ def locked(folder: Path, what: str) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             waited = True
-            if sys.stderr is not None:
+            with suppress(OSError):  # nobody may be there to read it
                 print(f"glm4export: waiting for {what} ({folder} is locked)", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
