@@ -208,11 +208,11 @@ def process_of_its_own(log: Path, folder: Path) -> Callable[[list[str]], int]:
 
 
 def handling(process: int) -> int:
-    """Wait until a process handles its signals: what comes before is Python's own start, or the fork's."""
+    """Wait until a process handles its signals, or ended: what comes before is Python's own start, or the fork's."""
     while True:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt")), HANDLED)
-        if caught & HANDLED == HANDLED:
+        status = dict(line.split(":", 1) for line in lines)
+        if status["State"].strip().startswith("Z") or int(status["SigCgt"], 16) & HANDLED == HANDLED:
             return process
         time.sleep(0.001)
 
