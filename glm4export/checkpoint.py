@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glm4export.errors import MOST_LINES, listed, printable, shown
+from glm4export.errors import MOST_LINES, listed, printable
 from glm4export.files import read_json, refuse_pointer
 from glm4export.ledger import mismatches, wrapped
 from glm4export.quantize import Quantized, Scheme
 from glm4export.recipes import Window
 from glm4graphs.config import Glm4Config
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, shown
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of a LoRA adapter, which is no model

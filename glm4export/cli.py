@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from glm4export import streams
 from glm4export.errors import message_text, printable_lines
+from glm4export.output import check_output
 from glm4export.tensorrt.cli_options import (
     add_engine_options,
     engine_builder,
@@ -18,6 +18,7 @@ from glm4export.tensorrt.cli_options import (
     engine_lines,
     require_flavour,
 )
+from glm4runtime import signals
 from glm4runtime.contract import MANIFEST, TENSORRT, UserError
 from glm4runtime.providers import PROVIDERS, default_provider
 
@@ -27,9 +28,16 @@ CACHES = ("fp32", "fp16", "int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds), 2 (the user's mistake), 130."""
+    """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds), 2 (the user's mistake), 130.
+
+    SIGHUP, SIGINT and SIGTERM end the process, with 128 and their number; see :mod:`glm4runtime.signals`.
+    """
     streams.prepare()
-    signal.signal(signal.SIGTERM, _terminate)
+    with signals.handled():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         try:
             arguments = _parser().parse_args(argv)
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _complain(f"{error.name} is not installed; pip install 'glm4export[{extra}]'")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # in a conversation
         streams.complain("interrupted")
         return 130
     except BrokenPipeError:  # the reader went away, as `| head` does
@@ -135,6 +143,11 @@ def _add_build(commands: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     require_flavour(arguments)
+    name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
+    out = arguments.output or Path(f"{name}-{arguments.precision}")
+    inputs = (arguments.model, arguments.calibrate, arguments.timing_cache)
+    check_output(out, [Path(path).expanduser() for path in inputs if path])
+
     from glm4export.checkpoint import locate
     from glm4export.compile import build, detect_target
     from glm4export.options import BuildOptions
@@ -157,8 +170,6 @@ def _build(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
     )
     builder = engine_builder(arguments, target)
-    name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
-    out = arguments.output or Path(f"{name}-{arguments.precision}")
     manifest = build(location, out, options, stage=stage, bar=byte_bar, engines=builder)
     if "tokenizer.json" not in manifest.files:
         note(f"{location.folder}: no tokenizer.json; the bundle takes and gives token ids, not text")
@@ -259,7 +270,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     session = _load(arguments, chat_template=arguments.chat_template)
     if arguments.chat:
-        generate.converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
+        with signals.raised():  # Ctrl-C ends an answer
+            generate.converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
         return 0
     prompt = generate.read_prompt() if arguments.prompt == "-" else arguments.prompt
     generate.answer(
@@ -421,6 +433,7 @@ def _add_prepare(commands: Any) -> None:
         epilog="example: glm4export prepare glm-4-9b-int4",
     )
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.set_defaults(run=_prepare)
 
 
@@ -428,7 +441,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from glm4runtime.contract import read_manifest
     from glm4runtime.prepare import prepare
 
-    print(f"{prepare(arguments.bundle, read_manifest(arguments.bundle))}: ready for this machine")
+    prepared = prepare(arguments.bundle, read_manifest(arguments.bundle))
+    if arguments.json:
+        print(json.dumps({"bundle": str(arguments.bundle), "prepared": str(prepared)}))
+    else:
+        print(f"{prepared}: ready for this machine")
     return 0
 
 
@@ -465,8 +482,3 @@ def _load(arguments: argparse.Namespace, *, check_hashes: bool = False, chat_tem
 def _complain(message: str) -> int:
     streams.complain(f"glm4export: error: {message_text(message)}")
     return 2
-
-
-def _terminate(*_: object) -> NoReturn:
-    """On SIGTERM unwind, so that half a bundle is removed, instead of dying where it stands."""
-    raise SystemExit(128 + signal.SIGTERM)

@@ -24,7 +24,7 @@ from glm4export.genai import FILE as GENAI_CONFIG
 from glm4export.genai import genai_config
 from glm4export.observe import linears
 from glm4export.options import BuildOptions
-from glm4export.output import new_bundle, require_space
+from glm4export.output import PRODUCER, new_bundle, require_space
 from glm4export.passes.quantize_linears import scheme_of
 from glm4export.progress import note
 from glm4export.quantize import Scheme
@@ -82,24 +82,25 @@ def build(
     location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar, engines: Engines | None = None
 ) -> Manifest:
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
-    declared = read_config(location.folder / CONFIG)
-    tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
-    max_seq_len = sequence_limit(declared, options.max_seq_len)
-    with stage("check"):
-        checkpoint = Checkpoint.open(location.folder)
-        checkpoint.check(declared)
-        check_side_files(location.folder)
-        config = as_stored(declared, checkpoint)
-        scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
-    if added:
-        names = ", ".join(f"{text} ({token})" for text, token in added.items())
-        note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
-    if config != declared:
-        note(
-            f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the embedding: "
-            "the stored head is used, as transformers does"
-        )
-    with new_bundle(out) as folder:  # before the trace: an output that can't be written is told at once
+    inputs = [location.folder, *([] if options.calibrate is None else [options.calibrate])]
+    with new_bundle(out, inputs) as folder:  # first: an output that can't be written is told before any work
+        declared = read_config(location.folder / CONFIG)
+        tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
+        max_seq_len = sequence_limit(declared, options.max_seq_len)
+        with stage("check"):
+            checkpoint = Checkpoint.open(location.folder)
+            checkpoint.check(declared)
+            check_side_files(location.folder)
+            config = as_stored(declared, checkpoint)
+            scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+        if added:
+            names = ", ".join(f"{text} ({token})" for text, token in added.items())
+            note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
+        if config != declared:
+            note(
+                f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the "
+                "embedding: the stored head is used, as transformers does"
+            )
         skeletons = {}
         for name in graph_names(options.target):
             with stage(f"trace {name}"):
@@ -125,7 +126,7 @@ def build(
             if (location.folder / side).is_file():
                 shutil.copyfile(location.folder / side, folder / side)
         manifest = Manifest(
-            producer="glm4export",
+            producer=PRODUCER,
             producer_version=version("glm4export"),
             family="glm4",
             task="causal-lm",

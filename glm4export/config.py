@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from glm4export.errors import shown
 from glm4export.files import read_json
 from glm4graphs.config import Glm4Config, Rope, YarnScaling
 from glm4graphs.rope import inverse_frequencies, rotary_tables
-from glm4runtime.contract import TokenIds, UserError
+from glm4runtime.contract import TokenIds, UserError, shown
 
 ARCHITECTURE = "Glm4ForCausalLM"
 SUPPORTED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")

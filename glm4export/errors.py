@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
-
 from glm4runtime.contract import UserError
 
 MOST_LINES = 20  # of a list in an error; the rest is counted
 _MOST_MESSAGE_LINES = 2 * MOST_LINES  # of a whole message, such as another package's
 _MOST_CHARACTERS = 2000  # of a line
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-_REPR.maxlong = 24
 
 
 class InternalError(UserError):
@@ -20,11 +14,6 @@ class InternalError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}. This is a mistake in glm4export, not yours; please report it with this message")
-
-
-def shown(value: object) -> str:
-    """A value of somebody's file for a message: its repr, cut where it's long or nested deep."""
-    return _REPR.repr(value)
 
 
 def printable(text: str) -> str:

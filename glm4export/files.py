@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from glm4export.errors import shown
 from glm4runtime import contract
+from glm4runtime.contract import shown
 
 _MOST_BYTES = 1 << 24  # of a JSON file: the index of a model with a million tensors has less
 _POINTER_BYTES = 64  # of a file, that tell a git-lfs pointer

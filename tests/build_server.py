@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from glm4export import cli, compile, output, progress
+from glm4export import cli, compile, output, progress, swap, trace
 from glm4export.config import read_config
 from glm4export.options import BuildOptions
+from glm4graphs.prefill import Prefill
 from glm4runtime.contract import Manifest, graph_names
 
 
@@ -78,20 +79,51 @@ def before_manifest(die: Callable[[], None]) -> None:
 
 
 def before_rename(die: Callable[[], None]) -> None:
-    output._replace = lambda folder, out: die()
+    output.swap = lambda scratch, out, check: die()  # type: ignore[assignment]
 
 
 def after_rename(die: Callable[[], None]) -> None:
-    replace = output._replace
-
-    def then_die(folder: Path, out: Path) -> None:
-        replace(folder, out)
+    def then_die(scratch: Path, out: Path, check: swap.Check) -> None:
+        swap.swap(scratch, out, check)
         die()
 
-    output._replace = then_die
+    output.swap = then_die  # type: ignore[assignment]
+
+
+def amid_trace(die: Callable[[], None]) -> None:
+    """Inside torch.export."""
+    trace_again()
+    forward = Prefill.forward
+
+    @functools.wraps(forward)
+    def then_die(*arguments: Any, **named: Any) -> Any:
+        die()
+        return forward(*arguments, **named)
+
+    Prefill.forward = then_die  # type: ignore[method-assign]
+
+
+def amid_translation(die: Callable[[], None]) -> None:
+    """Inside torch.onnx, which goes on after errors of a translation to list them all."""
+    trace_again()
+    translate = trace._attention_node
+
+    @functools.wraps(translate)
+    def then_die(*arguments: Any, **named: Any) -> Any:
+        die()
+        return translate(*arguments, **named)
+
+    trace._attention_node = then_die
+
+
+def trace_again() -> None:
+    compile.compile_graph = compile.compile_graph.__wrapped__  # type: ignore[attr-defined]
+    trace._traced.cache_clear()
 
 
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
+    "amid a trace": amid_trace,
+    "amid a translation": amid_translation,
     "at the weights": at_weights,
     "amid the weights": amid_weights,
     "amid a graph": amid_graph,

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,14 @@ from . import checkpoints
 from .engine_builds import LAYERS
 
 Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_are_not_ignored() -> None:
+    """As they are under nohup and in a shell's background, and then in every process that a test starts."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +95,24 @@ def job(bundle: Path) -> Job:
         version_compatible=False,
         weight_streaming=False,
     )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a file system of so many bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int) -> Path:
+        if shutil.which("mount") is None:
+            pytest.skip("no mount command")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small file system is not permitted here")
+        return disk
+
+    try:
+        yield mount
+    finally:
+        if disk.is_mount():
+            subprocess.run(["umount", disk], capture_output=True)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,6 @@ TEMPLATE = "[gMASK]<sop>{% for m in messages %}<|user|>\n{{ m.content }}{% endfo
 EOS = [make_raw().token_to_id(text) for text in TURN_TOKENS]
 Fails = Callable[..., str]
 GLM4EXPORT = [sys.executable, "-m", "glm4export"]
-
-
-@pytest.fixture(autouse=True)
-def handlers_are_restored() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -215,9 +208,10 @@ def test_build_of_weights_that_are_not_finite(fails: Fails, mine: Path, tmp_path
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("{tmp}/mine/config.json", "exists and is not a folder; choose another name with -o"),
-        ("{tmp}/mine", "exists and is not a bundle (no manifest.json); refusing to replace it"),
-        ("{tmp}/mine/config.json/out", "cannot be written"),
+        ("{tmp}/theirs/file", "exists and is not a folder; choose another name with -o"),
+        ("{tmp}/theirs", "exists and is not a bundle (no manifest.json); refusing to replace it"),
+        ("{tmp}/theirs/file/out", "cannot be written"),
+        ("{tmp}/mine", "is the input {tmp}/mine itself; the output must lie apart from it, choose another folder"),
         ("/proc/out", "cannot be written"),
     ],
 )
@@ -225,10 +219,12 @@ def test_build_into_a_place_that_cannot_be_written(
     out: str, message: str, fails: Fails, mine: Path, tmp_path: Path
 ) -> None:
     path = out.format(tmp=tmp_path)
-    before = sorted(file.name for file in mine.iterdir())
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
     found = fails("build", mine, "-o", path, "--precision", "fp32", "--target", "cpu")
-    assert found.startswith(f"{path}: {message}")
-    assert sorted(file.name for file in mine.iterdir()) == before
+    assert found.startswith(f"{path}: {message.format(tmp=tmp_path)}")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_build_on_a_full_disk(fails: Fails, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +290,19 @@ def test_chat(built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nand you?\n"))
     assert cli.main(["generate", str(built), "--chat", "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.count("\n") >= 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_are_exceptions_in_a_chat_alone(
+    number: int, code: int, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends an answer there, and readline puts the terminal right. Elsewhere this process would end."""
+    monkeypatch.setattr("glm4export.generate.converse", lambda *given, **named: os.kill(os.getpid(), number))
+    try:
+        found = cli.main(["generate", str(built), "--chat"])
+    except SystemExit as error:
+        found = error.code
+    assert found == code
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from glm4export import cli
+from glm4export.output import OutputError
 from glm4export.tensorrt import engines
 from glm4export.tensorrt.engines import add_engines
 from glm4export.tensorrt.network import Log, require_fused
@@ -189,7 +190,9 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_signals(number: int, code: int, bundle: Path) -> None:
     before = contents(bundle)
     argv = [str(number), "engine", str(bundle), "--compute-capability", "8.9"]
@@ -214,7 +217,7 @@ def test_a_bundle_that_changes_meanwhile_is_kept(bundle: Path) -> None:
         (bundle / "manifest.json").unlink()
         (bundle / "manifest.json").write_text(text.replace('"producer": "glm4export"', '"producer": "another"'))
 
-    with pytest.raises(BundleError, match="was changed while its engines were built; run the command again"):
+    with pytest.raises(OutputError, match=r"was changed meanwhile \(manifest\.json\); run the command again"):
         add_engines(bundle, builder(show))
     assert read_manifest(bundle).producer == "another" and read_engine_specs(bundle) == []
 

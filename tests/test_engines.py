@@ -276,7 +276,7 @@ def test_hard_links_are_made_where_possible(bundle: Path, monkeypatch: pytest.Mo
     add_engines(bundle, builder())
     assert (bundle / "weights.bin").stat().st_ino == inode, "gigabytes that weren't copied"
 
-    def refuse(source: Any, target: Any) -> None:
+    def refuse(source: Any, target: Any, **named: Any) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refuse)

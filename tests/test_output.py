@@ -16,29 +16,16 @@ from typing import Any
 
 import pytest
 
-from glm4export import output
+from glm4export import swap
 from glm4export.output import OutputError, new_bundle, require_space
+from glm4runtime import scratch
 from glm4runtime.contract import MANIFEST, WEIGHTS, read_manifest
+from glm4runtime.scratch import MARKER
 
 from . import checkpoints
+from .small_bundles import Contents, bundle_names, contents, fill, names
 
-Contents = dict[str, bytes]
 Pair = tuple[Contents, Contents]
-
-
-def contents(folder: Path) -> Contents:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def fill(folder: Path, text: str) -> None:
-    """As much of a bundle as new_bundle looks at."""
-    folder.mkdir(exist_ok=True)
-    for name in (MANIFEST, WEIGHTS, text):
-        (folder / name).write_text(text)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -48,63 +35,63 @@ def out(tmp_path: Path) -> Path:
 
 def test_a_new_bundle_appears_at_the_end(out: Path) -> None:
     with new_bundle(out) as folder:
-        assert folder.parent == out.parent and names(folder) == []
+        assert folder.parents[1] == out.parent and names(folder) == []
         fill(folder, "new")
         assert not out.exists()
-    assert names(out) == [MANIFEST, "new", WEIGHTS] and names(out.parent) == ["bundle"]
+    assert names(out) == bundle_names("new") and names(out.parent) == ["bundle"]
 
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_bundle(tmp_path / "a" / "b" / "bundle"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []  # and go with what failed
     with new_bundle(tmp_path / "a" / "b" / "bundle") as folder:
         fill(folder, "new")
-    assert (tmp_path / "a" / "b" / "bundle" / "new").is_file()
+    assert names(tmp_path / "a" / "b") == ["bundle"] and names(tmp_path / "a" / "b" / "bundle") == bundle_names("new")
 
 
-@pytest.mark.parametrize("swap", [True, False], ids=["renameat2", "no renameat2"])
-def test_an_earlier_bundle_is_replaced(swap: bool, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not swap:
-        monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+@pytest.mark.parametrize("atomic", [True, False], ids=["renameat2", "no renameat2"])
+def test_an_earlier_bundle_is_replaced(atomic: bool, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not atomic:
+        monkeypatch.setattr(swap, "exchange", lambda first, second: False)
     fill(out, "old")
     with new_bundle(out) as folder:
         fill(folder, "new")
         assert (out / "old").is_file()
-    assert names(out) == [MANIFEST, "new", WEIGHTS] and names(out.parent) == ["bundle"]
-
-
-def test_a_bundle_set_aside_by_a_killed_swap_comes_back(out: Path) -> None:
-    """Without renameat2 a kill between the two renames leaves the earlier bundle under another name."""
-    aside = out.with_name(f".{out.name}.build-abc-old")
-    fill(aside, "old")
-    with pytest.raises(KeyboardInterrupt), new_bundle(out):
-        raise KeyboardInterrupt
-    assert names(out) == [MANIFEST, "old", WEIGHTS] and names(out.parent) == ["bundle"]
+    assert names(out) == bundle_names("new") and names(out.parent) == ["bundle"]
 
 
 def test_the_swap_is_atomic_here(out: Path) -> None:
     """The machine that tests has renameat2, so that the tests above and below run it."""
     fill(out, "old")
     fill(out.with_name("other"), "new")
-    assert output._exchange(out, out.with_name("other"))
+    assert swap.exchange(out, out.with_name("other"))
     assert (out / "new").is_file() and (out.with_name("other") / "old").is_file()
-    assert not output._exchange(out, out.with_name("nowhere"))
+    assert not swap.exchange(out, out.with_name("nowhere"))
 
 
 def test_an_empty_folder_is_replaced(out: Path) -> None:
     out.mkdir()
     with new_bundle(out) as folder:
         fill(folder, "new")
-    assert names(out) == [MANIFEST, "new", WEIGHTS] and names(out.parent) == ["bundle"]
+    assert names(out) == bundle_names("new") and names(out.parent) == ["bundle"]
 
 
 @pytest.mark.parametrize(
-    ("files", "missing"), [(["notes.txt"], MANIFEST), ([WEIGHTS], MANIFEST), ([MANIFEST, "icon.png"], WEIGHTS)]
+    ("files", "reason"),
+    [
+        (["notes.txt"], r"no manifest.json"),
+        ([WEIGHTS], r"no manifest.json"),
+        ([MANIFEST, "icon.png"], r"manifest.json: not valid JSON \(Expecting value: .*\)"),
+        ([MANIFEST, WEIGHTS], r"manifest.json: not valid JSON \(Expecting value: .*\)"),
+    ],
 )
-def test_a_folder_that_is_no_bundle_is_kept(files: list[str], missing: str, out: Path) -> None:
+def test_a_folder_that_is_no_bundle_is_kept(files: list[str], reason: str, out: Path) -> None:
     out.mkdir()
     for name in files:
         (out / name).write_text("mine")
     with (
-        pytest.raises(OutputError, match=rf"{out}: exists and is not a bundle \(no {missing}\); refusing to replace"),
+        pytest.raises(OutputError, match=rf"{out}: exists and is not a bundle.* \({reason}\); refusing to replace it"),
         new_bundle(out),
     ):
         pytest.fail("not reached")
@@ -142,7 +129,7 @@ def test_a_failure_leaves_nothing(error: type[BaseException], earlier: bool, out
         (folder / "sub").mkdir()
         raise error
     assert names(out.parent) == (["bundle"] if earlier else [])
-    assert not earlier or names(out) == [MANIFEST, "old", WEIGHTS]
+    assert not earlier or names(out) == bundle_names("old")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -194,9 +181,9 @@ def test_a_link_stays_a_link(target: str, tmp_path: Path) -> None:
     if target == "bundle":
         fill(disk / "bundle", "old")
     with new_bundle(link) as folder:
-        assert folder.parent == disk  # a rename can't cross file systems
+        assert folder.parents[1] == disk  # a rename can't cross file systems
         fill(folder, "new")
-    assert link.is_symlink() and names(link) == [MANIFEST, "new", WEIGHTS]
+    assert link.is_symlink() and names(link) == bundle_names("new")
     assert names(tmp_path) == ["disk", "link"] and names(disk) == ["bundle"]
 
 
@@ -215,10 +202,14 @@ def test_permissions_follow_the_umask(mask: int, out: Path) -> None:
 @pytest.mark.parametrize("name", ["bundle", "glm-4 [fp16]*", "模型"])
 def test_stale_folders_are_swept_and_live_ones_are_not(name: str, tmp_path: Path) -> None:
     out = tmp_path / name
-    stale = [tmp_path / f".{name}.build-killed", tmp_path / f".{name}.build-killed-old"]
+    stale = [tmp_path / f".{name}.build-{which}" for which in ("killed", "half-marked", "unmarked")]
     others = [tmp_path / ".other.build-killed", tmp_path / f".{name}x.build-killed", tmp_path / "bundle2"]
-    for folder in (*stale, *others):
-        fill(folder, "left")
+    for folder in (*stale[:2], *others):
+        folder.mkdir()
+        (folder / MARKER).write_bytes(scratch._TEXT)
+    fill(stale[0] / "new", "left")
+    (stale[1] / MARKER).write_bytes(scratch._TEXT[:10])
+    stale[2].mkdir()
     with new_bundle(out) as first:
         fill(first, "first")
         assert not any(folder.exists() for folder in stale)
@@ -228,6 +219,18 @@ def test_stale_folders_are_swept_and_live_ones_are_not(name: str, tmp_path: Path
         assert (out / "second").is_file() and (first / "first").is_file()
     assert (out / "first").is_file()
     assert names(tmp_path) == sorted([name, *(folder.name for folder in others)])
+
+
+@pytest.mark.parametrize("files", [["thesis.txt"], [MARKER], [MARKER, "thesis.txt"], ["new/thesis.txt"]], ids=str)
+def test_a_folder_of_the_users_with_a_name_of_ours_stays(files: list[str], out: Path) -> None:
+    theirs = out.with_name(".bundle.build-thesis")
+    for name in files:
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("mine")
+    with new_bundle(out) as folder:
+        fill(folder, "new")
+    assert contents(theirs) == dict.fromkeys(sorted(files), b"mine")
+    assert names(out.parent) == [".bundle.build-thesis", "bundle"]
 
 
 # From here on whole builds, in processes of their own.
@@ -294,6 +297,7 @@ def test_the_same_inputs_give_the_same_bytes(run: Run, bundles: Pair, out: Path)
     assert bundles[0].keys() >= {MANIFEST, WEIGHTS, "prefill.onnx", "decode.onnx", "genai_config.json", "config.json"}
 
 
+TRACING = ["amid a trace", "amid a translation"]
 BEFORE = ["at the weights", "amid the weights", "amid a graph", "before the manifest", "before the rename"]
 
 
@@ -312,13 +316,24 @@ def test_kill(point: str, earlier: bool, run: Run, bundles: Pair, folders: Any, 
     assert contents(out) == bundles[1] and names(out.parent) == ["bundle"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("point", BEFORE)
 def test_signal(point: str, number: int, code: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
+    signal_at(point, number, code, run, bundles, folders, out)
+
+
+@pytest.mark.parametrize(("point", "number"), [(TRACING[0], signal.SIGHUP), (TRACING[1], signal.SIGINT)])
+def test_signal_while_tracing(point: str, number: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
+    """What runs there catches exceptions of all kinds."""
+    signal_at(point, number, 128 + number, run, bundles, folders, out)
+
+
+def signal_at(point: str, number: int, code: int, run: Run, bundles: Pair, folders: Any, out: Path) -> None:
     put(out, bundles[0])
     assert run(out, {"point": point, "signal_number": number}, checkpoint=folders[1]) == [code]
     assert contents(out) == bundles[0] and names(out.parent) == ["bundle"]
-    assert "Traceback" not in log(out).read_text()
+    said = "interrupted" if number == signal.SIGINT else f"glm4export: ended by {signal.Signals(number).name}"
+    assert log(out).read_text() == f"{said}\n"
 
 
 @pytest.mark.parametrize("earlier", [True, False], ids=["over a bundle", "new"])
@@ -348,38 +363,19 @@ def test_a_write_that_fails(size: int, run: Run, bundles: Pair, folders: Any, ou
     assert log(out).read_text() == message
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many bytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size: int) -> Path:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
-        if done.returncode:
-            pytest.skip("mounting a small file system is not permitted here")
-        return disk
-
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", disk], capture_output=True)
-
-
 def pages(*sizes: int) -> int:
     return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
-@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
 @pytest.mark.parametrize("missing", ["weights", "graph", "side file", "manifest"])
 def test_a_disk_that_runs_full(missing: str, run: Run, bundles: Pair, small_disk: Callable[[int], Path]) -> None:
     sizes = {name: len(data) for name, data in bundles[0].items()}
     graphs = sizes["prefill.onnx"], sizes["decode.onnx"]
-    everything = pages(*sizes.values())
+    everything = pages(*sizes.values()) + 4096  # the marker
     room = {
         "weights": pages(sizes[WEIGHTS]) - 4096,
-        "graph": pages(sizes[WEIGHTS], graphs[0]),
-        "side file": pages(sizes[WEIGHTS], *graphs, sizes["genai_config.json"]),
+        "graph": pages(1, sizes[WEIGHTS], graphs[0]),
+        "side file": pages(1, sizes[WEIGHTS], *graphs, sizes["genai_config.json"]),
         "manifest": everything - pages(sizes[MANIFEST]),
     }[missing]
     disk = small_disk(room)
@@ -389,11 +385,3 @@ def test_a_disk_that_runs_full(missing: str, run: Run, bundles: Pair, small_disk
     expected = "the bundle needs 0.00 GB, the disk has" if missing == "weights" else "No space left on device"
     assert expected in text
     assert names(disk) == []
-
-
-def test_a_mount_point_cannot_be_replaced(small_disk: Callable[[int], Path], tmp_path: Path) -> None:
-    disk = small_disk(1 << 20)
-    busy = r"disk: cannot be written \(Device or resource busy\); choose another folder with -o"
-    with pytest.raises(OutputError, match=busy), new_bundle(disk) as folder:
-        fill(folder, "new")
-    assert names(tmp_path) == ["disk"] and names(disk) == []

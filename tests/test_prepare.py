@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import warnings
@@ -13,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm4runtime import BundleError, UserError, load
+from glm4runtime import BundleError, UserError, load, scratch
 from glm4runtime.contract import WEIGHTS, read_manifest
-from glm4runtime.prepare import FOLDER, prepare
+from glm4runtime.prepare import FOLDER, prepare, prepared_graph
 
 from . import checkpoints
 from .conftest import Build
@@ -135,6 +139,142 @@ def test_preparing_again_replaces_and_leaves_nothing_behind(wide: Path) -> None:
     prepare(wide, read_manifest(wide))
     prepare(wide, read_manifest(wide))
     assert [path.name for path in wide.iterdir() if path.name.startswith((".", FOLDER))] == [FOLDER]
+
+
+def test_what_a_killed_prepare_left_is_swept(wide: Path) -> None:
+    """Marked folders alone: one of the user's may have the same name."""
+    left, theirs = wide / ".prepared-left", wide / ".prepared-theirs"
+    for folder, text in ((left, scratch._TEXT), (theirs, b"mine")):
+        folder.mkdir()
+        (folder / scratch.MARKER).write_bytes(text)
+        (folder / "weights.bin").write_bytes(b"weights")
+    prepare(wide, read_manifest(wide))
+    assert not left.exists() and (theirs / "weights.bin").read_bytes() == b"weights"
+    shutil.rmtree(theirs)
+
+
+def test_the_mode_is_the_umasks(wide: Path) -> None:
+    """A service's user reads what an administrator prepared."""
+    before = os.umask(0o022)
+    try:
+        prepared = prepare(wide, read_manifest(wide))
+    finally:
+        os.umask(before)
+    for path in (prepared, *prepared.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_two_at_once(wide: Path) -> None:
+    """The second says what it waits for, and takes what the first made."""
+    prepared = prepare(wide, read_manifest(wide))
+    made = prepared.stat().st_ino
+    with scratch.locked(wide, "x"):
+        command = [sys.executable, "-m", "glm4export", "prepare", str(wide), "--json"]
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None and second.stdout is not None
+        said = f"glm4export: waiting for another prepare or build ({wide} is locked)\n"
+        assert second.stderr.readline() == said and second.poll() is None
+    out, err = second.communicate(timeout=120)
+    assert (second.returncode, err) == (0, "")
+    assert json.loads(out) == {"bundle": str(wide), "prepared": str(prepared)}
+    assert prepared.stat().st_ino == made
+
+
+def test_a_file_system_without_hard_links(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(link: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "hardlink_to", refuse)
+        told = (
+            r"no hard links \(Operation not permitted\), so prefill and decode keep a copy .*: 0\.0\d GB more on disk"
+        )
+        with pytest.warns(UserWarning, match=told):
+            prepared = prepare(wide, read_manifest(wide))
+    first, second = (prepared / name / WEIGHTS for name in ("prefill", "decode"))
+    assert first.stat().st_ino != second.stat().st_ino and first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in second.parent.iterdir()) == ["decode.onnx", WEIGHTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(wide)
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "prefill.onnx", WEIGHTS])
+def test_a_prepared_folder_that_cannot_be_read_is_told(name: str, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that runs without it takes twice the memory."""
+    prepare(wide, read_manifest(wide))
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == name and FOLDER in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    told = rf"{wide}/prepared: cannot be read \({wide}/prepared/.*{name}: Permission denied\), and passed over"
+    with pytest.warns(UserWarning, match=told):
+        assert prepared_graph(wide, read_manifest(wide), "prefill") is None
+
+
+def test_a_damaged_note_is_told_and_none_is_not(wide: Path) -> None:
+    prepared = prepare(wide, read_manifest(wide))
+    (prepared / "prepared.json").write_text("{")
+    with pytest.warns(UserWarning, match="prepared: damaged, and passed over; run `glm4export prepare"):
+        assert prepared_graph(wide, read_manifest(wide), "prefill") is None
+    shutil.rmtree(prepared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepared_graph(wide, read_manifest(wide), "prefill") is None
+
+
+@pytest.mark.parametrize("file", ["prepared/NOTES.md", "prepared/prefill/mine.bin", "prepared"])
+def test_what_is_not_prepares_own_stays(file: str, wide: Path) -> None:
+    shutil.rmtree(wide / FOLDER, ignore_errors=True)
+    if file == FOLDER:
+        (wide / file).write_text("mine")
+        told = "exists and is not a folder; move it elsewhere"
+    else:
+        prepare(wide, read_manifest(wide))
+        (wide / file).write_text("mine")
+        told = f"{file} was not made by prepare; move it elsewhere and run again"
+    with pytest.raises(UserError, match=told):
+        prepare(wide, read_manifest(wide))
+    assert (wide / file).read_text() == "mine"
+    (wide / file).unlink()
+
+
+def test_a_graph_that_onnxruntime_cannot_prepare_is_one_message(wide: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(wide, tmp_path / "bundle", ignore=shutil.ignore_patterns(FOLDER)))
+    (bundle / "prefill.onnx").write_bytes(b"\xff" * 10)
+    with pytest.raises(UserError, match=r"prefill\.onnx: onnxruntime cannot prepare it: "):
+        prepare(bundle, read_manifest(wide))
+    assert not [path for path in bundle.iterdir() if "prepared" in path.name]
+
+
+SIGNALLED = """
+import os, signal, sys, threading
+from glm4export import cli
+from glm4runtime import prepare
+
+def busy(*arguments, **named):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    threading.Event().wait()  # as one long call does
+
+prepare.ort.InferenceSession = busy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_signals(number: int, wide: Path) -> None:
+    """They don't wait for onnxruntime's long call, and leave nothing."""
+    shutil.rmtree(wide / FOLDER, ignore_errors=True)
+    before = sorted(wide.rglob("*"))
+    command = [sys.executable, "-c", SIGNALLED, str(int(number)), "prepare", str(wide)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (128 + number, 1, "")
+    assert sorted(wide.rglob("*")) == before
 
 
 def test_only_cpu_bundles_are_prepared(build_bundle: Build) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glm4export.output import link_bundle, new_bundle, require_space
+from glm4export.output import changed_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
 from glm4export.tensorrt.worker import Job
+from glm4runtime import signals
 from glm4runtime.contract import (
     MANIFEST,
     STEP,
@@ -151,19 +153,20 @@ class EngineBuilder:
 
 
 def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
-    """Build engines for a finished bundle; it takes them in one step, and is left alone when anything fails."""
+    """Build engines for a finished bundle; it takes them in one step, and is left alone when anything fails.
+
+    What else lies in its folder stays there.
+    """
     manifest = read_manifest(bundle)
     if manifest.target != TENSORRT:
         raise BundleError(f"{bundle}: built for {manifest.target}; engines are made of bundles for --target tensorrt")
-    with new_bundle(bundle) as folder:
+    cache = builder.plan.options.timing_cache
+    with changed_bundle(bundle, [] if cache is None else [cache]) as folder:
         graph = bundle / manifest.graphs[STEP].file
         builder.check(folder, stored_weights(graph), attention_of(graph))
-        link_bundle(bundle, folder)
         extended = builder.add(folder, manifest)
         (folder / MANIFEST).unlink()  # a link: writing into it would change the bundle's own
         (folder / MANIFEST).write_text(extended.to_json(), encoding="utf-8")
-        if read_manifest(bundle) != manifest:
-            raise BundleError(f"{bundle}: was changed while its engines were built; run the command again")
     return extended
 
 
@@ -252,20 +255,22 @@ def _died(job: Job, status: int, said: list[str]) -> str:
 def _process(job: Job) -> Iterator[tuple[Any, subprocess.Popen[bytes], Any]]:
     """The worker, its events and its output; it never outlives the block."""
     reader, writer = os.pipe()
-    with tempfile.TemporaryFile() as output, os.fdopen(reader) as events:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "glm4export.tensorrt.worker", str(writer)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                pass_fds=(writer,),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)},
-                cwd="/",  # python -m looks for modules in the working directory first
-                start_new_session=True,  # Ctrl-C is for this process, which ends the other
-            )
-        finally:
-            os.close(writer)
+    with tempfile.TemporaryFile() as output, os.fdopen(reader) as events, ExitStack() as stack:
+        with signals.held():
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "glm4export.tensorrt.worker", str(writer)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(writer,),
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)},
+                    cwd="/",  # python -m looks for modules in the working directory first
+                    start_new_session=True,  # Ctrl-C is for this process, which ends the other
+                )
+            finally:
+                os.close(writer)
+            stack.enter_context(signals.undone(lambda: _kill(process.pid)))
         try:
             assert process.stdin is not None
             try:
@@ -279,3 +284,9 @@ def _process(job: Job) -> Iterator[tuple[Any, subprocess.Popen[bytes], Any]]:
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
+
+
+def _kill(process_id: int) -> None:
+    """End the worker before its folder is removed; by its id, since a wait under way holds the Popen's own lock."""
+    os.kill(process_id, signal.SIGKILL)
+    os.waitpid(process_id, 0)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 # its owner's business, so this is set before anything can import either: glm4export's and tests' first line is us.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-from glm4runtime.contract import BundleError, UserError
-
 if TYPE_CHECKING:
+    from glm4runtime.contract import BundleError, UserError
     from glm4runtime.generate import Generation
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session, load
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["BundleError", "Generation", "SamplingParams", "Session", "TextStream", "UserError", "load"]
 
 _MODULES = {
+    "BundleError": "contract",
+    "UserError": "contract",
     "Generation": "generate",
     "SamplingParams": "sampling",
     "Session": "session",
@@ -35,7 +36,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the compiler needs the contract alone, and onnxruntime may not be installed."""
+    """Import on first use: the compiler needs the contract alone, the command line handles signals before it imports
+    anything else, and onnxruntime may not be installed."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

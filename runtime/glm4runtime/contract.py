@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -291,14 +292,15 @@ def read_json(text: str, where: str) -> FieldReader:
     return FieldReader(data, where)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
 def shown(value: object) -> str:
-    """A value as errors show it: on one line, whatever characters it has, and cut where it's long."""
-    text = (
-        repr(value)
-        if not isinstance(value, int) or abs(value) < 1 << 64
-        else f"an integer of {value.bit_length()} bits"
-    )
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+    """A value of somebody's file as errors show it: its repr, cut where it's long or nested deep."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"an integer of {value.bit_length()} bits"
+    return _REPR.repr(value)
 
 
 class FieldReader:

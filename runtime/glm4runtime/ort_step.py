@@ -14,7 +14,7 @@ import numpy as np
 
 from glm4runtime.cache import Buffer, Cache
 from glm4runtime.contract import ATTENTION_MASK, LOGITS, STEP, CacheSpec, Manifest
-from glm4runtime.engine_spec import FOLDER
+from glm4runtime.layout import ORT_CACHES
 from glm4runtime.ort_session import device_of, open_session
 from glm4runtime.runner import MAX_RUN, Runner
 from glm4runtime.step import RunInputs, Staircase, cache_shapes, fill_band, input_shapes
@@ -130,7 +130,7 @@ def provider_options(folder: Path, cache: CacheSpec, provider: str, longest: int
         )
         for end, sizes in ranges.items()
     }
-    built = folder / FOLDER / f"onnxruntime-{provider}"
+    built = folder / ORT_CACHES[provider]
     try:
         built.mkdir(parents=True, exist_ok=True)
     except OSError:  # a bundle that can't be written: built again every time
