@@ -259,7 +259,7 @@ def test_plot_without_limits(bundles: dict[str, Path], tmp_path: Path) -> None:
         (["--plot", "a.pdf"], "--plot a.pdf: unknown kind '.pdf'; end the name in .png or .svg"),
         (["--plot", "plot"], "--plot plot: unknown kind ''; end the name in .png or .svg"),
         (["--plot", "nowhere/a.png"], "--plot nowhere/a.png: no folder nowhere; make it first"),
-        (["--threads", "-1"], "prefill_chunk=512 must be at least 1 and threads=-1 at least 0"),
+        (["--threads", "-1"], "threads=-1 must be at least 0"),
     ],
 )  # fmt: skip
 def test_mistakes(argv: list[str], message: str, bundles: dict[str, Path], run: Callable[..., str]) -> None:

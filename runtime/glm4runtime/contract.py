@@ -294,11 +294,13 @@ def read_json(text: str, where: str) -> FieldReader:
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlong = 24
+_BITS = 4096  # of a number that Python still writes out: its limit is 4300 digits, and the user may lower it
 
 
 def shown(value: object) -> str:
     """A value of somebody's file as errors show it: its repr, cut where it's long or nested deep."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
+    if isinstance(value, int) and value.bit_length() > _BITS:
         return f"an integer of {value.bit_length()} bits"
     return _REPR.repr(value)
 
