@@ -18,7 +18,7 @@ PREPARED_NOTE = "prepared.json"  # in it
 ORT_CACHES = {provider: f"{ENGINES}/onnxruntime-{provider}" for provider in ("tensorrt", "tensorrt-rtx")}
 _LOST_AND_FOUND = "lost+found"  # what a new file system holds
 
-_HASHED_BYTES = 1 << 26  # larger files, weights and engines, are told by their size alone: hashing them takes minutes
+_MADE = (".bin", ".onnx", ".engine")  # nobody edits these: where one isn't as listed, a copy broke off or a disk failed
 
 
 def entries(folder: Path) -> list[str]:
@@ -28,9 +28,10 @@ def entries(folder: Path) -> list[str]:
 
 
 def strangers(folder: Path, manifest: Manifest) -> list[str]:
-    """What in a bundle's folder is not ours, folders with a slash: unlisted, or changed since the manifest was written.
+    """What in a bundle's folder is not ours, folders with a slash: unlisted, or edited since the manifest was written.
 
-    A file counts as changed by its size, and up to 64 MiB by its sha256. Raises OSError where it can't be read.
+    Listed weights, graphs and engines are ours even where they are damaged, so that the bundle can be built again.
+    Raises OSError where the folder can't be read.
     """
     return list(_strangers(folder, PurePosixPath(), manifest))
 
@@ -55,7 +56,7 @@ def _strangers(folder: Path, place: PurePosixPath, manifest: Manifest) -> Iterat
         name = str(place / entry)
         path = folder / name
         if not _is_folder(path):
-            if name != MANIFEST and not _as_listed(path, manifest.files.get(name)):
+            if name != MANIFEST and not _is_ours(path, manifest.files.get(name)):
                 yield f"{name} (changed)" if name in manifest.files else name
         elif name == PREPARED:
             yield from prepared_strangers(folder, manifest)
@@ -65,10 +66,12 @@ def _strangers(folder: Path, place: PurePosixPath, manifest: Manifest) -> Iterat
             yield f"{name}/"
 
 
-def _as_listed(path: Path, spec: FileSpec | None) -> bool:
-    if spec is None or not path.is_file() or path.stat().st_size != spec.size:
+def _is_ours(path: Path, spec: FileSpec | None) -> bool:
+    if spec is None or not path.is_file():
         return False
-    return spec.size > _HASHED_BYTES or sha256_of(path) == spec.sha256
+    if path.suffix in _MADE:
+        return True
+    return path.stat().st_size == spec.size and sha256_of(path) == spec.sha256
 
 
 def _is_folder(path: Path) -> bool:
