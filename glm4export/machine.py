@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 # What inference kernels are chosen by, as /proc/cpuinfo spells it.
 FEATURES = (
@@ -22,22 +18,6 @@ FEATURES = (
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
-_SECONDS = 1.0  # spent on each measured limit, at least
-_ARRAY_BYTES = 1 << 29  # read for the bandwidth, unless memory is short
-_MATMUL = (512, 2048, 2048)  # M, K, N of the peak: a prefill chunk against a weight that is too large for L2
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that this machine was seen to do with all cores."""
-
-    read_bytes_per_second: float
-    int8_ops_per_second: float  # a multiplication and an addition are two
-    fp32_ops_per_second: float
-
-    def ops_per_second(self, kind: str) -> float:
-        """The peak of ``int8`` or ``fp32``."""
-        return self.int8_ops_per_second if kind == "int8" else self.fp32_ops_per_second
 
 
 @dataclass(frozen=True)
@@ -56,11 +36,6 @@ def describe() -> Machine:
     """This machine, without measuring anything."""
     total, available = memory_bytes()
     return Machine(cpu_name(), cpu_features(), cores(), last_level_cache(), total, available)
-
-
-def measure_limits() -> Limits:
-    """Read bandwidth and matmul peaks, a few seconds in all. Needs onnxruntime and up to 1.5 GB of memory."""
-    return Limits(read_bandwidth(), matmul_peak("int8"), matmul_peak("fp32"))
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -110,53 +85,12 @@ def last_level_cache() -> int | None:
     return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=None)
 
 
-def read_bandwidth() -> float:
-    """Bytes a second read from memory by all cores together, the best of several passes over a large array.
-
-    Each core takes the maximum of its own part, which numpy does with vector instructions and without the interpreter's
-    lock; numpy asks for huge pages, so that the figure is the memory's and not the page tables'.
-    """
-    size = min(_ARRAY_BYTES, memory_bytes()[1] // 4)
-    size = max(size, 1 << 20)
-    workers = cores()
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda _: np.ones(size // workers // 4, np.int32), range(workers)))
-        seconds = _best(lambda: list(pool.map(np.max, parts)))
-    return sum(part.nbytes for part in parts) / seconds
-
-
-def matmul_peak(kind: str) -> float:
-    """Operations a second of onnxruntime's ``int8`` (unsigned by signed, exact sums) or ``fp32`` matmul, all cores."""
-    import onnxruntime as ort
-
-    from glm4export.onnxfile import matmul_model
-
-    rows, depth, columns = _MATMUL
-    weight = np.ones((depth, columns), np.int8 if kind == "int8" else np.float32)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = cores()
-    session = ort.InferenceSession(matmul_model(weight), options, providers=["CPUExecutionProvider"])
-    feeds = {"A": np.ones((rows, depth), np.uint8 if kind == "int8" else np.float32)}
-    return 2 * rows * depth * columns / _best(lambda: session.run(None, feeds))
-
-
 def process_memory() -> tuple[int, int]:
     """Peak resident and present proportional set size (shared pages divided by their users) of this process, bytes."""
     status = dict(line.split(":", 1) for line in _text(_PROC / "self/status").splitlines() if ":" in line)
     rollup = dict(line.split(":", 1) for line in _text(_PROC / "self/smaps_rollup").splitlines() if ":" in line)
     peak, proportional = (fields.get(name, "0 kB").split()[0] for fields, name in ((status, "VmHWM"), (rollup, "Pss")))
     return int(peak) * 1024, int(proportional) * 1024
-
-
-def _best(run: Callable[[], object]) -> float:
-    """The shortest of several runs in seconds, after one to warm up."""
-    run()
-    best, end = math.inf, time.perf_counter() + _SECONDS
-    while best is math.inf or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -20,9 +20,14 @@ from typing import Any
 
 import torch
 
-from glm4export import cli, compile, output, progress, swap, trace
-from glm4export.config import read_config
-from glm4export.options import BuildOptions
+from glm4export import cli
+from glm4export.build import build as compile
+from glm4export.build.options import BuildOptions
+from glm4export.bundle import folder as output
+from glm4export.bundle import swap
+from glm4export.graph import trace
+from glm4export.sources.config import read_config
+from glm4export.terminal import progress
 from glm4graphs.prefill import Prefill
 from glm4runtime.contract import Manifest, graph_names
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import Glm4ForCausalLM
 
-from glm4export.checkpoint import Location, locate
-from glm4export.compile import build
-from glm4export.options import BuildOptions
+from glm4export.build.build import build
+from glm4export.build.options import BuildOptions
+from glm4export.sources.checkpoint import Location, locate
 from glm4export.tensorrt.flavour import TENSORRT_RTX
 from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU: CUDA's runtime and TensorRT as ``glm4runtime.trt`` calls them, over host memory.
+"""A stand-in for a GPU: CUDA's runtime and TensorRT as ``glm4runtime.backends.trt`` calls them, over host memory.
 
 It has no mercy: device memory starts as NaN, work waits on its stream until that is synchronized, a captured graph
 replays the addresses and shapes it was captured with, addresses must lie in what was allocated, on the right side of a

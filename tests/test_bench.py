@@ -14,13 +14,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from glm4export import bench, bench_report, cli, machine, plot
-from glm4export.machine import Limits
-from glm4export.onnxfile import matmul_model
-from glm4export.workload import Workload, linear_weights, workload
+from glm4export import cli, machine
+from glm4export.bench import limits as bench_limits
+from glm4export.bench import measure as bench
+from glm4export.bench import plot
+from glm4export.bench import report as bench_report
+from glm4export.bench.limits import Limits
+from glm4export.bench.matmul_model import matmul_model
+from glm4export.bench.workload import Workload, linear_weights, workload
 from glm4runtime import BundleError, load
 from glm4runtime.contract import read_manifest
-from glm4runtime.onnxfile import read_graph
+from glm4runtime.contract.onnxfile import read_graph
 
 from . import checkpoints
 from .conftest import Build
@@ -275,8 +279,8 @@ RUNTIME_ONLY = """
 import sys
 for name in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm", "transformers", "matplotlib"):
     sys.modules[name] = None
-from glm4export import bench, machine
-bench.measure_limits = lambda: machine.Limits(1e10, 2e11, 1e11)
+from glm4export.bench import limits, measure
+measure.measure_limits = lambda: limits.Limits(1e10, 2e11, 1e11)
 from glm4export.cli import main
 sys.exit(main())
 """
@@ -341,10 +345,10 @@ def test_matmul_model(given: Any, stored: Any) -> None:
 
 
 def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SECONDS", 0.0)
-    monkeypatch.setattr(machine, "_ARRAY_BYTES", 1 << 24)
-    monkeypatch.setattr(machine, "_MATMUL", (64, 256, 256))
-    measured = machine.measure_limits()
+    monkeypatch.setattr(bench_limits, "_SECONDS", 0.0)
+    monkeypatch.setattr(bench_limits, "_ARRAY_BYTES", 1 << 24)
+    monkeypatch.setattr(bench_limits, "_MATMUL", (64, 256, 256))
+    measured = bench_limits.measure_limits()
     assert min(measured.read_bytes_per_second, measured.int8_ops_per_second, measured.fp32_ops_per_second) > 1e6
     assert measured.ops_per_second("int8") == measured.int8_ops_per_second
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm4export.compile import ConfigError, detect_target, sequence_limit
-from glm4export.config import read_config
-from glm4export.options import BuildOptions
+from glm4export.build.options import BuildOptions
+from glm4export.build.targets import detect_target
+from glm4export.sources.config import ConfigError, read_config, sequence_limit
 from glm4runtime import SamplingParams, UserError, load
 from glm4runtime.contract import read_manifest
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4export import gptq, observe
-from glm4export.calibrate import Calibration, calibrate, token_sequences
-from glm4export.checkpoint import Checkpoint, locate
-from glm4export.config import read_config
-from glm4export.gptq import _cut, compensate, compensations
-from glm4export.quantize import Scheme, dequantize, quantize
-from glm4export.reference import Text, reference_logits
-from glm4export.verify import kl_divergence
+from glm4export.calibration import gptq, observe
+from glm4export.calibration.calibrate import Calibration, calibrate, token_sequences
+from glm4export.calibration.gptq import _cut, compensate, compensations
+from glm4export.calibration.reference import Text, reference_logits
+from glm4export.sources.checkpoint import Checkpoint, locate
+from glm4export.sources.config import read_config
+from glm4export.verification.verify import kl_divergence
+from glm4export.weights.quantize import Scheme, dequantize, quantize
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glm4export.checkpoint import Checkpoint, CheckpointError, Location, locate
-from glm4export.config import read_config
-from glm4export.ledger import expected_tensors
-from glm4export.recipes import whole
+from glm4export.sources.checkpoint import Checkpoint, CheckpointError, Location, locate
+from glm4export.sources.config import read_config
+from glm4export.sources.ledger import expected_tensors
+from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError
 
 from . import checkpoints

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm4export import cli
-from glm4export.turns import TURN_TOKENS
+from glm4export.sources.turns import TURN_TOKENS
 from glm4runtime.contract import MANIFEST
 
 from . import checkpoints
@@ -297,7 +297,7 @@ def test_signals_are_exceptions_in_a_chat_alone(
     number: int, code: int, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C ends an answer there, and readline puts the terminal right. Elsewhere this process would end."""
-    monkeypatch.setattr("glm4export.generate.converse", lambda *given, **named: os.kill(os.getpid(), number))
+    monkeypatch.setattr("glm4export.commands.generate.converse", lambda *given, **named: os.kill(os.getpid(), number))
     try:
         found = cli.main(["generate", str(built), "--chat"])
     except SystemExit as error:

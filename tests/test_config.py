@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 
-from glm4export.config import ConfigError, parse_config, read_config, read_token_ids
+from glm4export.sources.config import ConfigError, parse_config, read_config, read_token_ids
 from glm4graphs.config import Glm4Config, Rope, YarnScaling
 from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import UserError

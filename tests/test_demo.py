@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4runtime import SamplingParams, Session
-from glm4runtime.chat import parse_tool_calls, split_thought
+from glm4runtime.text.chat import parse_tool_calls, split_thought
 
 DEMO = locate(None).folder
 PROMPTS: list[dict[str, Any]] = json.loads((DEMO / "prompts.json").read_text(encoding="utf-8"))

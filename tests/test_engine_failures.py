@@ -16,13 +16,13 @@ import onnx
 import pytest
 
 from glm4export import cli
-from glm4export.output import OutputError
+from glm4export.bundle.swap import OutputError
 from glm4export.tensorrt import engines
 from glm4export.tensorrt.engines import add_engines
 from glm4export.tensorrt.network import Log, require_fused
 from glm4export.tensorrt.worker import Job
 from glm4runtime.contract import BundleError, UserError, read_manifest
-from glm4runtime.engine_spec import Profile, read_engine_specs
+from glm4runtime.contract.engine_spec import Profile, read_engine_specs
 
 from .engine_builds import builder, contents
 
@@ -168,8 +168,9 @@ def test_an_interrupted_build_ends_at_once(
 SIGNALLED = """
 import os, signal, subprocess, sys
 from contextlib import contextmanager
-from glm4export import cli, progress
+from glm4export import cli
 from glm4export.tensorrt import engines
+from glm4export.terminal import progress
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
 popen = subprocess.Popen

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from glm4runtime.contract import BundleError, CacheSpec, FileSpec, GraphSpec, Manifest, TokenIds
-from glm4runtime.engine_spec import EngineSpec, Profile, read_engine_specs
+from glm4runtime.contract.engine_spec import EngineSpec, Profile, read_engine_specs
 
 SPEC = EngineSpec(
     flavour="tensorrt-rtx",

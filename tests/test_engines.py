@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from glm4export import cli, compile, inspect
+from glm4export import cli
+from glm4export.build import targets
+from glm4export.inspection import facts as inspect
 from glm4export.tensorrt import engines, flavour, memory, worker
 from glm4export.tensorrt.engines import EngineOptions, add_engines, plan
 from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
@@ -22,9 +24,9 @@ from glm4export.tensorrt.network import Log
 from glm4export.tensorrt.plugin.graph import write_plugin_graph
 from glm4export.tensorrt.worker import Job
 from glm4runtime.contract import UserError, read_manifest
-from glm4runtime.engine_spec import Profile, read_engine_specs
+from glm4runtime.contract.engine_spec import Profile, read_engine_specs
+from glm4runtime.contract.onnxfile import read_graph
 from glm4runtime.lookup import MAX_DRAFT
-from glm4runtime.onnxfile import read_graph
 
 from . import checkpoints
 from .conftest import Build
@@ -140,7 +142,7 @@ def test_too_little_memory_is_told_before_weights_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "memory_bytes", lambda: (100_000_000, 100_000_000))
-    monkeypatch.setattr("glm4export.compile.write_weights", lambda *a: pytest.fail("weights were written"))
+    monkeypatch.setattr("glm4export.build.build.write_weights", lambda *a: pytest.fail("weights were written"))
     out = tmp_path / "out"
     assert cli.main(["build", "-o", str(out), "--target", "tensorrt", "--compute-capability", "8.9"]) == 2
     assert "building this engine takes about 0.3 GB" in capsys.readouterr().err
@@ -186,10 +188,10 @@ def test_the_installed_flavour_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_target_where_tensorrt_and_a_gpu_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "gpu_capability", lambda: "8.9")
-    assert compile.detect_target() == "tensorrt"
-    monkeypatch.setattr(compile, "installed_flavours", list)
-    assert compile.detect_target() in ("cpu", "cuda")
+    monkeypatch.setattr(targets, "gpu_capability", lambda: "8.9")
+    assert targets.detect_target() == "tensorrt"
+    monkeypatch.setattr(targets, "installed_flavours", list)
+    assert targets.detect_target() in ("cpu", "cuda")
 
 
 def test_full_tensorrt_builds_for_the_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glm4export import cli
-from glm4export.errors import listed, message_text, printable, printable_lines
+from glm4export.terminal.errors import listed, message_text, printable, printable_lines
 from glm4runtime.contract import shown
 
 

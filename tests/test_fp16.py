@@ -12,12 +12,12 @@ import torch
 from transformers import Glm4ForCausalLM
 
 from glm4export import passes
-from glm4export.checkpoint import Checkpoint, locate
-from glm4export.compile import BRANCH_SCALE, fp16_scales
-from glm4export.config import read_config
-from glm4export.verify import kl_divergence
+from glm4export.sources.checkpoint import Checkpoint, locate
+from glm4export.sources.config import read_config
+from glm4export.verification.verify import kl_divergence
+from glm4export.weights.fp16 import BRANCH_SCALE, Fp16Scales, fp16_scales
 from glm4runtime.contract import past_name, read_manifest
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 
 from . import checkpoints
 from .conftest import Build
@@ -106,9 +106,8 @@ def test_rescaled_fp16_is_finite_where_a_plain_cast_is_not(
 
 def test_rescale_is_exact(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the rescaled graph is the same function: powers of two change exponents only."""
-    from glm4export import compile as compiler
+    from glm4export.graph.skeleton import Skeleton
     from glm4export.passes.counted import counts
-    from glm4export.skeleton import Fp16Scales, Skeleton
 
     @counts(lambda skeleton: {})
     def rescaled_fp32(skeleton: Skeleton) -> dict[str, int]:
@@ -120,7 +119,7 @@ def test_rescale_is_exact(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) 
     pipeline = (passes.ORT_FP32[0], rescaled_fp32, *passes.ORT_FP32[1:])
     monkeypatch.setitem(passes.PIPELINES, ("cpu", "fp32"), pipeline)
     rescaled = every_logit(build_bundle(model, precision="fp32", target="cpu"), TEXTS)
-    assert compiler.BRANCH_SCALE == 2.0**-7
+    assert BRANCH_SCALE == 2.0**-7
     np.testing.assert_allclose(rescaled, plain, rtol=0, atol=1e-6)
 
 

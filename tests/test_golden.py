@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from glm4export.listing import golden_listings
-
-GOLDEN = Path(__file__).parent.parent / "graphs" / "golden"
+from tools.golden import GOLDEN, golden_listings
 
 
 def test_listings_are_the_reviewed_ones() -> None:

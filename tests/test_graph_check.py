@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from glm4runtime import BundleError, UserError, load
-from glm4runtime.cache import Buffer, Cache
+from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.contract import CacheSpec, sha256_of
-from glm4runtime.onnxfile import read_graph
+from glm4runtime.contract.onnxfile import read_graph
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache, Glm4ForCausalLM
 
 from glm4export import cli
-from glm4export.config import read_config
-from glm4export.estimate import cache_bytes_per_token, weight_bytes
-from glm4export.options import BuildOptions
-from glm4export.verify import agreement, table, thresholds_of, verify
+from glm4export.build.options import BuildOptions
+from glm4export.inspection.estimate import cache_bytes_per_token, weight_bytes
+from glm4export.sources.config import read_config
+from glm4export.verification.verify import agreement, table, thresholds_of, verify
 from glm4runtime import Session, load
+from glm4runtime.backends.ort import OrtRunner
+from glm4runtime.backends.prepare import prepare
 from glm4runtime.contract import UserError, past_name, present_name, read_manifest
-from glm4runtime.ort import OrtRunner
-from glm4runtime.prepare import prepare
 
 from . import checkpoints
 from .conftest import Build

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4export import cli
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4runtime import SamplingParams, Session, UserError, load
+from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import CacheSpec
 from glm4runtime.invariance import find_granule, make_invariant
 from glm4runtime.lookup import MAX_DRAFT
-from glm4runtime.runner import MAX_RUN, Runner
 
 from . import checkpoints
 from .conftest import Build

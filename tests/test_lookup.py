@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4export import cli
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4runtime import Generation, SamplingParams, Session, UserError, load
+from glm4runtime.backends.runner import MAX_RUN
 from glm4runtime.lookup import MAX_DRAFT, NgramIndex, PromptLookup
-from glm4runtime.runner import MAX_RUN
 
 from . import checkpoints
 from .conftest import Build

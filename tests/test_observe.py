@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Glm4ForCausalLM
 
-from glm4export import observe as module
-from glm4export.checkpoint import Checkpoint
-from glm4export.config import read_config
-from glm4export.observe import CACHE_HEADROOM, Observation, observe
+from glm4export.calibration import observe as module
+from glm4export.calibration.observe import CACHE_HEADROOM, Observation, observe
+from glm4export.sources.checkpoint import Checkpoint
+from glm4export.sources.config import read_config
 from glm4graphs.geometries import GEOMETRIES as FAMILY
 from glm4graphs.rope import rotary_tables
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from glm4export import swap
-from glm4export.output import OutputError, new_bundle, require_space
-from glm4runtime import scratch
+from glm4export.bundle import swap
+from glm4export.bundle.folder import new_bundle, require_space
+from glm4export.bundle.swap import OutputError
 from glm4runtime.contract import MANIFEST, WEIGHTS, read_manifest
-from glm4runtime.scratch import MARKER
+from glm4runtime.folder import scratch
+from glm4runtime.folder.scratch import MARKER
 
 from . import checkpoints
 from .small_bundles import Contents, bundle_names, contents, fill, names

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from glm4export import cli, output, swap
-from glm4export.output import OutputError, changed_bundle, check_output, new_bundle
-from glm4runtime import layout
+from glm4export import cli
+from glm4export.bundle import folder as output
+from glm4export.bundle import swap
+from glm4export.bundle.folder import changed_bundle, check_output, new_bundle
+from glm4export.bundle.swap import OutputError
 from glm4runtime.contract import MANIFEST, WEIGHTS
+from glm4runtime.folder import layout
 
 from .small_bundles import bundle_names, contents, fill, names
 
@@ -198,8 +201,8 @@ def test_build_refuses_at_once(
     argv: list[str], how: str, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before torch is imported, or anything downloaded."""
-    monkeypatch.setattr(cli, "require_flavour", lambda arguments: None)
-    monkeypatch.setattr("glm4export.checkpoint.locate", lambda *given, **named: pytest.fail("not reached"))
+    monkeypatch.setattr("glm4export.commands.build.require_flavour", lambda arguments: None)
+    monkeypatch.setattr("glm4export.sources.checkpoint.locate", lambda *given, **named: pytest.fail("not reached"))
     put(out, "checkpoint/config.json", "text.txt")
     before = contents(out.parent)
     assert cli.main(["build", *(argument.format(out=out) for argument in argv)]) == 2

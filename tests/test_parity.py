@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.checkpoint import locate
-from glm4export.phases import PROMPTS
+from glm4export.sources.checkpoint import locate
+from glm4export.verification.phases import PROMPTS
 from glm4runtime import Session, load
 from glm4runtime.contract import past_name, present_name
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from glm4export import passes
-from glm4export.compile import compile_graph
-from glm4export.config import read_config
-from glm4export.errors import InternalError
-from glm4export.options import BuildOptions
-from glm4export.recipes import Concat, Scale, Source, Transpose
-from glm4export.skeleton import Formats, Fp16Scales, Skeleton
-from glm4export.trace import trace
+from glm4export.build.build import compile_graph
+from glm4export.build.options import BuildOptions
+from glm4export.graph.skeleton import Skeleton
+from glm4export.graph.trace import trace
+from glm4export.sources.config import read_config
+from glm4export.terminal.errors import InternalError
+from glm4export.weights.fp16 import Fp16Scales
+from glm4export.weights.recipes import Concat, Scale, Source, Transpose
+from glm4export.weights.storage import Formats
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 

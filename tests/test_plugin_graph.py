@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.checkpoint import locate
-from glm4export.config import read_config
-from glm4export.options import BuildOptions
+from glm4export.build.options import BuildOptions
 from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
+from glm4export.sources.checkpoint import locate
+from glm4export.sources.config import read_config
 from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
 from glm4export.tensorrt.plugin.graph import use_plugins, write_plugin_graph
 from glm4export.tensorrt.plugin.reference import Case
-from glm4export.verify import kl_divergence
+from glm4export.verification.verify import kl_divergence
 from glm4runtime.contract import UserError, read_manifest
 
 from . import checkpoints

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm4runtime import BundleError, UserError, load, scratch
+from glm4runtime import BundleError, UserError, load
+from glm4runtime.backends.prepare import FOLDER, prepare, prepared_graph
 from glm4runtime.contract import WEIGHTS, read_manifest
-from glm4runtime.prepare import FOLDER, prepare, prepared_graph
+from glm4runtime.folder import scratch
 
 from . import checkpoints
 from .conftest import Build
@@ -254,7 +255,7 @@ def test_a_graph_that_onnxruntime_cannot_prepare_is_one_message(wide: Path, tmp_
 SIGNALLED = """
 import os, signal, sys, threading
 from glm4export import cli
-from glm4runtime import prepare
+from glm4runtime.backends import prepare
 
 def busy(*arguments, **named):
     os.kill(os.getpid(), int(sys.argv[1]))

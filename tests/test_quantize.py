@@ -14,8 +14,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from glm4export import quantize as module
-from glm4export.quantize import Quantized, Scheme, block_for, dequantize, pack, quantize, quantize_rows, unpack
+from glm4export.weights import quantize as module
+from glm4export.weights.quantize import (
+    Quantized,
+    Scheme,
+    block_for,
+    dequantize,
+    pack,
+    quantize,
+    quantize_rows,
+    unpack,
+)
 from glm4runtime.contract import UserError
 
 SCHEMES = [

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.config import read_config
-from glm4export.estimate import cache_bytes_per_token, parameters, weight_bytes
-from glm4export.options import BuildOptions
-from glm4export.quantize import Scheme, dequantize, quantize
-from glm4export.verify import kl_divergence, verify
+from glm4export.build.options import BuildOptions
+from glm4export.inspection.estimate import cache_bytes_per_token, parameters, weight_bytes
+from glm4export.sources.config import read_config
+from glm4export.verification.verify import kl_divergence, verify
+from glm4export.weights.quantize import Scheme, dequantize, quantize
 from glm4runtime import Session, load
 from glm4runtime.contract import UserError, past_name, read_manifest
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 
 from . import checkpoints
 from .conftest import Build

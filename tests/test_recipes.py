@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm4export import recipes, weights
-from glm4export.config import parse_config
-from glm4export.errors import InternalError
-from glm4export.quantize import Scheme, quantize, quantize_rows
-from glm4export.recipes import (
+from glm4export.sources.config import parse_config
+from glm4export.terminal.errors import InternalError
+from glm4export.weights import recipes
+from glm4export.weights import write as weights
+from glm4export.weights.quantize import Scheme, quantize, quantize_rows
+from glm4export.weights.recipes import (
     Concat,
     Expr,
     QuantizedPart,
@@ -33,7 +34,7 @@ from glm4export.recipes import (
     map_sources,
     whole,
 )
-from glm4export.weights import ALIGNMENT, WeightError, lay_out, windows, write_weights
+from glm4export.weights.write import ALIGNMENT, WeightError, lay_out, windows, write_weights
 from glm4graphs.rope import rotary_tables
 
 from .test_config import config_of

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from glm4export import sidefiles
-from glm4export.checkpoint import SIDE_FILES, locate
-from glm4export.sidefiles import check_side_files
+from glm4export.sources import sidefiles
+from glm4export.sources.checkpoint import SIDE_FILES, locate
+from glm4export.sources.sidefiles import check_side_files
 from glm4runtime.contract import BundleError, UserError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 19966496\n"

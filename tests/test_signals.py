@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from glm4runtime import scratch, signals
-from glm4runtime.scratch import locked, scratch_folder, sweep
+from glm4runtime import signals
+from glm4runtime.folder import scratch
+from glm4runtime.folder.scratch import locked, scratch_folder, sweep
 
 from .small_bundles import names
 
@@ -21,7 +22,7 @@ BEGIN = """
 import os, signal, sys
 from pathlib import Path
 from glm4runtime import signals
-from glm4runtime.scratch import scratch_folder
+from glm4runtime.folder.scratch import scratch_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background of a shell ignores it
 number, folder = int(sys.argv[1]), Path(sys.argv[2])
 die = lambda: os.kill(os.getpid(), number)
@@ -178,7 +179,7 @@ def test_a_lock_that_is_held_is_waited_for_and_told(tmp_path: Path, capsys: pyte
 
 def test_a_wait_for_a_lock_can_be_interrupted(run: Run, tmp_path: Path) -> None:
     code = """
-from glm4runtime.scratch import locked
+from glm4runtime.folder.scratch import locked
 signal.signal(signal.SIGALRM, lambda *_: die())
 signal.setitimer(signal.ITIMER_REAL, 0.2)
 with locked(folder, "another build"): print("went on")

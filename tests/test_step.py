@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm4runtime.backends.step import INTEGERS, RunInputs, Staircase, fill_band, longest_run, profiles_for
 from glm4runtime.contract import BundleError
-from glm4runtime.engine_spec import EngineSpec, Profile
-from glm4runtime.step import INTEGERS, RunInputs, Staircase, fill_band, longest_run, profiles_for
+from glm4runtime.contract.engine_spec import EngineSpec, Profile
 
 RUNS = st.tuples(st.integers(0, 11), st.integers(1, 5)).map(lambda run: (run[0], min(run[1], 12 - run[0])))
 

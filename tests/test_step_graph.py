@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export.calibrate import token_sequences
-from glm4export.checkpoint import Checkpoint, locate
-from glm4export.config import read_config
-from glm4export.estimate import weight_bytes
-from glm4export.observe import observe
-from glm4export.options import BuildOptions
-from glm4export.phases import PROMPTS
-from glm4export.quantize import Scheme, dequantize, quantize
-from glm4export.verify import kl_divergence
+from glm4export.build.options import BuildOptions
+from glm4export.calibration.calibrate import token_sequences
+from glm4export.calibration.observe import observe
+from glm4export.inspection.estimate import weight_bytes
+from glm4export.sources.checkpoint import Checkpoint, locate
+from glm4export.sources.config import read_config
+from glm4export.verification.phases import PROMPTS
+from glm4export.verification.verify import kl_divergence
+from glm4export.weights.quantize import Scheme, dequantize, quantize
 from glm4runtime.contract import UserError, read_manifest
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 
 from . import checkpoints
 from .conftest import Build

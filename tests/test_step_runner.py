@@ -12,12 +12,13 @@ import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
 
 from glm4export import cli
-from glm4export.checkpoint import locate
-from glm4runtime import SamplingParams, Session, UserError, load, ort, ort_step
-from glm4runtime.cache import Buffer
+from glm4export.sources.checkpoint import locate
+from glm4runtime import SamplingParams, Session, UserError, load
+from glm4runtime.backends import ort, ort_step
+from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.ort_step import provider_options
+from glm4runtime.backends.runner import Runner
 from glm4runtime.contract import read_manifest
-from glm4runtime.ort_step import provider_options
-from glm4runtime.runner import Runner
 
 from . import checkpoints
 from .conftest import Build

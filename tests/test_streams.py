@@ -12,7 +12,7 @@ import pytest
 
 SAY = """
 import json, os, sys
-from glm4export import streams
+from glm4export.terminal import streams
 streams.prepare()
 opened = os.open("/dev/zero", os.O_RDONLY)
 print(json.dumps({"text": "na\\u00efve \\u4f60 \\U0001f600 \\udc80", "opened": opened}, ensure_ascii=False), flush=True)

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from glm4export import output, swap
-from glm4export.output import OutputError, changed_bundle, check_output, new_bundle
-from glm4runtime import scratch, signals
+from glm4export.bundle import folder as output
+from glm4export.bundle import swap
+from glm4export.bundle.folder import changed_bundle, check_output, new_bundle
+from glm4export.bundle.swap import OutputError
+from glm4runtime import signals
 from glm4runtime.contract import MANIFEST, WEIGHTS
-from glm4runtime.layout import entries
-from glm4runtime.scratch import MARKER
+from glm4runtime.folder import scratch
+from glm4runtime.folder.layout import entries
+from glm4runtime.folder.scratch import MARKER
 
 from .small_bundles import Contents, bundle_names, contents, fill, names
 

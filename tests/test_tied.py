@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Glm4ForCausalLM
 
-from glm4export import compile, tied
-from glm4export.checkpoint import Checkpoint, Location
-from glm4export.config import read_config
-from glm4export.inspect import inspect_model
-from glm4export.reference import Text, reference_logits
-from glm4export.verify import Report, table, verify
-from glm4export.weights import windows
+from glm4export.build import build as compile
+from glm4export.calibration.reference import Text, reference_logits
+from glm4export.inspection.facts import inspect_model
+from glm4export.sources import tied
+from glm4export.sources.checkpoint import Checkpoint, Location
+from glm4export.sources.config import read_config
+from glm4export.verification.verify import Report, table, verify
+from glm4export.weights.write import windows
 from glm4runtime import load
 from glm4runtime.contract import read_manifest
 

@@ -17,10 +17,10 @@ import pytest
 
 from glm4export import cli
 from glm4runtime import BundleError, SamplingParams, Session, UserError, load
+from glm4runtime.backends.cuda import Cuda, open_cuda
+from glm4runtime.backends.trt_module import import_flavour
 from glm4runtime.contract import WEIGHTS, FileSpec, Manifest, read_manifest, sha256_of
-from glm4runtime.cuda import Cuda, open_cuda
-from glm4runtime.engine_spec import EngineSpec, Profile, engine_stem
-from glm4runtime.trt_module import import_flavour
+from glm4runtime.contract.engine_spec import EngineSpec, Profile, engine_stem
 
 from . import checkpoints, fake_tensorrt
 from .conftest import Build

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from glm4runtime.backends.cuda import Cuda
+from glm4runtime.backends.trt import _read_engine
+from glm4runtime.backends.trt_module import error_log, import_flavour, version_of
 from glm4runtime.contract import BundleError, UserError
-from glm4runtime.cuda import Cuda
-from glm4runtime.trt import _read_engine
-from glm4runtime.trt_module import error_log, import_flavour, version_of
 
 from . import fake_tensorrt
 
@@ -74,7 +74,7 @@ def test_cuda_bindings_has_every_call_with_as_many_arguments() -> None:
 
 
 def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
-    """Arguments of the types that ``glm4runtime.trt`` passes are converted before the driver is found missing."""
+    """Arguments of the types that ``trt.py`` passes are converted before the driver is found missing."""
     cuda = pytest.importorskip("cuda.bindings.runtime")
     if int(cuda.cudaGetDeviceCount()[0]) == 0:
         pytest.skip("there is a device, and these calls are not meant to succeed")

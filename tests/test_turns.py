@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glm4export.turns import TURN_TOKENS, with_turn_tokens
+from glm4export.sources.turns import TURN_TOKENS, with_turn_tokens
 from glm4runtime import SamplingParams, load
 from glm4runtime.contract import TokenIds, UserError, read_manifest
 

@@ -14,12 +14,21 @@ import onnx
 import pytest
 import torch
 
-from glm4export import reference
-from glm4export.checkpoint import Checkpoint
-from glm4export.config import read_config
-from glm4export.phases import PHASES
-from glm4export.reference import Text, reference_logits
-from glm4export.verify import THRESHOLDS, Phase, Report, Thresholds, _failures, kl_divergence, table, verify
+from glm4export.calibration import reference
+from glm4export.calibration.reference import Text, reference_logits
+from glm4export.sources.checkpoint import Checkpoint
+from glm4export.sources.config import read_config
+from glm4export.verification.phases import PHASES
+from glm4export.verification.verify import (
+    THRESHOLDS,
+    Phase,
+    Report,
+    Thresholds,
+    _failures,
+    kl_divergence,
+    table,
+    verify,
+)
 from glm4graphs.rope import rotary_tables
 from glm4runtime import Session, UserError, load
 

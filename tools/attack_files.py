@@ -31,12 +31,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import glm4runtime.ort_session  # noqa: F401  onnxruntime, before the first fork
-from glm4export import cli, compile, progress  # noqa: F401
-from glm4export.checkpoint import locate
-from glm4export.output import check_output
+from glm4export import cli
+from glm4export.bundle.folder import check_output
+from glm4export.sources.checkpoint import locate
+from glm4runtime.backends.prepare import prepare
 from glm4runtime.contract import UserError, read_manifest
-from glm4runtime.prepare import prepare
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 HANDLED = sum(1 << (number - 1) for number in SIGNALS[:3])  # as /proc/PID/status has them
@@ -252,9 +251,9 @@ def kills(attack: Attack, count: int, processes: int) -> Iterator[tuple[str, Tal
 
 def traces(attack: Attack) -> None:
     """Trace in this process, without leaving a build."""
-    from glm4export.config import read_config
-    from glm4export.options import BuildOptions
-    from glm4export.trace import trace
+    from glm4export.build.options import BuildOptions
+    from glm4export.graph.trace import trace
+    from glm4export.sources.config import read_config
     from glm4runtime.contract import graph_names
 
     config = read_config(attack.checkpoints[1] / "config.json")

@@ -123,9 +123,9 @@ class Mutator:
 
 def config_case(folder: Path, seed: str, compiles: bool) -> str:
     """config.json and generation_config.json through everything that reads them, beside a checkpoint that is right."""
-    from glm4export.checkpoint import Checkpoint, Location
-    from glm4export.config import read_config, read_token_ids
-    from glm4export.inspect import inspect_model, model_text
+    from glm4export.inspection.facts import inspect_model, model_text
+    from glm4export.sources.checkpoint import Checkpoint, Location
+    from glm4export.sources.config import read_config, read_token_ids
 
     mutator, data = Mutator(seed), json.loads(json.dumps(CONFIG))
     rope = mutator.random.random()
@@ -154,10 +154,11 @@ def compile_config(config: Any, choice: random.Random) -> None:
     """Compile a graph that isn't run, and compute its rotary tables' first and last rows."""
     import torch
 
-    from glm4export.compile import compile_graph, sequence_limit
-    from glm4export.options import BuildOptions
-    from glm4export.recipes import RotaryTable
-    from glm4export.skeleton import Fp16Scales
+    from glm4export.build.build import compile_graph
+    from glm4export.build.options import BuildOptions
+    from glm4export.sources.config import sequence_limit
+    from glm4export.weights.fp16 import Fp16Scales
+    from glm4export.weights.recipes import RotaryTable
 
     builds = (("cpu", "fp32", "decode"), ("cpu", "fp16", "prefill"), ("tensorrt", "fp16", "step"))
     target, precision, name = choice.choice(builds)
@@ -174,9 +175,9 @@ def compile_config(config: Any, choice: random.Random) -> None:
 
 def file_case(folder: Path, seed: str, compiles: bool) -> str:
     """Shards and their index, or a single file: opened, checked, and read whole where they're accepted."""
-    from glm4export.checkpoint import Checkpoint
-    from glm4export.config import read_config
-    from glm4export.recipes import whole
+    from glm4export.sources.checkpoint import Checkpoint
+    from glm4export.sources.config import read_config
+    from glm4export.weights.recipes import whole
 
     mutator = Mutator(seed)
     case = folder / "case"
@@ -291,8 +292,8 @@ def prepare(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from glm4export.config import parse_config
-    from glm4export.ledger import expected_tensors
+    from glm4export.sources.config import parse_config
+    from glm4export.sources.ledger import expected_tensors
     from glm4runtime.contract import CacheSpec, FileSpec, GraphSpec, Manifest, TensorSpec, TokenIds, sha256_of
 
     shapes = expected_tensors(parse_config(CONFIG, "config.json"))
@@ -323,7 +324,7 @@ def prepare(folder: Path) -> None:
 
 def attack(family: str, folder: Path, seed: str, compiles: bool = False) -> tuple[str, str]:
     """Run one case: its outcome, and what to say of it."""
-    from glm4export.errors import message_text
+    from glm4export.terminal.errors import message_text
     from glm4runtime.contract import UserError
 
     try:
@@ -346,8 +347,6 @@ def work(connection: Connection) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        import glm4export.compile
-        import glm4export.inspect  # noqa: F401
 
         connection.send("ready")
         while (case := connection.recv()) is not None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from glm4export import inspect
+from glm4export.inspection import facts as inspect
 from glm4runtime import UserError, load
 
 ODD: list[Any] = [

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4runtime import Session, load
 from glm4runtime.invariance import find_granule
 from glm4runtime.lookup import Counts, PromptLookup
@@ -35,7 +35,7 @@ Case = tuple[list[int], list[int]]  # prompt and answer
 
 def cases(limit: int) -> dict[str, Case]:
     """Token ids of prompts and answers, the answers of ``limit`` tokens at most."""
-    code = (REPOSITORY / "runtime/glm4runtime/cache.py").read_text(encoding="utf-8")
+    code = (REPOSITORY / "runtime/glm4runtime/backends/cache.py").read_text(encoding="utf-8")
     edited = code.replace("address", "pointer").replace("bind_input", "attach_input").replace("device", "place")
     documents = (locate(None).folder / "heldout.txt").read_text(encoding="utf-8").split("\n\n")
     sentences = re.split(r"(?<=[.;]) ", " ".join(documents[:4]))

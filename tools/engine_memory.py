@@ -15,7 +15,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from glm4export.output import link_bundle
+from glm4export.bundle.folder import link_bundle
 from glm4export.tensorrt.engines import EngineBuilder, EngineOptions, plan
 from glm4runtime.contract import WEIGHTS, read_manifest
 

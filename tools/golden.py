@@ -10,9 +10,38 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from glm4export.listing import golden_listings
+import torch
+
+from glm4export.build.build import compile_graph
+from glm4export.build.options import CALIBRATED, BuildOptions
+from glm4export.graph.listing import listing
+from glm4export.passes import PIPELINES
+from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
+from glm4export.sources.config import read_config
+from glm4export.weights.fp16 import fp16_scales
+from glm4runtime.contract import graph_names
 
 GOLDEN = Path(__file__).parent.parent / "graphs" / "golden"
+_GOLDEN_SEQ_LEN = 512
+
+
+def golden_listings() -> dict[str, str]:
+    """For the embedded model, each target and precision: path below ``graphs/golden`` and text."""
+    folder = locate(None).folder
+    config, checkpoint = read_config(folder / CONFIG), Checkpoint.open(folder)
+    variants = {
+        f"{target}-{precision}": BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
+        for target, precision in PIPELINES
+    }
+    variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
+    variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
+    listings = {}
+    for variant, options in variants.items():
+        scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+        for name in graph_names(options.target):
+            skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
+            listings[str(Path(variant) / f"{name}.txt")] = listing(skeleton)
+    return listings
 
 
 def main() -> None:

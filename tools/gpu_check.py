@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from glm4export import cli
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4export.tensorrt.flavour import installed_flavours
 from glm4export.tensorrt.plugin.aot import device_capability
 from glm4export.tensorrt.plugin.driver import Compiled
@@ -35,7 +35,7 @@ from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.tensorrt.plugin.launch import attention
 from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
-from glm4export.verify import verify
+from glm4export.verification.verify import verify
 from glm4runtime import Session, load
 from glm4runtime.contract import UserError
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from glm4export.config import ARCHITECTURE
-from glm4export.ledger import expected_tensors
+from glm4export.sources.config import ARCHITECTURE
+from glm4export.sources.ledger import expected_tensors
 from glm4graphs.config import Glm4Config
 from glm4graphs.geometries import GEOMETRIES
 

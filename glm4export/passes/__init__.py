@@ -6,6 +6,7 @@ config, the options and the passes before: every pass states its own, and anothe
 
 from __future__ import annotations
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
@@ -21,7 +22,6 @@ from glm4export.passes.quantize_rows import quantize_rows
 from glm4export.passes.rescale_fp16 import rescale_fp16
 from glm4export.passes.simplify import simplify
 from glm4export.passes.widen_cache import widen_cache
-from glm4export.skeleton import Skeleton
 from glm4runtime.contract import DECODE, PREFILL
 
 ORT_FP32: tuple[Pass, ...] = (lift_weights, fuse_qkv, lower_attention_gqa, simplify)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 
-from glm4export.errors import InternalError
-from glm4export.skeleton import Skeleton
+from glm4export.graph.skeleton import Skeleton
+from glm4export.terminal.errors import InternalError
 
 Counts = dict[str, int]
 

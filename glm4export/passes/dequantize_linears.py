@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
-from glm4export.passes.quantize_linears import HEAD, SCALE_DTYPE, linears_left, scheme_of
-from glm4export.recipes import QuantizedPart, Recipe, RowQuantizedPart, Transpose
-from glm4export.skeleton import Skeleton
+from glm4export.passes.quantize_linears import linears_left
+from glm4export.weights.recipes import QuantizedPart, Recipe, RowQuantizedPart, Transpose
+from glm4export.weights.storage import SCALE_DTYPE, Formats
 
 
 def _promised(skeleton: Skeleton) -> Counts:
@@ -26,25 +27,23 @@ def dequantize_linears(skeleton: Skeleton) -> dict[str, int]:
     linears = 0
     for node in skeleton.nodes("MatMul"):
         stored = next(skeleton.weights_of(node), None)
-        bits = formats.head_bits if stored == HEAD else formats.linear_bits
-        if stored is not None and bits != 16:
-            _store(skeleton, node, stored, bits)
+        if stored is not None and formats.bits(stored) != 16:
+            _store(skeleton, node, stored, formats)
             linears += 1
     skeleton.drop_unused_weights()
     return {"linears": linears}
 
 
-def _store(skeleton: Skeleton, node: ir.Node, stored: str, bits: int) -> None:
-    formats, recipe = skeleton.formats, skeleton.recipes[stored]
-    assert formats is not None
+def _store(skeleton: Skeleton, node: ir.Node, stored: str, formats: Formats) -> None:
+    recipe = skeleton.recipes[stored]
     assert isinstance(recipe.expr, Transpose), "lift_weights stores every linear transposed"
     expr = recipe.expr.of  # [out, in]
     attributes = {"axis": 1}
-    if bits == 8:
+    scheme = formats.scheme(stored, expr.shape[1])
+    if scheme is None:
         data = Recipe(RowQuantizedPart(expr, "data", SCALE_DTYPE), "int8")
         scales = Recipe(RowQuantizedPart(expr, "scales", SCALE_DTYPE), recipe.dtype)
     else:
-        scheme = scheme_of(expr.shape[1], bits, formats)
         data = Recipe(QuantizedPart(expr, scheme, "data", "transposed"), "int4")
         scales = Recipe(QuantizedPart(expr, scheme, "scales", "transposed"), recipe.dtype)
         attributes = {"axis": 0, "block_size": scheme.block}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from glm4export.errors import InternalError
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
-from glm4export.recipes import Concat, Recipe, Transpose
-from glm4export.skeleton import Skeleton
+from glm4export.terminal.errors import InternalError
+from glm4export.weights.recipes import Concat, Recipe, Transpose
 from glm4graphs.attention import DOMAIN, OP_TYPE
 
 

@@ -6,10 +6,11 @@ has to fold it by holding both copies.
 
 from __future__ import annotations
 
-from glm4export.ledger import tensor_shapes
+from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.passes.counted import Counts, counts
-from glm4export.recipes import Expr, Recipe, RotaryTable, Source, Transpose
-from glm4export.skeleton import DTYPE_NAMES, Skeleton
+from glm4export.sources.ledger import tensor_shapes
+from glm4export.weights.recipes import Expr, Recipe, RotaryTable, Source, Transpose
+from glm4export.weights.storage import EMBEDDING, HEAD
 
 
 def _promised(skeleton: Skeleton) -> Counts:
@@ -45,6 +46,6 @@ def lift_weights(skeleton: Skeleton) -> dict[str, int]:
 def _source(skeleton: Skeleton, name: str, shape: tuple[int, ...]) -> Expr:
     if name in ("model.rotary_cos", "model.rotary_sin"):
         return RotaryTable(name.removeprefix("model.rotary_"), skeleton.config, *shape)
-    if name == "lm_head.weight" and skeleton.config.tie_word_embeddings:
-        return Source("model.embed_tokens.weight", shape)  # the same data; the head needs it transposed
+    if name == HEAD and skeleton.config.tie_word_embeddings:
+        return Source(EMBEDDING, shape)  # the same data; the head needs it transposed
     return Source(name, shape)

@@ -7,9 +7,9 @@ import math
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
-from glm4export.recipes import Recipe, RotaryTable
-from glm4export.skeleton import Skeleton
+from glm4export.weights.recipes import Recipe, RotaryTable
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4runtime.contract import ATTENTION_MASK, UserError
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_standard import (
     OPSET,
@@ -22,7 +23,6 @@ from glm4export.passes.lower_attention_standard import (
     standard_attention,
     step_inputs,
 )
-from glm4export.skeleton import Skeleton
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4graphs.config import Glm4Config
 

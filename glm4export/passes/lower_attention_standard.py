@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import onnx_ir as ir
 
-from glm4export.errors import InternalError
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
-from glm4export.skeleton import Skeleton
+from glm4export.terminal.errors import InternalError
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import ATTENTION_MASK, POSITION_IDS, WRITE_INDICES, past_name, present_name

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from glm4export.errors import InternalError
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
-from glm4export.recipes import CacheScales, Recipe
-from glm4export.skeleton import Skeleton
+from glm4export.terminal.errors import InternalError
+from glm4export.weights.recipes import CacheScales, Recipe
 from glm4runtime.contract import past_name
 
 _PAST = {"key": 3, "value": 4}  # which inputs of GroupQueryAttention

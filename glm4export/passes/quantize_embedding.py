@@ -6,17 +6,16 @@ that could be seen, since checkpoints are bf16.
 
 from __future__ import annotations
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
-from glm4export.passes.quantize_linears import scheme_of, store_quantized
-from glm4export.recipes import Recipe
-from glm4export.skeleton import Skeleton
-
-_EMBEDDING = "model.embed_tokens.weight"
+from glm4export.passes.quantize_linears import store_quantized
+from glm4export.weights.recipes import Recipe
+from glm4export.weights.storage import EMBEDDING
 
 
 def _promised(skeleton: Skeleton) -> Counts:
-    formats, recipe = skeleton.formats, skeleton.recipes.get(_EMBEDDING)
+    formats, recipe = skeleton.formats, skeleton.recipes.get(EMBEDDING)
     already = formats is not None and formats.embedding_bits == 16 and recipe is not None and recipe.dtype == "float16"
     return {"embeddings": int(not already)}
 
@@ -26,20 +25,20 @@ def quantize_embedding(skeleton: Skeleton) -> dict[str, int]:
     """Counts: ``embeddings`` stored in another format than the activations'."""
     formats = skeleton.formats
     assert formats is not None, "a quantizing pipeline is given its formats"
-    recipe = skeleton.recipes[_EMBEDDING]
-    (node,) = (use.node for use in skeleton.graph.initializers[_EMBEDDING].uses())
+    recipe = skeleton.recipes[EMBEDDING]
+    (node,) = (use.node for use in skeleton.graph.initializers[EMBEDDING].uses())
     if formats.embedding_bits == 16 and recipe.dtype == "float16":
         return {"embeddings": 0}
-    if formats.embedding_bits == 16:
-        table_dtype = skeleton.graph.initializers[_EMBEDDING].dtype
+    scheme = formats.scheme(EMBEDDING, recipe.shape[1])
+    if scheme is None:
+        table_dtype = skeleton.graph.initializers[EMBEDDING].dtype
         assert table_dtype is not None
-        half = skeleton.weight(_EMBEDDING, Recipe(recipe.expr, "float16"))
+        half = skeleton.weight(EMBEDDING, Recipe(recipe.expr, "float16"))
         rows = skeleton.insert_before(node, "model.embed_tokens/Rows", "Gather", [half, node.inputs[1]], {"axis": 0})
         to = {"to": int(table_dtype)}
         replacement = skeleton.insert_before(node, "model.embed_tokens/Cast", "Cast", [rows.outputs[0]], to)
     else:
-        scheme = scheme_of(recipe.shape[1], formats.embedding_bits, formats)
-        data, *rest = store_quantized(skeleton, node, _EMBEDDING, recipe, scheme, layout="flat")
+        data, *rest = store_quantized(skeleton, node, EMBEDDING, recipe, scheme, layout="flat")
         replacement = skeleton.insert_before(
             node,
             "model.embed_tokens/GatherBlockQuantized",

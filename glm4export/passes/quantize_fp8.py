@@ -1,18 +1,28 @@
 """Linears in fp8 (E4M3) for TensorRT: weights with one scale an output channel, activations with a static one a tensor.
 
-The scales of activations are what a calibration text's inputs reached (:mod:`glm4export.observe`), divided by E4M3's
-largest number. Tensor cores of compute capability 8.9 and later multiply fp8 by fp8 in twice the rate of fp16; what
-TensorRT needs for that is Q and DQ in front of either side of the matmul. The head is left to ``dequantize_linears``.
+The scales of activations are what a calibration text's inputs reached (:mod:`glm4export.calibration.observe`), divided
+by E4M3's largest number. Tensor cores of compute capability 8.9 and later multiply fp8 by fp8 in twice the rate of
+fp16; what TensorRT needs for that is Q and DQ in front of either side of the matmul. The head is left to
+``dequantize_linears``.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import ONNX_DTYPES, Skeleton
 from glm4export.passes.counted import Counts, counts
-from glm4export.passes.quantize_linears import HEAD, SCALE_DTYPE
-from glm4export.recipes import Concat, Expr, InputScale, Recipe, RowQuantizedPart, Scale, Source, Transpose
-from glm4export.skeleton import ONNX_DTYPES, Skeleton
+from glm4export.weights.recipes import (
+    Concat,
+    Expr,
+    InputScale,
+    Recipe,
+    RowQuantizedPart,
+    Scale,
+    Source,
+    Transpose,
+)
+from glm4export.weights.storage import HEAD, SCALE_DTYPE
 
 FP8 = "float8_e4m3fn"
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import torch
 
+from glm4export.graph.skeleton import ONNX_DTYPES, Skeleton
 from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
-from glm4export.quantize import Scheme, block_for
-from glm4export.recipes import QuantizedPart, Recipe, Transpose
-from glm4export.skeleton import ONNX_DTYPES, Formats, Skeleton
+from glm4export.weights.quantize import Scheme
+from glm4export.weights.recipes import QuantizedPart, Recipe, Transpose
+from glm4export.weights.storage import Formats
 
-HEAD = "lm_head.weight"
-SCALE_DTYPE = torch.float16
 _ACCURACY_INT8 = 4  # MatMulNBits' accuracy_level: activations are quantized to int8 by block inside the kernel
 
 
@@ -42,19 +40,13 @@ def quantize_linears(skeleton: Skeleton) -> dict[str, int]:
         stored = next(skeleton.weights_of(node), None)
         if stored is None:
             continue
-        bits = formats.head_bits if stored == HEAD else formats.linear_bits
-        if bits == 16:
+        if formats.bits(stored) == 16:
             _store_half(skeleton, node, stored)
         else:
-            biases += _quantize(skeleton, node, stored, bits, formats)
+            biases += _quantize(skeleton, node, stored, formats)
             linears += 1
     skeleton.drop_unused_weights()
     return {"linears": linears, "biases": biases}
-
-
-def scheme_of(columns: int, bits: int, formats: Formats) -> Scheme:
-    """How a weight with that many columns is quantized."""
-    return Scheme(bits, block_for(columns, formats.block), formats.symmetric, SCALE_DTYPE, positive=formats.qdq)
 
 
 def store_quantized(
@@ -87,12 +79,13 @@ def _store_half(skeleton: Skeleton, node: ir.Node, stored: str) -> None:
     original.replace_all_uses_with(cast.outputs[0])
 
 
-def _quantize(skeleton: Skeleton, node: ir.Node, stored: str, bits: int, formats: Formats) -> int:
+def _quantize(skeleton: Skeleton, node: ir.Node, stored: str, formats: Formats) -> int:
     recipe = skeleton.recipes[stored]
     assert isinstance(recipe.expr, Transpose), "lift_weights stores every linear transposed"
     expr = recipe.expr.of  # [out, in], as MatMulNBits wants it
     rows, columns = expr.shape
-    scheme = scheme_of(columns, bits, formats)
+    scheme = formats.scheme(stored, columns)
+    assert scheme is not None, "MatMulNBits takes blocks"
     parts = store_quantized(skeleton, node, stored, Recipe(expr, recipe.dtype), scheme)
     inputs: list[ir.Value | None] = [node.inputs[0], *parts]
     last, bias = node, _bias_add(skeleton, node)
@@ -102,7 +95,13 @@ def _quantize(skeleton: Skeleton, node: ir.Node, stored: str, bits: int, formats
     result = last.outputs[0]
     output = ir.Value(name=result.name, shape=result.shape, type=result.type)
     result.replace_all_uses_with(output, replace_graph_outputs=True)
-    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": scheme.block, "accuracy_level": _ACCURACY_INT8}
+    attributes = {
+        "K": columns,
+        "N": rows,
+        "bits": scheme.bits,
+        "block_size": scheme.block,
+        "accuracy_level": _ACCURACY_INT8,
+    }
     name = (node.name or "").replace("/MatMul", "/MatMulNBits")
     skeleton.insert_before(last, name, "MatMulNBits", inputs, attributes, domain=CONTRIB, outputs=[output])
     for replaced in (last, node) if bias is not None else (node,):

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_gqa import CONTRIB
-from glm4export.passes.quantize_linears import HEAD
-from glm4export.recipes import Recipe, RowQuantizedPart, Transpose
-from glm4export.skeleton import Skeleton
+from glm4export.weights.recipes import Recipe, RowQuantizedPart, Transpose
+from glm4export.weights.storage import HEAD
 
 _ZERO_POINT = 64
 _LEVELS = 63

@@ -14,9 +14,9 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
-from glm4export.recipes import Recipe, Scale, map_sources
-from glm4export.skeleton import Skeleton
+from glm4export.weights.recipes import Recipe, Scale, map_sources
 from glm4runtime.contract import UserError
 
 _LAYER = r"model\.layers\.\d+\."

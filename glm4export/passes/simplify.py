@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from onnxscript import optimizer
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
-from glm4export.quiet import quiet
-from glm4export.skeleton import Skeleton
+from glm4export.terminal.quiet import quiet
 
 _SEQUENCES = ("SplitToSequence", "SequenceAt")  # what the exporter writes for torch.split
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.passes.quantize_cache import Int8Cache, int8_caches
-from glm4export.skeleton import Skeleton
 from glm4runtime.contract import ATTENTION_MASK
 
 _TENSOR_SCATTER_OPSET = 24

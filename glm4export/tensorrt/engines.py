@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from glm4export.output import changed_bundle, require_space
+from glm4export.bundle.folder import changed_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
 from glm4export.tensorrt.worker import Job
@@ -31,8 +31,8 @@ from glm4runtime.contract import (
     read_manifest,
     sha256_of,
 )
-from glm4runtime.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
-from glm4runtime.onnxfile import read_graph
+from glm4runtime.contract.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
+from glm4runtime.contract.onnxfile import read_graph
 
 Phase = Callable[[str], None]  # told what is being done
 Show = Callable[[str], AbstractContextManager[Phase]]  # a progress display for the engine of a name

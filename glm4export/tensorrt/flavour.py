@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from glm4runtime.backends.trt_module import import_flavour
 from glm4runtime.contract import UserError
-from glm4runtime.engine_spec import FLAVOURS, Profile
-from glm4runtime.trt_module import import_flavour
+from glm4runtime.contract.engine_spec import FLAVOURS, Profile
 
 MOST_ROWS = 16  # of logits that a run is asked for; the runtime's MAX_RUN, which a test compares
 

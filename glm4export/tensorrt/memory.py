@@ -28,7 +28,7 @@ from pathlib import Path
 
 from glm4export.machine import memory_bytes
 from glm4runtime.contract import UserError
-from glm4runtime.onnxfile import read_graph
+from glm4runtime.contract.onnxfile import read_graph
 
 _REARRANGED = ("qkv_proj", "gate_up_proj", "lm_head")  # module names, where the weight is in floating point
 _COMPILER_BYTES = 250_000_000

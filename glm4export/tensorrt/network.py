@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.contract import UserError
-from glm4runtime.engine_spec import PLUGIN, PLUGINS_OF_LAYER, STANDARD
+from glm4runtime.contract.engine_spec import PLUGIN, PLUGINS_OF_LAYER, STANDARD
 
 # Fused layers by TensorRT's name, and how many of each a decoder layer of the model has.
 FUSED = {

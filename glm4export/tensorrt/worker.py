@@ -24,9 +24,9 @@ from typing import Any
 
 from glm4export.tensorrt.flavour import BY_NAME, Flavour, gpu_multiprocessors
 from glm4export.tensorrt.network import Log, count_layers, logger, new_network, parse, require_fused
+from glm4runtime.backends.trt_module import version_of
 from glm4runtime.contract import LOGIT_ROWS, UserError
-from glm4runtime.engine_spec import PLUGIN, STANDARD, Profile
-from glm4runtime.trt_module import version_of
+from glm4runtime.contract.engine_spec import PLUGIN, STANDARD, Profile
 
 Say = Callable[[dict[str, Any]], None]
 _SAMPLE_SECONDS = 0.05

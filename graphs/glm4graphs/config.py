@@ -1,4 +1,4 @@
-"""The geometry of one GLM-4 model. Reading it from config.json, strictly, is ``glm4export.config``'s work."""
+"""The geometry of one GLM-4 model. Reading it from config.json, strictly, is ``glm4export.sources.config``'s work."""
 
 from __future__ import annotations
 

@@ -17,20 +17,20 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from glm4runtime.contract import BundleError, UserError
-    from glm4runtime.generate import Generation
+    from glm4runtime.generation import Generation
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session, load
-    from glm4runtime.stream import TextStream
+    from glm4runtime.text.stream import TextStream
 
 __all__ = ["BundleError", "Generation", "SamplingParams", "Session", "TextStream", "UserError", "load"]
 
 _MODULES = {
     "BundleError": "contract",
     "UserError": "contract",
-    "Generation": "generate",
+    "Generation": "generation",
     "SamplingParams": "sampling",
     "Session": "session",
-    "TextStream": "stream",
+    "TextStream": "text.stream",
     "load": "session",
 }
 

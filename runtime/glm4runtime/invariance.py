@@ -7,16 +7,17 @@ moves an activation to another quantization step now and then.
 
 But runs whose widths are all multiples of a small number, the *granule*, agree to the bit: 2 on every CPU seen so far.
 It is measured when a session is opened, since kernels differ between machines and releases, and the runner then pads
-its runs (:class:`glm4runtime.runner.Runner`). Logits and cache, and so the tokens, greedy or seeded, are then the same
-for every ``lookup``, and for a prompt given whole or in parts. With an int8 cache that holds for one ``prefill_chunk``.
+its runs (:class:`glm4runtime.backends.runner.Runner`). Logits and cache, and so the tokens, greedy or seeded, are then
+the same for every ``lookup``, and for a prompt given whole or in parts. With an int8 cache that holds for one
+``prefill_chunk``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import UserError
-from glm4runtime.runner import MAX_RUN, Runner
 
 __all__ = ["find_granule", "make_invariant"]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import UserError
-from glm4runtime.runner import MAX_RUN, Runner
 
 __all__ = ["MAX_DRAFT", "Counts", "NgramIndex", "PromptLookup", "check_limit"]
 

@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from glm4runtime.chat import ChatTemplate
+from glm4runtime.backends.providers import open_runner, require_settings
+from glm4runtime.backends.runner import Runner
 from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest, shown
-from glm4runtime.generate import Generation
+from glm4runtime.generation import Generation
 from glm4runtime.invariance import make_invariant
-from glm4runtime.providers import open_runner, require_settings
-from glm4runtime.runner import Runner
 from glm4runtime.sampling import SamplingParams
-from glm4runtime.stream import Stop, TextStream, split_stop, stop_items
-from glm4runtime.text_files import TOKENIZER, read_text_files
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.chat import ChatTemplate
+from glm4runtime.text.files import TOKENIZER, read_text_files
+from glm4runtime.text.stream import Stop, TextStream, split_stop, stop_items
+from glm4runtime.text.tokenizer import Tokenizer
 
 
 def load(
@@ -98,7 +98,7 @@ class Session:
         files: Mapping[str, bytes],
         chat_template: str | None = None,
     ) -> None:
-        """files: see :mod:`glm4runtime.text_files`. chat_template: source of one in place of theirs."""
+        """files: see :mod:`glm4runtime.text.files`. chat_template: source of one in place of theirs."""
         self.folder = folder
         self.manifest = manifest
         self.runner = runner

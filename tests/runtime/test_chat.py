@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from glm4runtime.chat import ChatTemplate, ToolCall, parse_tool_calls, split_thought
 from glm4runtime.contract import UserError
+from glm4runtime.text.chat import ChatTemplate, ToolCall, parse_tool_calls, split_thought
 
 # In the manner of GLM-4-0414's own: tools in a Chinese system turn, calls behind <|assistant|>, old thoughts cut.
 GLM4 = """\

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from glm4export.checkpoint import locate
-from glm4runtime.chat import ChatTemplate
+from glm4export.sources.checkpoint import locate
 from glm4runtime.contract import UserError
+from glm4runtime.text.chat import ChatTemplate
 
 # As GLM-4-0414's own reads messages: the call's name as metadata, results from "observation"; others it passes over.
 GLM = """[gMASK]<sop>

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from glm4export.checkpoint import locate
+from glm4export.sources.checkpoint import locate
 from glm4runtime import BundleError, SamplingParams, Session, UserError, load
 from glm4runtime.contract import MANIFEST
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm4runtime.answers import ToolCall
 from glm4runtime.contract import UserError
-from glm4runtime.generate import Generation
-from glm4runtime.stream import StopStrings, TextStream, split_stop
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.generation import Generation
+from glm4runtime.text.answers import ToolCall
+from glm4runtime.text.stream import StopStrings, TextStream, split_stop
+from glm4runtime.text.tokenizer import Tokenizer
 
 from ..interrupts import Interrupt
 from .test_tokenizer import make_raw

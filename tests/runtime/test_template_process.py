@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from glm4runtime import template_process
-from glm4runtime.chat import ChatTemplate
 from glm4runtime.contract import UserError
+from glm4runtime.text import template_process
+from glm4runtime.text.chat import ChatTemplate
 
 ASK = [{"role": "user", "content": "x"}]
 PLAIN = "{% for m in messages %}<|user|>\n{{ m.content }}{% endfor %}"
@@ -165,7 +165,7 @@ def test_an_interrupt_while_it_renders() -> None:
 
 KILLED = """
 import os, signal
-from glm4runtime.chat import ChatTemplate
+from glm4runtime.text.chat import ChatTemplate
 
 template = ChatTemplate("")
 print(template._process._worker._process.pid, flush=True)
@@ -189,7 +189,7 @@ def test_a_killed_parent_leaves_no_process_behind() -> None:
 
 FORK = """
 import os, sys, threading
-from glm4runtime.chat import ChatTemplate
+from glm4runtime.text.chat import ChatTemplate
 
 template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
 def ask(text):

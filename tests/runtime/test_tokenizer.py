@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
 from glm4runtime.contract import BundleError, UserError
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|observation|>"]
 CORPUS = [

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, TokenType
 
-from glm4export.checkpoint import CONFIG, Checkpoint
-from glm4export.config import read_config
-from glm4export.ledger import expected_tensors
+from glm4export.sources.checkpoint import CONFIG, Checkpoint
+from glm4export.sources.config import read_config
+from glm4export.sources.ledger import expected_tensors
 from glm4graphs.config import Glm4Config
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `peers`, when run as a script
 
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 from peers.protocol import Worker, interpreters
 
 PEERS = ("llama.cpp:Q8_0", "llama.cpp:Q4_0", "llama.cpp:Q4_0-pure", "llama.cpp:Q4_K_S", "llama.cpp:Q4_K_M")

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `peers`, when run as a script
 
-from glm4runtime.tokenizer import Tokenizer
+from glm4runtime.text.tokenizer import Tokenizer
 from peers.protocol import Worker, interpreters
 
 REFERENCE = "transformers:fp32"

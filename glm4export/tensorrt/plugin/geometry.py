@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -54,6 +55,20 @@ class Geometry:
     scale: float
     dtype: str = "float16"  # of queries, keys, values and rotary tables
     cache_dtype: str = "float16"
+
+    @classmethod
+    def of(cls, config: Glm4Config, max_seq_len: int, dtype: str) -> Geometry:
+        """The attention of a model that computes in ``dtype``, ONNX's spelling. Raises UserError."""
+        return cls(
+            num_heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+            max_seq=max_seq_len,
+            scale=config.head_dim**-0.5,
+            dtype=dtype,
+            cache_dtype=dtype,
+        )
 
     def __post_init__(self) -> None:
         def require(holds: bool, what: str) -> None:

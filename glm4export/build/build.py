@@ -1,0 +1,246 @@
+"""The compiler's story: config -> trace -> passes -> recipes -> weights -> manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from glm4export import passes
+from glm4export.build.options import BuildOptions
+from glm4export.bundle.folder import PRODUCER, new_bundle, require_space
+from glm4export.bundle.genai import FILE as GENAI_CONFIG
+from glm4export.bundle.genai import genai_config
+from glm4export.calibration.calibrate import calibrate, token_sequences
+from glm4export.calibration.observe import linears
+from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
+from glm4export.graph.trace import trace
+from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
+from glm4export.sources.config import read_config, read_token_ids, sequence_limit
+from glm4export.sources.sidefiles import check_side_files
+from glm4export.sources.tied import as_stored
+from glm4export.sources.turns import with_turn_tokens
+from glm4export.tensorrt.plugin.geometry import Geometry
+from glm4export.terminal.progress import Progress, note
+from glm4export.weights.fp16 import Fp16Scales, fp16_scales
+from glm4export.weights.quantize import Scheme
+from glm4export.weights.recipes import Recipe, Tensors
+from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.write import Layout, lay_out, write_weights
+from glm4graphs.config import Glm4Config
+from glm4runtime.contract import (
+    MANIFEST,
+    PREFILL,
+    TENSORRT,
+    WEIGHTS,
+    CacheSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    UserError,
+    graph_names,
+    sha256_of,
+)
+
+Stage = Callable[[str], AbstractContextManager[object]]  # brackets a named step of the build
+
+
+class Bar(Protocol):
+    """A progress display over so many bytes."""
+
+    def __call__(self, total: int, what: str = ...) -> AbstractContextManager[Progress]: ...
+
+
+class Engines(Protocol):
+    """Builds TensorRT engines of a bundle: :class:`glm4export.tensorrt.engines.EngineBuilder`."""
+
+    def check(self, folder: Path, weights: Mapping[str, tuple[str, int]], attention: str) -> None:
+        """Raise UserError where memory, or the disk under ``folder``, has no room for engines of these weights.
+
+        Or where none can be built with that attention. Weights by name: their dtype and bytes.
+        """
+
+    def add(self, folder: Path, manifest: Manifest) -> Manifest:
+        """Build them beside graph and weights; returns the manifest with their files."""
+
+
+def build(
+    location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar, engines: Engines | None = None
+) -> Manifest:
+    """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
+    inputs = [location.folder, *([] if options.calibrate is None else [options.calibrate])]
+    with new_bundle(out, inputs) as folder:  # first: an output that can't be written is told before any work
+        declared = read_config(location.folder / CONFIG)
+        tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
+        max_seq_len = sequence_limit(declared, options.max_seq_len)
+        with stage("check"):
+            checkpoint = Checkpoint.open(location.folder)
+            checkpoint.check(declared)
+            check_side_files(location.folder)
+            config = as_stored(declared, checkpoint)
+            scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+        if added:
+            names = ", ".join(f"{text} ({token})" for text, token in added.items())
+            note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
+        if config != declared:
+            note(
+                f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the "
+                "embedding: the stored head is used, as transformers does"
+            )
+        skeletons = {}
+        for name in graph_names(options.target):
+            with stage(f"trace {name}"):
+                skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
+        recipes = _shared_recipes(skeletons)
+        layout = lay_out(recipes)
+        calibrated_weights = options.calibrate is not None and options.formats is not None
+        require_space(folder, layout.size * (2 if calibrated_weights else 1))
+        if engines is not None:  # before the weights are written: they take the longest
+            stored = {name: (recipe.dtype, recipe.nbytes) for name, recipe in recipes.items()}
+            engines.check(folder, stored, options.attention)
+        total = sum(recipe.nbytes for recipe in recipes.values())
+        with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
+            files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
+        graphs = {}
+        for name, skeleton in skeletons.items():
+            with stage(f"write {name}"):
+                graphs[name] = _write_graph(skeleton, folder / f"{name}.onnx", recipes, layout)
+        if options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
+            text = genai_config(config, tokens, options.target, max_seq_len)
+            (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
+        for side in SIDE_FILES:
+            if (location.folder / side).is_file():
+                shutil.copyfile(location.folder / side, folder / side)
+        manifest = Manifest(
+            producer=PRODUCER,
+            producer_version=version("glm4export"),
+            family="glm4",
+            task="causal-lm",
+            target=options.target,
+            precision=options.precision,
+            vocab_size=config.vocab_size,
+            config=dataclasses.asdict(config),
+            source={**location.source, "fingerprint": checkpoint.fingerprint()},
+            tokens=tokens,
+            cache=CacheSpec(
+                layers=config.num_hidden_layers,
+                kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                dtype=options.cache_dtype,
+                max_seq_len=max_seq_len,
+            ),
+            graphs=graphs,
+            files=_file_specs(folder, files),
+        )
+        if engines is not None:
+            manifest = engines.add(folder, manifest)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def compile_graph(
+    config: Glm4Config, name: str, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
+) -> Skeleton:
+    """Trace one graph and run its target's passes; no weights are read."""
+    model = trace(config, name, dtype=options.compute_dtype, max_seq_len=max_seq_len)
+    skeleton = Skeleton(model, config, max_seq_len, scales, options.formats)
+    own = name == PREFILL and options.prefill_precision is not None
+    pipeline = passes.PREFILL_INT8 if own else passes.PIPELINES[options.target, options.precision]
+    if options.attention == "plugin":
+        Geometry.of(config, max_seq_len, options.compute_name)  # refuses what the kernels don't take
+        pipeline = passes.PLUGIN[options.precision]
+    if options.cache_dtype == "int8":
+        pipeline = passes.behind_lowering(pipeline, passes.INT8_CACHE[options.target, name])
+    passes.run(pipeline, skeleton, skip_simplify=not options.simplify)
+    return skeleton
+
+
+@contextmanager
+def _reader(
+    config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage, bar: Bar
+) -> Iterator[Tensors]:
+    """What recipes read: the checkpoint, with what calibration found where that was asked for."""
+    formats = options.formats
+    if options.calibrate is None:
+        yield checkpoint
+        return
+    try:
+        text = options.calibrate.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{options.calibrate}: cannot be read as text ({error})") from None
+    sequences = token_sequences(text, checkpoint.folder)
+
+    def scheme_for(name: str) -> Scheme | None:
+        if formats is None:  # the text is for the cache alone
+            return None
+        stored = HEAD if name == EMBEDDING else name  # a tied head's data is the embedding's
+        return formats.scheme(stored, checkpoint.tensors[name].shape[1])
+
+    with TemporaryDirectory(dir=folder) as scratch:
+        # every linear of a layer is read for its output, the head for itself alone
+        read = [name for name in linears(config, checkpoint) if name.endswith("_proj.weight") or scheme_for(name)]
+        stored = (checkpoint.tensors[name] for name in read)
+        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
+        with stage("calibrate"), bar(total, "calibrate") as progress:
+            calibrated = calibrate(config, checkpoint, sequences, scheme_for, Path(scratch), progress)
+        yield calibrated
+
+
+def _shared_recipes(skeletons: dict[str, Skeleton]) -> dict[str, Recipe]:
+    """One set of recipes for all graphs, which share weights.bin; the same name must mean the same tensor."""
+    shared: dict[str, Recipe] = {}
+    for skeleton in skeletons.values():
+        for name, recipe in skeleton.recipes.items():
+            if shared.setdefault(name, recipe) != recipe:
+                raise AssertionError(f"{name}: two graphs store it differently: {shared[name]} and {recipe}")
+    return shared
+
+
+def _write_graph(skeleton: Skeleton, path: Path, recipes: dict[str, Recipe], layout: Layout) -> GraphSpec:
+    """Point the initializers into weights.bin, save, and let onnx.checker read it back."""
+    for name, value in skeleton.graph.initializers.items():
+        if name in recipes:
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS,
+                layout.offsets[name],
+                recipes[name].nbytes,
+                value.dtype,
+                shape=value.shape,
+                name=name,
+                base_dir=path.parent,
+            )
+    ir.save(skeleton.model, path)
+    try:
+        onnx.checker.check_model(path, full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"{path.name}: onnx.checker refuses the graph; please report this: {error}") from error
+    return GraphSpec(path.name, _specs(skeleton.graph.inputs), _specs(skeleton.graph.outputs))
+
+
+def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        dtype = DTYPE_NAMES.get(value.dtype) or value.dtype.name.lower()
+        specs.append(TensorSpec(value.name, dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape)))
+    return tuple(specs)
+
+
+def _file_specs(folder: Path, known: dict[str, FileSpec]) -> dict[str, FileSpec]:
+    """Size and sha256 of every file in the bundle; those hashed while written aren't read again."""
+    names = sorted(path.name for path in folder.iterdir())
+    return {
+        name: known.get(name) or FileSpec((folder / name).stat().st_size, sha256_of(folder / name)) for name in names
+    }

@@ -1,0 +1,136 @@
+"""What can be built: the options of a build, which go together, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glm4export.passes import PIPELINES, PLUGIN
+from glm4export.weights.storage import Formats
+from glm4runtime.contract import TENSORRT, UserError
+
+CALIBRATED = ("fp8",)  # precisions that can't be built without a text
+_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
+_NO_KERNEL = {
+    ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
+    ("cuda", "fp32"): "onnxruntime's CUDA kernel of GroupQueryAttention computes in fp16 and bf16 only: build bf16, "
+    "which has fp32's range, or fp16",
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build. ``max_seq_len`` None means the most positions the model was made for.
+
+    Raises UserError for what no kernel runs, and for options that do not go together.
+    """
+
+    precision: str = "fp16"
+    target: str = "cpu"
+    max_seq_len: int | None = None
+    simplify: bool = True
+    block_size: int = 128
+    symmetric: bool = True
+    head_bits: int = 8
+    embedding_bits: int = 16
+    prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
+    kv_cache: str | None = None  # fp32, fp16 or int8; None: the dtype that attention computes in
+    calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
+    attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
+
+    def __post_init__(self) -> None:
+        if (self.target, self.precision) not in PIPELINES:
+            possible = ", ".join(precision for target, precision in PIPELINES if target == self.target)
+            why = _NO_KERNEL.get((self.target, self.precision))
+            raise UserError(
+                f"--precision {self.precision} does not run on --target {self.target}; it runs {possible}"
+                + (f". {why}" if why else "")
+            )
+        if self.prefill_precision is not None and (self.target != "cpu" or self.formats is None):
+            raise UserError(
+                f"--prefill-precision {self.prefill_precision} goes with --target cpu and --precision int8 or int4, "
+                f"not with {self.target} and {self.precision}"
+            )
+        if self.kv_cache is not None:
+            self._check_cache(self.kv_cache)
+        if self.calibrate is not None and self.formats is None and self.cache_dtype != "int8":
+            raise UserError(
+                "--calibrate goes with --precision fp8, int8 or int4, or with --kv-cache int8: "
+                f"{self.precision} with a {self.cache_dtype} cache has nothing to calibrate"
+            )
+        if self.precision in CALIBRATED and self.calibrate is None:
+            raise UserError(
+                f"--precision {self.precision} needs --calibrate FILE, a text like the model's use: activations are "
+                "scaled by what they reach on it"
+            )
+        if self.target == TENSORRT and self.formats is not None:
+            self._check_qdq()
+        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in PLUGIN):
+            raise UserError(
+                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(PLUGIN)}, "
+                f"not with {self.target} and {self.precision}"
+            )
+
+    def _check_qdq(self) -> None:
+        """What TensorRT's DequantizeLinear leaves of the quantized formats."""
+        if not self.symmetric:
+            raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
+        if self.embedding_bits != 16:
+            raise UserError(
+                f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
+                "quantized table; leave it at 16"
+            )
+        if self.calibrate is not None and self.precision == "int8":
+            raise UserError(
+                "--calibrate does not go with --precision int8 on --target tensorrt, where weights have one scale a "
+                "channel and lose too little to be worth it; leave it out, or build int4"
+            )
+
+    def _check_cache(self, wanted: str) -> None:
+        if _CACHES.get(wanted) not in ("int8", self.compute_name):
+            raise UserError(
+                f"--kv-cache {wanted} does not go with --precision {self.precision} on --target {self.target}: "
+                f"attention computes in {self.compute_name} there, and onnxruntime's kernel keeps the cache in that "
+                "dtype or in int8 (another float it would convert whole, at every step); "
+                "leave --kv-cache out, or give int8"
+            )
+        if wanted != "int8":
+            return
+        if self.target == TENSORRT:
+            raise UserError(
+                "--kv-cache int8 does not go with --target tensorrt, whose builds have no such cache yet; leave it out"
+            )
+        if self.calibrate is None:
+            raise UserError(
+                "--kv-cache int8 needs --calibrate FILE: a text like the model's use, from which every channel of the "
+                "cache gets its scale"
+            )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations: quantized weights are used with fp32 on a CPU, with fp16 elsewhere."""
+        if self.precision == "bf16":
+            return torch.bfloat16
+        wide = self.precision == "fp32" or (self.precision != "fp16" and self.target == "cpu")
+        return torch.float32 if wide else torch.float16
+
+    @property
+    def compute_name(self) -> str:
+        """The same in ONNX's spelling, such as ``float16``."""
+        return str(self.compute_dtype).removeprefix("torch.")
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of the KV cache in ONNX's spelling."""
+        return self.compute_name if self.kv_cache is None else _CACHES[self.kv_cache]
+
+    @property
+    def formats(self) -> Formats | None:
+        """How weights are stored; None where they are stored as they're computed with."""
+        if self.precision not in ("fp8", "int8", "int4"):
+            return None
+        bits = 4 if self.precision == "int4" else 8
+        qdq = self.target == TENSORRT
+        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)

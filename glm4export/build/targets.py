@@ -1,0 +1,20 @@
+"""Which target a build is for where none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
+from glm4runtime.contract import TENSORRT
+
+
+def detect_target() -> str:
+    """The fastest here: with a GPU ``tensorrt``, or ``cuda`` where only onnxruntime can use it; else ``cpu``."""
+    if installed_flavours() and gpu_capability() is not None:
+        return TENSORRT
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return "cpu"
+    found = Path("/dev/nvidia0").exists() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "cuda" if found else "cpu"

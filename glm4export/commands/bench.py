@@ -1,0 +1,63 @@
+"""``glm4export bench``: speed and memory beside this machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from glm4export.commands.session_options import add_session_options, load_session
+from glm4runtime.backends.providers import default_provider
+from glm4runtime.contract import TENSORRT
+
+EXAMPLE = "example: glm4export bench glm4-demo-fp16 --prefill 128,512 --plot bench.png"
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.add_argument("bundle", type=Path, metavar="BUNDLE")
+    command.add_argument("--prefill", metavar="N,N", help="prompt lengths (default: 32,128,512,2048; what fits)")
+    command.add_argument(
+        "--decode-context",
+        metavar="N,N",
+        help="tokens in the cache before the timed steps (default: 16,512,2048; what fits)",
+    )
+    command.add_argument(
+        "--batch",
+        metavar="N,N",
+        help="sequences decoded at once; beyond 1 at the shortest context (default: 1,2,4,8; for tensorrt 1)",
+    )
+    command.add_argument("--steps", type=int, default=32, metavar="N", help="decode steps a run (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (default: %(default)s)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="write a roofline and length curves, .png or .svg")
+    add_session_options(command)
+    command.add_argument("--json", action="store_true", help="print all raw figures as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from glm4export.bench import measure as bench
+    from glm4export.bench import report as bench_report
+
+    prefill = bench.numbers("--prefill", arguments.prefill)
+    contexts = bench.numbers("--decode-context", arguments.decode_context)
+    batches = bench.numbers("--batch", arguments.batch)
+    if arguments.plot:
+        from glm4export.bench import plot
+
+        plot.check(arguments.plot)
+    session = load_session(arguments)
+    plan = bench.plan(
+        session.runner.max_seq_len,
+        prefill=prefill,
+        contexts=contexts,
+        batches=batches or ((1,) if session.manifest.target == TENSORRT else bench.BATCHES),
+        steps=arguments.steps,
+        repeats=arguments.repeats,
+    )
+    provider = arguments.provider or default_provider(session.manifest)
+    report = bench.bench(session, plan, provider=provider, threads=arguments.threads)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else bench_report.table(report))
+    if arguments.plot:
+        plot.write(report, arguments.plot)
+    return 0

@@ -1,0 +1,120 @@
+"""``glm4export build``: compile a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from glm4export.bundle.folder import check_output
+from glm4export.commands.engine_options import (
+    add_engine_options,
+    engine_builder,
+    engine_facts,
+    engine_lines,
+    require_flavour,
+)
+from glm4export.commands.targets import TARGETS
+
+EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
+CACHES = ("fp32", "fp16", "int8")
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint folder or hub id; the small embedded model when left out"
+    )
+    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="bundle folder (default: NAME-PRECISION)")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
+    command.add_argument(
+        "--target", choices=TARGETS, default="auto", help="default: %(default)s, which is cpu where no GPU is found"
+    )
+    command.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="longest prompt and answer together (default: the model's limit)"
+    )
+    command.add_argument(
+        "--attention",
+        choices=("standard", "plugin"),
+        default="standard",
+        help="tensorrt: in standard operators, or as one node that full TensorRT runs with this package's kernels "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
+        "--kv-cache",
+        choices=CACHES,
+        help="int8, with --calibrate, takes a quarter of fp32's memory and half of fp16's (default: the dtype that "
+        "attention computes in)",
+    )
+    command.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="text like the model's use: gives an int8 cache and fp8 activations their scales, and int8 and int4 "
+        "weights that are closer to fp32, in a slower build",
+    )
+    quantized = command.add_argument_group("weights of int8 and int4")
+    quantized.add_argument(
+        "--block-size", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale (default: 128)"
+    )
+    quantized.add_argument("--asymmetric", action="store_true", help="a zero point a block beside its scale")
+    quantized.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=8, help="lm_head (default: 8)")
+    quantized.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16, help="default: 16")
+    quantized.add_argument(
+        "--prefill-precision",
+        choices=("int8",),
+        help="weights of its own for prefill, faster and more accurate than int4's, in more memory (cpu)",
+    )
+    add_engine_options(command, may_skip=True)
+    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command.add_argument("--token", help="hub access token (default: the stored one, or HF_TOKEN)")
+    command.add_argument("--no-simplify", action="store_true", help="keep the graphs as the passes left them")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    require_flavour(arguments)
+    name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
+    out = arguments.output or Path(f"{name}-{arguments.precision}")
+    inputs = (arguments.model, arguments.calibrate, arguments.timing_cache)
+    check_output(out, [Path(path).expanduser() for path in inputs if path])
+
+    from glm4export.build.build import build
+    from glm4export.build.options import BuildOptions
+    from glm4export.build.targets import detect_target
+    from glm4export.sources.checkpoint import locate
+    from glm4export.terminal.progress import byte_bar, note, stage
+
+    location = locate(arguments.model, revision=arguments.revision, token=arguments.token)
+    target = detect_target() if arguments.target == "auto" else arguments.target
+    options = BuildOptions(
+        arguments.precision,
+        target,
+        arguments.max_seq_len,
+        simplify=not arguments.no_simplify,
+        block_size=arguments.block_size,
+        symmetric=not arguments.asymmetric,
+        head_bits=arguments.head_bits,
+        embedding_bits=arguments.embedding_bits,
+        prefill_precision=arguments.prefill_precision,
+        kv_cache=arguments.kv_cache,
+        calibrate=arguments.calibrate,
+        attention=arguments.attention,
+    )
+    builder = engine_builder(arguments, target)
+    manifest = build(location, out, options, stage=stage, bar=byte_bar, engines=builder)
+    if "tokenizer.json" not in manifest.files:
+        note(f"{location.folder}: no tokenizer.json; the bundle takes and gives token ids, not text")
+    size = sum(spec.size for spec in manifest.files.values())
+    if arguments.json:
+        facts = {"bundle": str(out), "target": target, "precision": manifest.precision, "bytes": size}
+        engines = {} if builder is None else {"engines": engine_facts(builder.built)}
+        cache = manifest.cache
+        print(json.dumps({**facts, "max_seq_len": cache.max_seq_len, "cache_dtype": cache.dtype, **engines}))
+    else:
+        what = f"{manifest.precision}{' with an int8 cache' if manifest.cache.dtype == 'int8' else ''} for {target}"
+        print(f"{out}: {what}, {size / 1e6:.1f} MB, {manifest.cache.max_seq_len} positions")
+        print(*engine_lines([] if builder is None else builder.built), sep="\n", end="\n" * (builder is not None))
+    return 0

@@ -1,0 +1,187 @@
+"""``glm4export generate``: one prompt, or a conversation on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4export.commands.session_options import add_session_options, load_session
+from glm4runtime import signals
+from glm4runtime.contract import UserError
+
+if TYPE_CHECKING:
+    from glm4runtime.sampling import SamplingParams
+    from glm4runtime.session import Session
+    from glm4runtime.text.stream import Stop, TextStream
+
+EXAMPLE = 'example: glm4export generate glm4-demo-fp16 --prompt "What is the capital of France?"'
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.add_argument("bundle", type=Path, metavar="BUNDLE")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="one question; - reads it from standard input")
+    what.add_argument("--chat", action="store_true", help="a conversation, a line a question, until Ctrl-D")
+    command.add_argument(
+        "--raw", action="store_true", help="with --prompt: continue the text, without the chat template"
+    )
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT; may be given again"
+    )
+    command.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
+    )
+    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    command.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, which is greedy")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, which is off")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, which is off")
+    command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    command.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens per step where the text repeats itself: faster (try 7)",
+    )
+    add_session_options(command)
+    command.add_argument("--json", action="store_true", help="with --prompt: print text, reason and timing as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from glm4runtime import SamplingParams
+    from glm4runtime.lookup import check_limit
+
+    check_limit(arguments.lookup)
+    if arguments.chat and (arguments.json or arguments.raw):
+        raise UserError("--json and --raw go with --prompt, not with --chat")
+    for option, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
+        if arguments.raw and value is not None:
+            raise UserError(f"{option} needs the chat template; leave out --raw")
+    params = SamplingParams(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    session = load_session(arguments, chat_template=arguments.chat_template)
+    if arguments.chat:
+        with signals.raised():  # Ctrl-C ends an answer
+            converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
+        return 0
+    prompt = read_prompt() if arguments.prompt == "-" else arguments.prompt
+    answer(
+        session,
+        prompt,
+        params,
+        raw=arguments.raw,
+        system=arguments.system,
+        as_json=arguments.json,
+        lookup=arguments.lookup,
+        stop=arguments.stop,
+    )
+    return 0
+
+
+def answer(
+    session: Session,
+    prompt: str,
+    params: SamplingParams,
+    *,
+    raw: bool,
+    system: str | None,
+    as_json: bool,
+    lookup: int = 0,
+    stop: Stop = (),
+) -> None:
+    """Print the text that follows one prompt, as it comes; with ``as_json`` one object at the end."""
+    start = time.monotonic()
+    messages = [*_system(system), {"role": "user", "content": prompt}]
+    text = prompt if raw else session.template.render(messages)
+    stream = session.stream(text, params, lookup=lookup, stop=stop)
+    first = time.monotonic()
+    if as_json:
+        print(json.dumps(_summary(stream, stream.read(), first - start, time.monotonic() - first), ensure_ascii=False))
+        return
+    _print(stream)
+    _timing(stream, first - start, time.monotonic() - first)
+
+
+def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int = 0, stop: Stop = ()) -> None:
+    """Read questions from standard input and print the answers, until its end; Ctrl-C ends an answer."""
+    messages: list[dict[str, Any]] = _system(system)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            question = input(prompt)
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise _not_text(error) from None
+        if not question.strip():
+            continue
+        messages.append({"role": "user", "content": question})
+        stream = session.chat(messages, params, lookup=lookup, stop=stop)
+        try:
+            _print(stream)
+        except KeyboardInterrupt:
+            print()
+        messages.append({"role": "assistant", "content": stream.text})
+
+
+def read_prompt() -> str:
+    """All of standard input. Raises UserError where it isn't text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise _not_text(error) from None
+
+
+def _not_text(error: UnicodeDecodeError) -> UserError:
+    return UserError(f"standard input: not valid {error.encoding} at byte {error.start} of what was read")
+
+
+def _system(text: str | None) -> list[dict[str, Any]]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _print(stream: TextStream) -> None:
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _timing(stream: TextStream, prefill: float, decode: float) -> None:
+    if not sys.stderr.isatty():
+        return
+    generation = stream.generation
+    rates = (
+        f"{generation.prompt_tokens} prompt tokens in {prefill:.2f} s, "
+        f"{generation.completion_tokens} more at {generation.completion_tokens / max(decode, 1e-9):.1f} tok/s"
+    )
+    guesses = generation.lookup
+    if guesses.drafted:
+        rates += f" in {guesses.runs} runs, {guesses.accepted} of {guesses.drafted} guesses right"
+    print(f"[{rates}, ended by {stream.finish_reason}]", file=sys.stderr)
+
+
+def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> dict[str, Any]:
+    guesses = stream.generation.lookup
+    return {
+        "text": text,
+        "finish_reason": stream.finish_reason,
+        "stop_text": stream.stop_text,
+        "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in stream.tool_calls],
+        "prompt_tokens": stream.generation.prompt_tokens,
+        "completion_tokens": stream.generation.completion_tokens,
+        "prefill_seconds": round(prefill, 4),
+        "decode_seconds": round(decode, 4),
+        "lookup": {"runs": guesses.runs, "drafted": guesses.drafted, "accepted": guesses.accepted},
+    }

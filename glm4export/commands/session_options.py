@@ -1,0 +1,43 @@
+"""Options of the commands that open a bundle, and opening it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from glm4runtime.backends.providers import PROVIDERS
+
+
+def add_session_options(command: argparse.ArgumentParser) -> None:
+    """Options of commands that open a bundle."""
+    command.add_argument(
+        "--provider",
+        choices=PROVIDERS,
+        help="default: the bundle's target; bundles for tensorrt run on their engine by default, and in ONNX Runtime "
+        "on the other four",
+    )
+    command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
+    command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
+    command.add_argument(
+        "--invariant",
+        action="store_true",
+        help="the same tokens, to the bit, with and without --lookup; int8 and int4 then decode up to a fifth slower",
+    )
+
+
+def load_session(
+    arguments: argparse.Namespace, *, check_hashes: bool = False, chat_template: Path | None = None
+) -> Any:
+    """Open the bundle as the options say; arguments as :func:`glm4runtime.load`'s."""
+    from glm4runtime import load
+
+    return load(
+        arguments.bundle,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        max_seq_len=arguments.max_seq_len,
+        check_hashes=check_hashes,
+        invariant=arguments.invariant,
+        chat_template=chat_template,
+    )

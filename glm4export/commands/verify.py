@@ -1,0 +1,59 @@
+"""``glm4export verify``: a bundle beside PyTorch in fp32."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from glm4export.commands.session_options import add_session_options, load_session
+
+EXAMPLE = "example: glm4export verify glm-4-9b-fp16 --checkpoint ./GLM-4-9B-0414"
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.add_argument("bundle", type=Path, metavar="BUNDLE")
+    command.add_argument(
+        "--checkpoint", metavar="MODEL", help="what it was built from; needed where that was a local folder"
+    )
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="instead of the built-in ones")
+    command.add_argument(
+        "--steps", type=int, default=32, metavar="N", help="decode steps a prompt (default: %(default)s)"
+    )
+    command.add_argument(
+        "--long",
+        action="store_true",
+        help="also fill the cache to its last row, where rotary tables and YaRN may be wrong: minutes to hours, since "
+        "PyTorch computes as many tokens in fp32 (--max-seq-len makes them fewer)",
+    )
+    command.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="mean KL divergence allowed in a phase (default: by precision)"
+    )
+    command.add_argument(
+        "--min-top1", type=float, metavar="SHARE", help="top-1 agreement asked over all (default: by precision)"
+    )
+    add_session_options(command)
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from glm4export.verification import verify
+
+    session = load_session(arguments, check_hashes=True)
+    default = verify.thresholds_of(session.manifest)
+    thresholds = verify.Thresholds(
+        mean_kl=default.mean_kl if arguments.max_kl is None else arguments.max_kl,
+        top1=default.top1 if arguments.min_top1 is None else arguments.min_top1,
+    )
+    report = verify.verify(
+        session,
+        checkpoint=arguments.checkpoint,
+        prompts=arguments.prompt,
+        steps=arguments.steps,
+        long=arguments.long,
+        thresholds=thresholds,
+    )
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else verify.table(report))
+    return 1 if report.failures else 0

@@ -1,0 +1,89 @@
+"""What a model will take, from its config alone: parameters, bundle and cache bytes, and what fits a machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm4export.build.options import CALIBRATED, BuildOptions
+from glm4export.passes import PIPELINES
+from glm4export.sources.config import sequence_limit
+from glm4export.sources.ledger import tensor_shapes
+from glm4export.weights.storage import HEAD
+from glm4graphs.config import Glm4Config
+from glm4runtime.contract import DTYPE_BYTES, TENSORRT
+
+_ROTARY_COLUMNS = 8  # tables are padded to a multiple; see passes/lower_attention_gqa.py
+
+_INPUTS_OF_LAYER = 4  # qkv's, o_proj's, gate_up_proj's, down_proj's
+
+
+def parameters(config: Glm4Config) -> int:
+    """Numbers in the checkpoint; a tied head counts once."""
+    return _sum(config, lambda name, shape: 0 if name == HEAD and config.tie_word_embeddings else math.prod(shape))
+
+
+def weight_bytes(config: Glm4Config, options: BuildOptions) -> int:
+    """Bytes of all tensors in weights.bin, without the gaps between them."""
+    positions = sequence_limit(config, options.max_seq_len)
+    columns = config.rotary_dim // 2
+    if options.target != TENSORRT:
+        columns = math.ceil(columns / _ROTARY_COLUMNS) * _ROTARY_COLUMNS
+    tables = 2 * positions * columns * options.compute_dtype.itemsize
+    cache_scales = 2 * config.num_hidden_layers * config.kv_size * 4 if options.cache_dtype == "int8" else 0  # float32
+    input_scales = 2 * _INPUTS_OF_LAYER * config.num_hidden_layers if options.precision == "fp8" else 0
+    weights = _sum(config, lambda name, shape: _stored(name, shape, options))
+    return weights + tables + cache_scales + input_scales
+
+
+def cache_bytes_per_token(config: Glm4Config, dtype: str) -> int:
+    """Bytes that a token of one sequence takes in a KV cache of that dtype (ONNX's spelling)."""
+    return 2 * config.num_hidden_layers * config.kv_size * DTYPE_BYTES[dtype]
+
+
+def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
+    """Facts as JSON-ready values. ``memory``: bytes that the machine has; a model fits with a tenth left over.
+
+    Running takes the weights twice (prefill and decode each hold them as their kernels want them) and the cache.
+    Each precision comes with the default cache and, under ``int8_cache``, with that one (None where it can't be built).
+    """
+    positions = sequence_limit(config, None)
+    precisions = {}
+    for precision in (precision for built_for, precision in PIPELINES if built_for == target):
+        options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
+        weights = weight_bytes(config, options)
+        left = 0.9 * memory - 2 * weights
+
+        def cache(dtype: str, left: float = left) -> dict[str, int]:
+            token = cache_bytes_per_token(config, dtype)
+            return {
+                "cache_bytes_per_token": token,
+                "cache_bytes_at_full_length": token * positions,
+                "longest_sequence_here": max(0, min(positions, int(left // token))),
+            }
+
+        int8 = cache("int8") if target != TENSORRT else None
+        precisions[precision] = {"weight_bytes": weights, **cache(options.cache_dtype), "int8_cache": int8}
+    return {
+        "parameters": parameters(config),
+        "max_positions": positions,
+        "memory_bytes": memory,
+        "target": target,
+        "precisions": precisions,
+    }
+
+
+def _sum(config: Glm4Config, size: Callable[[str, tuple[int, ...]], int]) -> int:
+    """The sum of something over all tensors; a layer's is taken as often as there are layers."""
+    outer, layer = (sum(size(*item) for item in shapes.items()) for shapes in tensor_shapes(config))
+    return outer + config.num_hidden_layers * layer
+
+
+def _stored(name: str, shape: tuple[int, ...], options: BuildOptions) -> int:
+    numbers, formats = math.prod(shape), options.formats
+    if formats is None or len(shape) == 1:
+        return numbers * options.compute_dtype.itemsize
+    rows, columns = shape
+    return formats.nbytes(name, rows, columns)

@@ -1,0 +1,103 @@
+"""The ledger of tensors: what a checkpoint of some geometry holds, and how what is there differs from it.
+
+Arithmetic on names and shapes: a config may speak of more layers than a list of their names would fit any memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
+
+from glm4export.terminal.errors import MOST_LINES, listed, printable
+from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4graphs.config import Glm4Config
+
+Shape = tuple[int, ...]
+
+_IN_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,9})\.(.+)")
+_WRAPPERS = {  # what stands in front of every name, and where it comes from
+    "_orig_mod.": "it was saved from a torch.compile'd model: save model._orig_mod",
+    "module.": "it was saved from inside DataParallel or DistributedDataParallel: save model.module",
+    "base_model.model.": "it was saved from inside a PEFT model: save what its merge_and_unload() returns",
+}
+
+
+def tensor_shapes(config: Glm4Config) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Names and shapes of the tensors around the layers, and of a layer's, behind ``model.layers.N.``."""
+    hidden, inner, query, kv = config.hidden_size, config.intermediate_size, config.query_size, config.kv_size
+    table = (config.vocab_size, hidden)
+    outer: dict[str, Shape] = {EMBEDDING: table, "model.norm.weight": (hidden,), HEAD: table}
+    layer: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
+    for part, rows in (("q", query), ("k", kv), ("v", kv)):
+        layer[f"self_attn.{part}_proj.weight"] = (rows, hidden)
+        if config.attention_bias:
+            layer[f"self_attn.{part}_proj.bias"] = (rows,)
+    layer |= {
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_self_attn_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_up_proj.weight": (2 * inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "post_mlp_layernorm.weight": (hidden,),
+    }
+    return outer, layer
+
+
+def expected_tensors(config: Glm4Config) -> dict[str, Shape]:
+    """Names and shapes of the tensors that a checkpoint of this geometry holds, in the model's order."""
+    return dict(_names(config))
+
+
+def mismatches(found: Mapping[str, Shape], config: Glm4Config) -> str | None:
+    """How the tensors that are there differ from the config's: a heading and a line for each of the first; or None."""
+    optional = {HEAD} if config.tie_word_embeddings else set()
+    outer, layer = tensor_shapes(config)
+    expected = {name: shape for name in found if (shape := _expected_shape(name, config, outer, layer))}
+    absent = (item for item in _names(config) if item[0] not in found and item[0] not in optional)
+    count = len(outer) + config.num_hidden_layers * len(layer) - len(optional - found.keys()) - len(expected)
+    missing = [f"missing {name} {list(shape)}" for name, shape in islice(absent, min(count, MOST_LINES))]
+    unexpected = [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
+    misshaped = [
+        f"mis-shaped {name}: {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected)
+        if found[name] != expected[name]
+    ]
+    counted = [(missing, count), (unexpected, len(unexpected)), (misshaped, len(misshaped))]
+    counted = [(lines, number) for lines, number in counted if number]
+    if not counted:
+        return None
+    most = MOST_LINES // len(counted)
+    text = f"{sum(number for _, number in counted)} tensors do not match config.json; is it this model's config?"
+    text += "".join(f"\n  {listed(lines, number, most)}" for lines, number in counted)
+    stored = len({match[1] for name in found if (match := _IN_LAYER.fullmatch(name))})
+    if stored != config.num_hidden_layers:
+        text += f"\n  num_hidden_layers={config.num_hidden_layers}, and tensors of {stored} layers are here"
+    return text
+
+
+def wrapped(names: Collection[str]) -> str | None:
+    """What is wrong with a whole model whose names all begin with a wrapper's prefix; None where they don't."""
+    for name in names:
+        prefix = name.removesuffix(EMBEDDING)
+        if name != prefix != "" and all(other.startswith(prefix) for other in names):
+            why = next((why for known, why in _WRAPPERS.items() if prefix.startswith(known)), "save the model inside")
+            return f"every tensor's name begins with `{printable(prefix)}`; {why}, or strip it from the names"
+    return None
+
+
+def _names(config: Glm4Config) -> Iterator[tuple[str, Shape]]:
+    outer, layer = tensor_shapes(config)
+    yield EMBEDDING, outer.pop(EMBEDDING)
+    for index in range(config.num_hidden_layers):
+        yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
+    yield from outer.items()
+
+
+def _expected_shape(
+    name: str, config: Glm4Config, outer: Mapping[str, Shape], layer: Mapping[str, Shape]
+) -> Shape | None:
+    match = _IN_LAYER.fullmatch(name)
+    if match is None or int(match[1]) >= config.num_hidden_layers:
+        return outer.get(name)
+    return layer.get(match[2])

@@ -1,0 +1,81 @@
+"""Whether a bundle's graphs are what its manifest says, told from their files before anything is opened or allocated.
+
+A manifest's sizes decide how much memory is taken; the graphs' are the ones that fit the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm4runtime.contract import (
+    LOGITS,
+    BundleError,
+    CacheSpec,
+    Manifest,
+    TensorSpec,
+    past_name,
+    present_name,
+    shown,
+)
+from glm4runtime.contract.onnxfile import Graph, read_graph
+
+_PARTS = ("key", "value")
+_ROTARY = 7  # GroupQueryAttention's input that holds a cosine for every position
+
+
+def require_graphs(folder: Path, manifest: Manifest) -> None:
+    """Raise BundleError unless every graph has the inputs, outputs, cache and files that the manifest lists."""
+    for spec in manifest.graphs.values():
+        path = folder / spec.file
+        graph = read_graph(path)
+        _require_same(path, "input", graph.inputs, spec.inputs)
+        _require_same(path, "output", graph.outputs, spec.outputs)
+        vocab = next((output.dims[-1:] for output in graph.outputs if output.name == LOGITS), ())
+        if vocab != (manifest.vocab_size,):
+            raise _error(
+                path, f"its logits are {shown(list(vocab))} wide, the manifest's vocab_size is {manifest.vocab_size}"
+            )
+        _require_cache(path, graph, manifest.cache)
+        for file in sorted(graph.files):
+            if (Path(spec.file).parent / file).as_posix() not in manifest.files:
+                raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
+
+
+def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -> None:
+    for own, listed in zip(found, told, strict=False):
+        if own != listed:
+            raise _error(path, f"its {kind} is {_words(own)}, the manifest says {_words(listed)}")
+    if len(found) != len(told):
+        raise _error(path, f"it has {len(found)} {kind}s, the manifest lists {len(told)}")
+
+
+def _require_cache(path: Path, graph: Graph, cache: CacheSpec) -> None:
+    """Compare the cache with the graph's, whose number of tensors bounds the loops over layers, here and elsewhere."""
+    tensors = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}
+    has = sum(spec.name.startswith("past_key_values.") for spec in graph.inputs)
+    if has != 2 * cache.layers:
+        raise _error(path, f"it has keys and values of {has / 2:g} layers, the manifest's cache of {cache.layers}")
+    for name in (
+        name(layer, part) for layer in range(cache.layers) for part in _PARTS for name in (past_name, present_name)
+    ):
+        spec = tensors.get(name)
+        if spec is None:
+            raise _error(path, f"it has no {name}")
+        told = (cache.dtype, ("batch", cache.kv_heads, cache.max_seq_len, cache.head_dim))
+        dims = tuple(told[1][2] if index == 2 and isinstance(dim, str) else dim for index, dim in enumerate(spec.dims))
+        if (spec.dtype, dims) != told:
+            raise _error(path, f"it has {_words(spec)}, the manifest's cache is {told[0]} {list(told[1])}")
+    for node in graph.nodes:
+        if node.op == "GroupQueryAttention" and len(node.inputs) > _ROTARY and node.inputs[_ROTARY] in graph.stored:
+            rows = graph.stored[node.inputs[_ROTARY]].shape[0]
+            if cache.max_seq_len > rows:
+                raise _error(path, f"it knows {rows} positions, the manifest's cache has {cache.max_seq_len}")
+
+
+def _words(spec: TensorSpec) -> str:
+    return f"{shown(spec.name)} {spec.dtype} {shown(list(spec.dims))}"
+
+
+def _error(path: Path, message: str) -> BundleError:
+    return BundleError(f"{path}: {message}; copy or build the bundle again")

@@ -1,0 +1,103 @@
+"""Prefill and decode graphs in ONNX Runtime, over one cache, everything bound once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm4runtime.backends.cache import Buffer, Cache
+from glm4runtime.backends.ort_session import device_of, open_session
+from glm4runtime.backends.prepare import prepared_graph
+from glm4runtime.backends.runner import MAX_RUN, Runner
+from glm4runtime.contract import ATTENTION_MASK, DECODE, INPUT_IDS, LOGITS, PREFILL, Manifest
+
+
+class OrtRunner(Runner):
+    """A bundle for ``cpu`` or ``cuda``: GroupQueryAttention over a cache as long as the session asks for."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        provider: str,
+        threads: int = 0,
+        max_seq_len: int | None = None,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """Open both graphs and allocate the cache; arguments as :func:`glm4runtime.load`'s.
+
+        Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
+        """
+        super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+        device = self.device = device_of(provider)
+        self._cache = Cache(manifest.cache, self.max_seq_len, device)
+        self._mask = Buffer((1, self.max_seq_len), "int64", device)
+        self._mask.write(np.ones((1, self.max_seq_len), np.int64))
+        self._prompt = Buffer((1, self.prefill_chunk), "int64", device)
+        self._token = Buffer((1, 1), "int64", device)
+        self._draft = Buffer((1, MAX_RUN), "int64", device)
+        self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory
+        self._prefill, self._decode = (
+            _open_graph(folder, manifest, name, provider, threads) for name in (PREFILL, DECODE)
+        )
+        self._prefill_binding, self._decode_binding = self._prefill.io_binding(), self._decode.io_binding()
+        self._verify_binding = self._decode.io_binding()
+        for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
+            self._cache.bind(binding)
+            self._logits.bind_output(binding, LOGITS, (1, 1, manifest.vocab_size))
+        self._token.bind_input(self._decode_binding, INPUT_IDS)
+        self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
+
+    @property
+    def cache(self) -> Cache:
+        """The sequence's keys and values."""
+        return self._cache
+
+    def cache_bits(self, rows: int) -> list[bytes]:
+        return self._cache.bits(rows)
+
+    @property
+    def graphs(self) -> dict[str, Any]:
+        """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
+        return {PREFILL: self._prefill, DECODE: self._decode}
+
+    def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
+        binding, count = self._prefill_binding, len(ids)
+        self._prompt.host[0, :count] = ids
+        self._prompt.upload()
+        self._prompt.bind_input(binding, INPUT_IDS, (1, count))
+        mask = self._mask
+        if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
+            mask = Buffer((1, count), "int64", self.device)
+            mask.write(np.array([[1] * (count - padding) + [0] * padding]))
+        mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        self._prefill.run_with_iobinding(binding)
+        return self._row
+
+    def _run_token(self, token: int, start: int) -> np.ndarray:
+        self._token.host[0, 0] = token
+        self._token.upload()
+        self._mask.bind_input(self._decode_binding, ATTENTION_MASK, (1, start + 1))
+        self._decode.run_with_iobinding(self._decode_binding)
+        return self._row
+
+    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        binding, count = self._verify_binding, len(tokens)
+        self._draft.host[0, :count] = tokens
+        self._draft.upload()
+        self._draft.bind_input(binding, INPUT_IDS, (1, count))
+        self._mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
+        self._decode.run_with_iobinding(binding)
+        rows: np.ndarray = self._logits.array[0, :count]
+        return rows
+
+
+def _open_graph(folder: Path, manifest: Manifest, graph: str, provider: str, threads: int) -> Any:
+    prepared = prepared_graph(folder, manifest, graph) if provider == "cpu" else None
+    path = prepared or folder / manifest.graphs[graph].file
+    return open_session(path, provider, threads, optimized=prepared is not None)

@@ -1,0 +1,115 @@
+"""Which code runs a bundle: the values of ``provider``. What each needs is imported when it is opened, even numpy."""
+
+from __future__ import annotations
+
+import operator
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4runtime.backends.graph_check import require_graphs
+from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
+
+if TYPE_CHECKING:
+    from glm4runtime.backends.runner import Runner
+
+ENGINE = "engine"
+GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
+STEP_PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")  # of step graphs: ONNX Runtime's execution providers
+PROVIDERS = (*STEP_PROVIDERS, ENGINE)
+_THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
+
+
+def default_provider(manifest: Manifest) -> str:
+    """What a bundle runs on where nothing else is asked for: its target, and a bundle for TensorRT on its engine."""
+    return ENGINE if manifest.target == TENSORRT else manifest.target
+
+
+def require_settings(
+    *,
+    provider: Any = None,
+    threads: Any = 0,
+    max_seq_len: Any = None,
+    prefill_chunk: Any = 512,
+    check_hashes: Any = False,
+    invariant: Any = False,
+) -> None:
+    """Raise UserError for arguments of :func:`glm4runtime.load` that fit no bundle on this machine."""
+    if provider is not None and provider not in PROVIDERS:
+        raise UserError(f"provider {shown(provider)} is not known; known: {', '.join(PROVIDERS)}")
+    _require_number("prefill_chunk", prefill_chunk, 1)
+    if max_seq_len is not None:
+        _require_number("max_seq_len", max_seq_len)  # the runner tells its range, which is the bundle's
+    _require_number("threads", threads, 0)
+    processors = os.cpu_count() or 1
+    if threads > (most := _THREADS_EACH * processors):
+        raise UserError(
+            f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
+            "0 lets ONNX Runtime choose"
+        )
+    for name, value in (("check_hashes", check_hashes), ("invariant", invariant)):
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={shown(value)} is not True or False")
+
+
+def _require_number(name: str, value: Any, least: int | None = None) -> None:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UserError(f"{name}={shown(value)} is not a whole number")
+    if least is not None and number < least:
+        raise UserError(f"{name}={shown(value)} must be at least {least}")
+
+
+def open_runner(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    provider: str | None,
+    threads: int,
+    max_seq_len: int | None,
+    prefill_chunk: int,
+    check_hashes: bool = False,
+) -> Runner:
+    """Open a bundle's graphs or its engine; arguments as :func:`glm4runtime.load`'s.
+
+    Raises UserError where the provider does not fit the bundle or the machine, or sizes are out of range; BundleError
+    where the graphs, or what was prepared of them, are not what the manifest or the note beside them says.
+    """
+    require_settings(
+        provider=provider,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        check_hashes=check_hashes,
+    )
+    chosen = provider or default_provider(manifest)
+    has_step = manifest.target == TENSORRT
+    if chosen not in PROVIDERS:
+        raise UserError(f"provider {chosen!r} is not known; known: {', '.join(PROVIDERS)}")
+    if not has_step and chosen not in GRAPH_PROVIDERS:
+        raise UserError(
+            f"provider {chosen!r} runs bundles built with `--target tensorrt`; {folder} is for {manifest.target}: "
+            f"use {' or '.join(GRAPH_PROVIDERS)}, or build it again"
+        )
+    require_graphs(folder, manifest)
+    if chosen == ENGINE:
+        from glm4runtime.backends.trt import open_engine
+
+        return open_engine(
+            folder, manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk, check_hashes=check_hashes
+        )
+    from glm4runtime.backends.ort import OrtRunner
+    from glm4runtime.backends.ort_session import require_provider
+    from glm4runtime.backends.ort_step import OrtStepRunner
+    from glm4runtime.backends.prepare import check_prepared
+
+    require_provider(chosen)
+    if chosen == "cpu" and not has_step:
+        check_prepared(folder, manifest, check_hashes=check_hashes)
+    runner = OrtStepRunner if has_step else OrtRunner
+    return runner(
+        folder, manifest, provider=chosen, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
+    )

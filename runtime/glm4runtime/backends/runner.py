@@ -1,0 +1,204 @@
+"""One sequence on one bundle: what is appended, looked ahead at and taken back, whatever runs the graphs.
+
+:mod:`glm4runtime.backends.ort` (prefill and decode graphs), :mod:`glm4runtime.backends.ort_step` and
+:mod:`glm4runtime.backends.trt` (step graphs, in ONNX Runtime and as a TensorRT engine) fill in the three kinds of run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from glm4runtime.contract import Manifest, UserError
+
+MAX_RUN = 16  # tokens that one run may verify; from about there on, cost grows as fast as width
+
+
+class Runner(ABC):
+    """One sequence on one bundle. Not thread-safe: a service opens one session for each worker.
+
+    ``length`` tokens are in the cache; :meth:`prefill` and :meth:`decode` append, :meth:`rewind` takes back,
+    :meth:`verify` looks ahead and :meth:`accept` appends what it looked at. A call that is interrupted or fails leaves
+    ``length`` as it was, or after the last chunk of a prompt that was computed whole.
+    The logits returned are the session's own buffer, overwritten by the next call.
+
+    ``granule`` is 1 until :func:`glm4runtime.invariance.make_invariant` sets it. From then on every run over the graphs
+    has a multiple of so many tokens: fillers stand behind the last one, or tokens in front are computed again.
+    """
+
+    def __init__(self, manifest: Manifest, *, max_seq_len: int | None, prefill_chunk: int) -> None:
+        """max_seq_len: tokens that the sequence may have, at most the bundle's, its default. prefill_chunk: prompt
+        tokens per run, at least 1. Raises UserError for a max_seq_len out of range.
+        """
+        limit = manifest.cache.max_seq_len
+        if max_seq_len is not None and not 1 <= max_seq_len <= limit:
+            raise UserError(f"max_seq_len={max_seq_len} is not in 1..{limit}, the positions the bundle was built for")
+        self.manifest = manifest
+        self.max_seq_len = max_seq_len or limit
+        self.prefill_chunk = min(prefill_chunk, self.max_seq_len)
+        self.granule = 1
+        self.length = 0
+        self.epoch = 0  # counts rewinds, so that a generation notices when its cache was taken
+        self._ahead = 0  # tokens behind `length` that the last verify wrote into the cache
+        self._off_grid = 0  # where the last prefill's last run began
+        self._tokens = np.zeros(self.max_seq_len, np.int64)  # those in the cache, and behind them those looked at
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The tokens in the cache, int64 [length]: a view, good until the next call."""
+        return self._tokens[: self.length]
+
+    def token_ids(self, tokens: Any) -> np.ndarray:
+        """A prompt as int64 [n]. Raises UserError unless it's at least one token id of the vocabulary, in a row."""
+        sized = isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes | bytearray)
+        if not sized:
+            raise UserError(f"the prompt is {tokens!r:.80}, expected a sequence of token ids")
+        if not len(tokens):
+            raise UserError("the prompt is empty; at least one token is needed")
+        vocab = self.manifest.vocab_size
+        if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype.kind in "iu":
+            bad = tokens[(tokens < 0) | (tokens >= vocab)][:1].tolist()
+        else:
+            bad = [token for token in tokens if not _is_id(token, vocab)][:1]
+        if bad:
+            raise UserError(f"token id {bad[0]!r:.80} is not a whole number in 0..{vocab - 1}, the model's vocabulary")
+        return np.asarray(tokens, dtype=np.int64)
+
+    def check_prompt(self, tokens: Any, start: int = 0) -> np.ndarray:
+        """The same for a prompt to be appended behind ``start`` tokens. Raises UserError also where it has no room."""
+        ids = self.token_ids(tokens)
+        if start + len(ids) > self.max_seq_len:
+            raise UserError(
+                f"the prompt needs {start + len(ids)} tokens, the cache holds {self.max_seq_len}; "
+                "shorten it, or open or build the bundle with a larger max_seq_len"
+            )
+        return ids
+
+    def prefill(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append a prompt (or more of one), in chunks; returns the last token's logits, float32 [vocab].
+
+        Raises UserError where there's no token, an id outside the vocabulary, or no room in the cache.
+        """
+        ids = self.check_prompt(tokens, self.length)
+        end = self.length + len(ids)
+        self._ahead = 0  # what the last verify wrote is overwritten
+        self._tokens[self.length : end] = ids
+        for first, last in self._chunks(end):
+            padding = -(last - first) % self.granule
+            chunk = self._tokens[first:last]
+            row = self._run_prompt(np.append(chunk, [0] * padding) if padding else chunk, first, padding)
+            self.length = max(self.length, last)
+        self._off_grid = first
+        return row
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append one token; returns its logits, float32 [vocab].
+
+        Raises UserError when the cache is full, or for an id outside the vocabulary.
+        """
+        if self.length >= self.max_seq_len:
+            raise UserError(f"the cache is full: it holds {self.max_seq_len} tokens")
+        if self.granule > 1:
+            row: np.ndarray = self.verify([token])[0]
+            self.accept()
+            return row
+        self._record([token], self.length)
+        row = self._run_token(token, self.length)
+        self._ahead, self.length = 0, self.length + 1
+        return row
+
+    def verify(self, tokens: Sequence[int]) -> np.ndarray:
+        """Look ahead: the logits behind each of 1 to MAX_RUN tokens in one run, float32 [len(tokens), vocab].
+
+        ``length`` stays; :meth:`accept` appends those that prove right. Raises UserError where the cache has no room,
+        or for an id outside the vocabulary.
+        """
+        start, count = self.length, len(tokens)
+        end = start + count
+        if not 1 <= count <= MAX_RUN:
+            raise ValueError(f"verify: {count} tokens, expected 1 to {MAX_RUN}")
+        if end > self.max_seq_len:
+            raise UserError(f"the cache has no room for {count} tokens behind {start}: it holds {self.max_seq_len}")
+        self._ahead = 0
+        self._record(tokens, start)
+        extra = -count % self.granule
+        behind = min(extra, self.max_seq_len - end)  # fillers; at the cache's end, tokens in front instead
+        first = start + behind - extra
+        run = [*self._tokens[first:end].tolist(), *[int(tokens[-1])] * behind] if extra else tokens
+        rows = self._run_draft(run, first)[start - first : end - first]
+        self._ahead = count
+        return rows
+
+    def accept(self) -> None:
+        """Append the next token of those that the last :meth:`verify` looked at: they are in the cache already."""
+        if not self._ahead:
+            raise ValueError("accept: no verified token is left; verify some, or decode")
+        self._ahead, self.length = self._ahead - 1, self.length + 1
+
+    def rewind(self, length: int = 0) -> None:
+        """Keep only the first ``length`` tokens of the cache."""
+        if not 0 <= length <= self.length:
+            raise UserError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        self._ahead, self.length, self.epoch = 0, length, self.epoch + 1
+
+    def cache_bits(self, rows: int) -> list[bytes]:
+        """The bits of the cache's first ``rows`` rows, every layer's; none where they aren't in the host's memory."""
+        return []
+
+    def state(self) -> tuple[int, int]:
+        """What :meth:`restore` takes: the sequence as it is now."""
+        return self.length, self._ahead
+
+    def restore(self, state: tuple[int, int]) -> None:
+        """Undo an interrupted call: nothing below ``length`` was overwritten since :meth:`state` was asked."""
+        self.length, self._ahead = state
+
+    def _record(self, tokens: Sequence[int], start: int) -> None:
+        for index, token in enumerate(tokens, start):
+            if not _is_id(token, self.manifest.vocab_size):
+                self.token_ids([token])  # tells what's wrong with it
+            self._tokens[index] = token
+
+    def _chunks(self, end: int) -> Iterator[tuple[int, int]]:
+        """First and last row of each run of a prompt that ends at row ``end`` and is appended behind ``length``.
+
+        With a granule, runs begin on its multiples, whatever was appended in which call; the first one may begin in
+        front of ``length`` and compute rows again. The last one begins as much earlier as its width needs; where it is
+        the only one, from row 0, it is padded. With an int8 cache, where a chunk attends to its own rows before they
+        are rounded, bits depend on where chunks begin: there the grid is ``prefill_chunk``, and what the last run of
+        the call before computed is computed again.
+        """
+        granule = self.granule
+        width = self.prefill_chunk - self.prefill_chunk % granule
+        coarse = granule > 1 and self.manifest.cache.dtype == "int8"
+        grid = width if coarse else granule
+        first = min(self.length, self._off_grid) if coarse else self.length
+        first -= first % grid
+        while end - first > width:
+            yield first, first + width
+            first += width
+        yield max(0, first - -(end - first) % granule), end
+
+    @abstractmethod
+    def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
+        """Write tokens, int64 [n], to the cache from row ``start``; the last ``padding`` of them are fillers.
+
+        n is at most ``prefill_chunk``, or the granule where that is more; only a run from row 0 has padding.
+        Returns the logits of the last token that's no filler, float32 [vocab].
+        """
+
+    @abstractmethod
+    def _run_token(self, token: int, start: int) -> np.ndarray:
+        """The same for one token: a step of plain decoding."""
+
+    @abstractmethod
+    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
+        """The same for 1 to MAX_RUN tokens; returns the logits of each, [len(tokens), vocab]."""
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    # bool is an int to Python, but True is no token id
+    return isinstance(token, int | np.integer) and not isinstance(token, bool) and bool(0 <= token < vocab_size)

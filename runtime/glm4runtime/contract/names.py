@@ -1,0 +1,47 @@
+"""Names: files of a bundle, targets, graphs, and the graphs' inputs and outputs."""
+
+from __future__ import annotations
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)  # what a session reads beside its graphs
+PREFILL = "prefill"
+DECODE = "decode"
+STEP = "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
+POSITION_IDS = "position_ids"  # step graphs: int64 [batch, seq]
+WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row that a sequence's first new token takes
+LOGIT_ROWS = "logit_rows"  # step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
+LOGITS = "logits"
+
+TENSORRT = "tensorrt"
+TARGETS = ("cpu", "cuda", TENSORRT)
+
+#: The sizes in a manifest's ``config``, which has more.
+GEOMETRY = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+def graph_names(target: str) -> tuple[str, ...]:
+    """The graphs that a bundle for ``target`` holds."""
+    return (STEP,) if target == TENSORRT else (PREFILL, DECODE)
+
+
+def past_name(layer: int, part: str) -> str:
+    """Graph input of one layer's cache; ``part`` is ``key`` or ``value``."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_name(layer: int, part: str) -> str:
+    """Graph output that is bound to the same buffer as :func:`past_name`."""
+    return f"present.{layer}.{part}"
