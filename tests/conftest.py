@@ -18,9 +18,8 @@ from glm4export.sources.checkpoint import Location, locate
 from glm4export.tensorrt.flavour import TENSORRT_RTX
 from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load
-
-from . import checkpoints
-from .engine_builds import LAYERS
+from tests.helpers import checkpoints
+from tests.helpers.engine_builds import LAYERS
 
 Build = Callable[..., Path]
 

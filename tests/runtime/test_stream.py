@@ -15,9 +15,8 @@ from glm4runtime.generation import Generation
 from glm4runtime.text.answers import ToolCall
 from glm4runtime.text.stream import StopStrings, TextStream, split_stop
 from glm4runtime.text.tokenizer import Tokenizer
-
-from ..interrupts import Interrupt
-from .test_tokenizer import make_raw
+from tests.helpers.interrupts import Interrupt
+from tests.helpers.tokenizers import make_raw
 
 RAW = make_raw()
 RAW.add_special_tokens(["<|assistant|>", "<|system|>"])

@@ -8,34 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from glm4runtime.contract import BundleError, UserError
 from glm4runtime.text.tokenizer import Tokenizer
+from tests.helpers.tokenizers import CORPUS, SPECIAL, make_raw
 
-SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|observation|>"]
-CORPUS = [
-    "hello world, hello tokens",
-    "你好，世界。今天天气怎么样。",
-    "naïve café 😀😀👩‍👩‍👧 ñ e\u0301",
-    "def f(x):\n    return x + 1\n",
-]
 TEXTS = st.one_of(st.text(), st.text(alphabet="aé你好😀\u0301\u200d👩\ufffd \n", max_size=40), st.sampled_from(CORPUS))
-
-
-def make_raw() -> RawTokenizer:
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    raw.train_from_iterator(CORPUS * 4, trainer)
-    raw.add_special_tokens(SPECIAL)
-    # Added tokens are text: one that the byte alphabet spells, two that it can't, one that it reads as a byte.
-    raw.add_tokens([AddedToken(text, special=False) for text in ("<think>", "two words", "中文 token", "Ā")])
-    return raw
 
 
 RAW = make_raw()

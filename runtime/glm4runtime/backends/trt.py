@@ -1,7 +1,7 @@
 """A TensorRT engine of the step graph: everything on the device, allocated once; decode steps replay a CUDA graph.
 
 Never run on a GPU: deserializing an engine needs one, and this project was written on machines without. What is sent to
-the device, in which order, is tested with a stand-in for TensorRT and CUDA (``tests/test_trt.py``).
+the device, in which order, is tested with a stand-in for TensorRT and CUDA (``tests/runtime/test_trt.py``).
 
 NVIDIA asks for one execution context a captured graph, with scratch memory shared between contexts, since a graph holds
 its context's state ("Inference with CUDA Graphs" in TensorRT-RTX's performance guide). So there are two: ``token`` for

@@ -1,0 +1,421 @@
+"""A stand-in for a GPU: CUDA's runtime and TensorRT as ``glm4runtime.backends.trt`` calls them, over host memory.
+
+It has no mercy: device memory starts as NaN, work waits on its stream until that is synchronized, a captured graph
+replays the addresses and shapes it was captured with, addresses must lie in what was allocated, on the right side of a
+copy. An engine is a file that names a step graph, which ONNX Runtime runs. Every name here is one of the real packages
+(``tests/runtime/test_trt_names.py``); how real devices behave beyond that, it doesn't know.
+
+What their docstrings ask for is asked for here too: 256-byte aligned scratch memory as large as the engine says *after*
+its streaming budget is set; no budget beyond an engine that streams, nor with contexts; shapes within the profile, set
+again behind a change of profile; every address before a run; no host code unless allowed; nothing freed under a
+context, a graph or work that may still use it. Rules broken where an exception would be lost, in finalizers, are
+collected in ``FakeCuda.broken_rules``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import types
+import weakref
+from collections.abc import Callable
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+ALIGNMENT = 256
+_DEVICE_BYTES = 500_000
+
+
+class cudaError_t(IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+    cudaErrorStreamCaptureUnsupported = 900
+
+
+class cudaMemcpyKind(IntEnum):
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+
+
+class cudaStreamCaptureMode(IntEnum):
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+class cudaDeviceAttr(IntEnum):
+    cudaDevAttrComputeCapabilityMajor = 75
+    cudaDevAttrComputeCapabilityMinor = 76
+
+
+class Graph:
+    """A captured graph, or one that is ready to be launched; empty once it's destroyed."""
+
+    def __init__(self, work: list[Callable[[], None]]) -> None:
+        self.work = list(work)
+
+
+class FakeCuda:
+    """``cuda.bindings.runtime`` for one stream. ``calls``: all, in order. ``failing``: names that return an error."""
+
+    cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr = cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr
+    cudaStreamNonBlocking = 1
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.failing: dict[str, cudaError_t] = {}
+        self.memory: dict[str, dict[int, int]] = {"device": {}, "pinned": {}}  # size by address
+        self.handles: set[Any] = set()  # streams and graphs not destroyed yet
+        self.pending: list[Callable[[], None]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self.contexts: weakref.WeakSet[IExecutionContext] = weakref.WeakSet()
+        self.broken_rules: list[str] = []
+        self._blocks: dict[int, Any] = {}
+
+    def rule(self, holds: bool, words: str) -> None:
+        """Note a rule that is broken, and raise."""
+        if not holds:
+            self.broken_rules.append(words)
+            raise AssertionError(words)
+
+    def living(self) -> list[IExecutionContext]:
+        """The execution contexts that are, in the order they were made."""
+        return sorted(self.contexts, key=lambda context: context._number)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        method = getattr(FakeCuda, f"_{name}")
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            if name in self.failing:
+                return (self.failing[name], None)
+            result = method(self, *arguments)
+            return (cudaError_t.cudaSuccess,) if result is None else (cudaError_t.cudaSuccess, result)
+
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.calls]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Put work on the stream: into the graph being captured, or behind what waits."""
+        (self.pending if self.captured is None else self.captured).append(work)
+
+    def require(self, place: str, address: int, size: int) -> None:
+        held = self.memory[place]
+        assert any(base <= address and address + size <= base + length for base, length in held.items()), (
+            f"{size} bytes at {address:#x} are not {place} memory"
+        )
+
+    def _allocate(self, place: str, size: int) -> int:
+        block = ctypes.create_string_buffer(b"\xff" * (size + ALIGNMENT), size + ALIGNMENT)
+        address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
+        self._blocks[address] = block
+        self.memory[place][address] = size
+        return address
+
+    def _copy(self, to: int, source: int, size: int, kind: int, *, pageable: bool = False) -> None:
+        down = kind == cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.require("pinned" if down else "device", to, size)
+        if not pageable:
+            self.require("device" if down else "pinned", source, size)
+        ctypes.memmove(to, source, size)
+
+    def _cudaGetDeviceCount(self) -> int:
+        return 1
+
+    def _cudaDeviceGetAttribute(self, attribute: int, device: int) -> int:
+        return {75: 8, 76: 9}[attribute]
+
+    def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
+        return error.name.encode()
+
+    def _cudaGetErrorString(self, error: cudaError_t) -> bytes:
+        return b"as the driver puts it"
+
+    def _cudaMalloc(self, size: int) -> int:
+        assert size > 0
+        return self._allocate("device", size)
+
+    def _cudaMallocHost(self, size: int) -> int:
+        return self._allocate("pinned", size)
+
+    def _cudaFree(self, address: int) -> None:
+        self.rule(not self.pending, "memory freed under work that waits")
+        self.rule(all(address != context._scratch[0] for context in self.contexts), "a context's scratch memory freed")
+        del self.memory["device"][address]
+
+    def _cudaFreeHost(self, address: int) -> None:
+        del self.memory["pinned"][address]
+
+    def _cudaMemset(self, address: int, value: int, size: int) -> None:
+        self.require("device", address, size)
+        ctypes.memset(address, value, size)
+
+    def _cudaMemcpy(self, to: int, source: int, size: int, kind: int) -> None:
+        self._copy(to, source, size, kind, pageable=True)
+
+    def _cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
+        assert stream in self.handles
+        self.submit(partial(self._copy, to, source, size, kind))
+
+    def _cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, height: int, stream: int) -> None:
+        assert stream in self.handles and 0 < width <= pitch and height > 0
+        self.require("device", address, (height - 1) * pitch + width)
+
+        def fill() -> None:
+            for row in range(height):
+                ctypes.memset(address + row * pitch, value, width)
+
+        self.submit(fill)
+
+    def _handle(self) -> int:
+        self.handles.add(handle := 1000 + len(self.calls))
+        return handle
+
+    def _cudaStreamCreateWithFlags(self, flags: int) -> int:
+        return self._handle()
+
+    def _cudaStreamSynchronize(self, stream: int) -> None:
+        assert stream in self.handles and self.captured is None
+        pending, self.pending = self.pending, []
+        for work in pending:
+            work()
+
+    def _cudaDeviceSynchronize(self) -> None:
+        for stream in [handle for handle in self.handles if isinstance(handle, int)]:
+            self._cudaStreamSynchronize(stream)
+
+    def _cudaStreamBeginCapture(self, stream: int, mode: int) -> None:
+        assert not self.pending, "captured before the warm-up was done"
+        self.captured = []
+
+    def _cudaStreamEndCapture(self, stream: int) -> Any:
+        assert self.captured is not None
+        graph, self.captured = Graph(self.captured), None
+        self.handles.add(graph)
+        return graph
+
+    def _cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        self.handles.add(replay := Graph(graph.work))
+        return replay
+
+    def _cudaGraphLaunch(self, replay: Any, stream: int) -> None:
+        assert replay in self.handles and stream in self.handles
+        self.pending.extend(replay.work)
+
+    def _destroy(self, handle: Any) -> None:
+        self.rule(not self.pending, "a handle destroyed under work that waits")
+        graphs = [held for held in self.handles if isinstance(held, Graph)]
+        if isinstance(handle, Graph):
+            handle.work.clear()
+        else:
+            self.rule(not graphs and not self.contexts, "a stream destroyed before its users")
+        self.handles.remove(handle)
+
+    _cudaStreamDestroy = _cudaGraphDestroy = _cudaGraphExecDestroy = _destroy
+
+
+class Severity(IntEnum):
+    INTERNAL_ERROR = 0
+    ERROR = 1
+    WARNING = 2
+
+
+class ILogger:
+    Severity = Severity
+
+    def __init__(self) -> None:
+        pass
+
+
+class ExecutionContextAllocationStrategy(IntEnum):
+    USER_MANAGED = 2
+
+
+class DynamicShapesKernelSpecializationStrategy(IntEnum):
+    EAGER = 1
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self.dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self._strategy = strategy
+
+
+class IExecutionContext:
+    """One set of addresses, shapes and a profile."""
+
+    def __init__(self, engine: ICudaEngine, config: Any) -> None:
+        strategy = config._strategy if isinstance(config, IRuntimeConfig) else config
+        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED, "set_device_memory is for USER_MANAGED"
+        self._captured: Any = None
+        self._engine, self._config = engine, config
+        self._profile, self._shapes, self._addresses, self._scratch = 0, {}, {}, (0, 0)
+        self._number = len(engine._cuda.contexts)
+        engine._cuda.contexts.add(self)
+
+    def __del__(self) -> None:
+        cuda = self._engine._cuda
+        if any(isinstance(held, Graph) and self._captured in held.work for held in cuda.handles):
+            cuda.broken_rules.append("a context destroyed before the graph that was captured of it")
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory % ALIGNMENT == 0 and size >= self._engine.device_memory_size_v2
+        self._engine._cuda.require("device", memory, size)
+        self._scratch = memory, size
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory % ALIGNMENT == 0
+        self._addresses[name] = memory
+        return name in self._engine._inputs or name in self._engine._outputs
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self._engine._cuda.calls.append(("set_optimization_profile_async", profile_index))
+        assert stream_handle in self._engine._cuda.handles
+        self._profile, self._shapes = profile_index, {}
+        return profile_index < len(self._engine._profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._engine._cuda.calls.append(("set_input_shape", name, tuple(shape)))
+        if not self._engine._allows(self._profile, name, tuple(shape)):
+            return False
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._engine._inputs if name not in self._shapes]
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._engine._capturable
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        cuda = self._engine._cuda
+        cuda.calls.append(("execute_async_v3", dict(self._shapes)))
+        assert self._scratch[0] and stream_handle in cuda.handles
+        missing = {*self._engine._inputs, *self._engine._outputs} - set(self._addresses)
+        assert not missing, f"no address for {missing}"
+        if self._engine._broken or self.infer_shapes():
+            return False
+        work = partial(self._engine._run, dict(self._shapes), dict(self._addresses))
+        self._captured = self._captured if cuda.captured is None else work
+        cuda.submit(work)
+        return True
+
+
+class ICudaEngine:
+    """A step graph in ONNX Runtime, reading and writing at addresses."""
+
+    streamable_weights_size = 10_000
+
+    def __init__(self, cuda: FakeCuda, graph: Path, profiles: Any) -> None:
+        self._streams, self._budget = False, self.streamable_weights_size
+        self._cuda, self._profiles = cuda, profiles
+        self._broken, self._capturable = False, True
+        self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """More where weights come and go through it."""
+        return 1000 if self._budget >= self.streamable_weights_size else 3000
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        self._cuda.calls.append(("weight_streaming_budget_v2", budget))
+        if not self._streams or self._cuda.contexts or budget < 0:
+            raise RuntimeError("the budget can't be set")
+        self._budget = budget
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        """Some of what the device has left."""
+        return max(0, _DEVICE_BYTES - sum(self._cuda.memory["device"].values())) // 100
+
+    def create_execution_context(self, config: Any) -> IExecutionContext:
+        return IExecutionContext(self, config)
+
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def _allows(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
+        ranges, declared = self._profiles[profile], self._inputs[name].shape
+        return len(declared) == len(shape) and all(
+            size == dim if isinstance(dim, int) else getattr(ranges, dim)[0] <= size <= getattr(ranges, dim)[2]
+            for size, dim in zip(shape, declared, strict=True)
+        )
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        feed = {}
+        for name, shape in shapes.items():
+            dtype = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
+            feed[name] = self._view(addresses[name], shape, dtype[self._inputs[name].type])
+        for name, value in zip(self._outputs, self._session.run(self._outputs, feed), strict=True):
+            self._view(addresses[name], value.shape, value.dtype)[...] = value
+
+    def _view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._cuda.require("device", address, size)
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
+
+
+class FakeTensorRT(types.SimpleNamespace):
+    """The module: reads an "engine" whose bytes are the path of a step graph.
+
+    ``engine`` and ``runtime``: the last ones, while they live.
+    """
+
+    def __init__(self, cuda: FakeCuda, profiles: Any, *, flavour: str = "tensorrt_rtx") -> None:
+        super().__init__(
+            __version__="1.7.1",
+            ILogger=ILogger,
+            ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
+            engine=None,
+            runtime=None,
+            host_code=False,  # that its engines hold code for the host
+            streams=False,  # that they were built for weight streaming
+            broken=False,  # that its engines refuse to run
+            capturable=True,
+        )
+        if flavour == "tensorrt_rtx":
+            self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+        module = self
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None:
+                self._logger = logger
+                self.engine_host_code_allowed = False
+                self._engine: Callable[[], Any] = lambda: None
+                module.runtime = weakref.proxy(self)
+
+            def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
+                text = bytes(serialized_engine).decode()
+                if not text.endswith(".onnx"):
+                    self._logger.log(Severity.WARNING, "a warning")
+                    self._logger.log(Severity.ERROR, "not an engine\nat all")
+                    return None
+                if module.host_code and not self.engine_host_code_allowed:
+                    self._logger.log(Severity.ERROR, "engine_host_code_allowed is False")
+                    return None
+                engine = ICudaEngine(cuda, Path(text), profiles)
+                engine._streams, engine._broken, engine._capturable = module.streams, module.broken, module.capturable
+                module.engine, self._engine = weakref.proxy(engine), weakref.ref(engine)
+                return engine
+
+            def __del__(self) -> None:
+                if self._engine() is not None:
+                    cuda.broken_rules.append("a runtime destroyed before its engine")
+
+        self.Runtime = Runtime

@@ -1,0 +1,371 @@
+"""Reading config.json: what transformers writes is read the same, everything else is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
+
+from glm4export.sources.config import ConfigError, parse_config, read_config, read_token_ids
+from glm4graphs.config import Glm4Config, Rope, YarnScaling
+from glm4graphs.rope import rotary_tables
+from glm4runtime.contract import UserError
+from tests.helpers import checkpoints
+from tests.helpers.configs import config_of
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+
+
+def older(data: dict[str, Any], scaling: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The same config in the spelling of the GLM-4-0414 checkpoints."""
+    rope = data.pop("rope_parameters")
+    top = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
+    return {**data, **top, **({} if scaling is None else {"rope_scaling": scaling})}
+
+
+def without(data: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name not in keys}
+
+
+@pytest.mark.parametrize("spell", [lambda data: data, older], ids=["rope_parameters", "top level"])
+def test_every_field_is_the_one_transformers_wrote(spell: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(spell(config_of())))
+    assert read_config(path) == Glm4Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        hidden_act="silu",
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        rope=Rope(theta=10000.0, partial_rotary_factor=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (YARN, Rope(1e4, 0.5, yarn=YarnScaling(4.0, 32768))),
+        ({"type": "yarn", "factor": 4}, Rope(1e4, 0.5, yarn=YarnScaling(4.0, 64))),
+        ({**YARN, "truncate": False, "mscale": 1, "beta_fast": 16}, None),
+        ({"rope_type": "linear", "factor": 8}, Rope(1e4, 0.5, linear_factor=8.0)),
+        ({"rope_type": "default"}, Rope(1e4, 0.5)),
+        ({}, Rope(1e4, 0.5)),
+    ],
+)
+def test_both_spellings_of_scaling_agree(scaling: dict[str, Any], expected: Rope | None) -> None:
+    new = parse_config({**config_of(), "rope_parameters": {**DEFAULT, **_typed(scaling)}}, "c")
+    old = parse_config(older(config_of(), scaling), "c")
+    assert new == old
+    assert expected is None or new.rope == expected
+
+
+def _typed(scaling: dict[str, Any]) -> dict[str, Any]:
+    return {("rope_type" if name == "type" else name): value for name, value in scaling.items()}
+
+
+def test_original_positions_may_stand_at_the_top_level() -> None:
+    data = {**older(config_of(), {"type": "yarn", "factor": 4.0}), "original_max_position_embeddings": 16}
+    assert parse_config(data, "c").rope.yarn == YarnScaling(4.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": YARN}, r"c: rope_type is given twice, as 'yarn' and as 'default'; keep the right one"),
+        ({"partial_rotary_factor": 1.0}, r"partial_rotary_factor is given twice, as 1\.0 and as 0\.5"),
+        ({"rope_theta": 1e6}, r"rope_theta is given twice, as 1000000\.0 and as 10000\.0"),
+    ],
+)
+def test_spellings_that_disagree_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**config_of(), **change}, "c")
+
+
+def test_spellings_that_agree_are_read() -> None:
+    data = {**config_of(), "rope_theta": 10000, "partial_rotary_factor": 0.5}
+    assert parse_config(data, "c") == parse_config(config_of(), "c")
+
+
+@pytest.mark.parametrize("data", [config_of(rope_parameters=None), older(config_of())], ids=["new", "older"])
+def test_neither_spelling_of_the_rotary_factor(data: dict[str, Any]) -> None:
+    data = copy.deepcopy(without(data, "partial_rotary_factor"))
+    data.get("rope_parameters", {}).pop("partial_rotary_factor", None)
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor is given neither at the top level nor in rope_param"):
+        parse_config(data, "c")
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["LlamaForCausalLM"]}, r"architectures=\['LlamaForCausalLM'\] .* supported: Glm4ForCausalLM"),
+    ({"architectures": ["Glm4ForSequenceClassification"]}, r"architectures=\['Glm4ForSequenceClassification'\]"),
+    ({"architectures": ["Glm4ForCausalLM", "Glm4ForCausalLM"]}, r"architectures=.* is not supported"),
+    ({"architectures": "Glm4ForCausalLM"}, r"architectures='Glm4ForCausalLM' is not supported"),
+    ({"architectures": None}, r"architectures=\[\] is not supported; supported: Glm4ForCausalLM"),
+    ({"hidden_act": "quick_gelu"}, r"hidden_act='quick_gelu' is not supported; supported: silu, swish, gelu, .*relu"),
+    ({"hidden_act": 1}, r"hidden_act=1 must be a str"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized; give the original bf16, fp16 or fp32"),
+    ({"num_key_value_heads": 3}, r"num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+    ({"num_key_value_heads": 0}, r"num_key_value_heads=0 must be at least 1"),
+    ({"num_hidden_layers": -1}, r"num_hidden_layers=-1 must be at least 1"),
+    ({"hidden_size": "64"}, r"hidden_size='64' must be a int"),
+    ({"hidden_size": 64.0}, r"hidden_size=64\.0 must be a int"),
+    ({"hidden_size": True}, r"hidden_size=True must be a int"),
+    ({"vocab_size": None}, r"key 'vocab_size' is missing"),
+    ({"max_position_embeddings": None}, r"key 'max_position_embeddings' is missing"),
+    ({"head_dim": 0}, r"head_dim=0 must be at least 1"),
+    ({"head_dim": None, "hidden_size": 3}, r"head_dim=0 must be at least 1"),
+    ({"head_dim": 3}, r"head_dim=3 and partial_rotary_factor=0\.5 give 1 rotary columns; an even number"),
+    ({"head_dim": 6}, r"give 3 rotary columns; an even number of at least 2 is needed"),
+    ({"rms_norm_eps": math.nan}, r"rms_norm_eps=nan must be a float"),
+    ({"rms_norm_eps": math.inf}, r"rms_norm_eps=inf must be a float"),
+    ({"rms_norm_eps": 0}, r"rms_norm_eps=0\.0 must be above 0"),
+    ({"rms_norm_eps": 10**400}, r"rms_norm_eps=10+\.\.\.0+ must be a float"),
+    ({"rms_norm_eps": None}, r"key 'rms_norm_eps' is missing"),
+    ({"rms_norm_eps": 1e-46}, r"rms_norm_eps=1e-46 is not in 1\.2e-38 to 65504, what a norm can compute with"),
+    ({"rms_norm_eps": 65505}, r"rms_norm_eps=65505\.0 is not in 1\.2e-38 to 65504"),
+    *(
+        ({name: 2**31}, rf"{name}=2147483648 must be at most 2147483647")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ),
+    ({"hidden_size": 2**60}, r"hidden_size=1152921504606846976 must be at most 2147483647"),
+    ({"hidden_size": 10**400}, r"hidden_size=10+\.\.\.0+ must be at most 2147483647"),
+    ({"head_dim": 2**16 + 1}, r"head_dim=65537 must be at most 65536"),
+    ({"max_position_embeddings": 10**8}, r"max_position_embeddings=100000000 must be at most 16777216"),
+    ({"hidden_act": "\x1b[2J" * 100}, r"hidden_act='(\\x1b\[2J){4}.*\.\.\..*' is not supported"),
+    ({"attention_bias": 1}, r"attention_bias=1 must be a bool"),
+    ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no' must be a bool"),
+    ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object"),
+    ({"rope_parameters": None, "rope_scaling": "yarn"}, r"rope_scaling='yarn' must be an object"),
+]
+REFUSED_ROPE: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"rope_type": kind}, rf"rope_type={kind!r} is not supported; supported: default, linear, yarn")
+        for kind in ("llama3", "longrope", "dynamic", "proportional", "su", 3)
+    ),
+    ({"partial_rotary_factor": 0}, r"partial_rotary_factor=0\.0 is not in \(0, 1\]"),
+    ({"partial_rotary_factor": 1.5}, r"partial_rotary_factor=1\.5 is not in \(0, 1\]"),
+    ({"partial_rotary_factor": "half"}, r"partial_rotary_factor='half' must be a float"),
+    ({"rope_theta": None}, r"key 'rope_theta' is missing"),
+    ({"rope_theta": 1}, r"rope_theta=1\.0 must be above 1"),
+    ({"rope_type": "linear"}, r"key 'factor' is missing"),
+    ({"rope_type": "linear", "factor": 0}, r"factor=0\.0 must be above 0"),
+    ({"rope_type": "yarn"}, r"key 'factor' is missing"),
+    ({**YARN, "factor": -4}, r"factor=-4\.0 must be above 0"),
+    ({**YARN, "beta_fast": 0}, r"beta_fast=0\.0 must be above 0"),
+    ({**YARN, "original_max_position_embeddings": 0}, r"original_max_position_embeddings=0 must be at least 1"),
+    ({**YARN, "truncate": 1}, r"truncate=1 must be a bool"),
+    ({**YARN, "attention_factor": "1"}, r"attention_factor='1' must be a float"),
+    ({"rope_theta": 1e80}, r"rope_theta=1e\+80 give an inverse frequency of 0\.0; is it this model's config"),
+    ({"rope_type": "linear", "factor": 1e50}, r"factor=1e\+50 give an inverse frequency of 0\.0"),
+    ({"rope_type": "linear", "factor": 1e-46}, r"factor=1e-46 give an inverse frequency of inf"),
+    ({"rope_type": "linear", "factor": 1e-7}, r"factor=1e-07 turn position 63 by 6\.3e\+08 radians, of which float32"),
+    (
+        {"rope_type": "linear", "factor": 1e12},
+        r"factor=1000000000000\.0 turn position 63 by 6\.3e-11 radians, as good as none",
+    ),
+    ({**YARN, "factor": 1e308}, r"factor=1e\+308 times original_max_position_embeddings=32768 is more than 16777216"),
+    ({**YARN, "factor": 513}, r"factor=513\.0 times original_max_position_embeddings=32768 is more than 16777216 pos"),
+    ({**YARN, "factor": 1e-46}, r"factor=1e-46, .* give an inverse frequency of nan"),
+    ({**YARN, "attention_factor": 1e-5}, r"attention_factor=1e-05, .* scale cos and sin by 1e-05, which float16"),
+    ({**YARN, "attention_factor": 65505}, r"attention_factor=65505\.0, .* scale cos and sin by 6\.55e\+04, which"),
+    ({**YARN, "mscale": 1e308, "mscale_all_dim": 1e-9}, r"mscale=1e\+308, .* scale cos and sin by 1\.39e\+307, which"),
+    ({**YARN, "beta_fast": 1e308}, r"beta_fast=1e\+308, .* can't be computed with \(math domain error\)"),
+    ({**YARN, "beta_slow": 5e-324}, r"beta_slow=5e-324, .* can't be computed with \(cannot convert float infinity"),
+    ({"rope_type": ["\x1b"] * 50}, r"rope_type=\['\\x1b', .*\.\.\.\] is not supported"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [*REFUSED, *(({"rope_parameters": {**DEFAULT, **change}}, message) for change, message in REFUSED_ROPE)],
+)
+def test_refusals_name_key_value_and_remedy(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^some/config.json: .*{message}"):
+        parse_config({**config_of(), **change}, "some/config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"config.json: no such file; a checkpoint folder in Hugging Face layout holds one"),
+        (b"", r"config.json: cannot be read as JSON"),
+        (b'{"a": ', r"config.json: cannot be read as JSON \(Expecting value"),
+        (b"\xff\xfe{}", r"config.json: cannot be read as JSON"),
+        (b"[" * 100_000, r"config.json: cannot be read as JSON"),
+        (b"[1]", r"config.json: expected a JSON object, found list"),
+        (b"null", r"config.json: expected a JSON object, found NoneType"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', r"cannot be read as JSON \(key 'c' is given twice\)"),
+        (b" " * (2**24 + 1), r"cannot be read as JSON \(16777217 bytes; at most 16777216 are read\)"),
+    ],
+    ids=["missing", "empty", "cut", "utf-16", "deep", "list", "null", "twice", "huge"],
+)
+def test_unreadable_files(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"cannot be read as JSON \(not a regular file\)"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match=r"config\.json: a git-lfs pointer, not the file; run `git lfs pull` in"):
+        read_config(tmp_path / "config.json")
+
+
+def test_spellings_nested_too_deep_to_compare() -> None:
+    deep: list[list[Any]] = [[], []]
+    for _ in range(5000):
+        deep = [[inner] for inner in deep]
+    data = {**config_of(), "rope_theta": deep[0], "rope_parameters": {**DEFAULT, "rope_theta": deep[1]}}
+    with pytest.raises(ConfigError, match=r"c: rope_theta is given twice, as \[+\.\.\.\]+ and as \[+\.\.\.\]+; keep"):
+        parse_config(data, "c")
+
+
+@pytest.mark.parametrize("positions", [1, 2**24])
+def test_the_fewest_and_the_most_positions(positions: int) -> None:
+    config = parse_config({**config_of(), "max_position_embeddings": positions}, "c")
+    assert config.max_positions == positions
+    cos, _ = rotary_tables(config, positions, positions - 1)
+    assert cos.shape == (1, 8)
+    assert float(cos[0, 0]) == pytest.approx(math.cos(positions - 1), abs=1e-6)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 40)
+    | st.sampled_from([2**53, 10**400, -(10**400)])
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["silu", "yarn", "linear", "default", "Glm4ForCausalLM"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+SPELLINGS = [config_of(), older(config_of()), older(config_of(), dict(YARN)), config_of(rope_parameters=DEFAULT | YARN)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), base=st.sampled_from(SPELLINGS), value=JSON_VALUES)
+def test_any_value_of_any_key_parses_or_is_refused(data: st.DataObject, base: dict[str, Any], value: Any) -> None:
+    changed = copy.deepcopy(base)
+    targets = [changed, *(inner for inner in changed.values() if isinstance(inner, dict))]
+    target = data.draw(st.sampled_from(targets))
+    if data.draw(st.booleans()):
+        target[data.draw(st.sampled_from(sorted(target)) if target else st.text())] = value
+    else:
+        target.pop(data.draw(st.sampled_from(sorted(target))), None)
+    try:
+        config = parse_config(changed, "c")
+    except ConfigError as error:
+        assert str(error).startswith("c: ")
+    else:
+        assert isinstance(config, Glm4Config)
+
+
+def write_tokens(folder: Path, config: dict[str, Any], generation: Any = None) -> Path:
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 96, **config}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 1}, {"eos_token_id": [1, 2, 3], "pad_token_id": 1}, ((1, 2, 3), 1, None)),
+        ({"eos_token_id": [4, 5], "pad_token_id": 0}, None, ((4, 5), 0, None)),
+        ({"eos_token_id": [4, 5]}, {"eos_token_id": None, "bos_token_id": 7}, ((4, 5), None, 7)),
+        ({}, {"eos_token_id": 95}, ((95,), None, None)),
+        ({"eos_token_id": 0, "bos_token_id": 9}, {}, ((0,), None, 9)),
+    ],
+)
+def test_token_ids(config: dict[str, Any], generation: Any, expected: tuple[Any, ...], tmp_path: Path) -> None:
+    tokens = read_token_ids(write_tokens(tmp_path, config, generation))
+    assert (tokens.eos, tokens.pad, tokens.bos) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "message"),
+    [
+        ({}, None, r"eos_token_id=None is not a token id below vocab_size=96"),
+        ({"eos_token_id": []}, None, r"eos_token_id=\[\] is not a token id"),
+        ({"eos_token_id": 96}, None, r"eos_token_id=96 is not a token id below vocab_size=96"),
+        ({"eos_token_id": 1}, {"eos_token_id": [1, -1]}, r"eos_token_id=-1 is not a token id"),
+        ({"eos_token_id": ["1"]}, None, r"eos_token_id='1' is not a token id"),
+        ({"eos_token_id": True}, None, r"eos_token_id=True is not a token id"),
+        ({"eos_token_id": 1, "pad_token_id": 151329}, None, r"pad_token_id=151329 is not a token id"),
+        ({"eos_token_id": 1, "bos_token_id": "x"}, None, r"bos_token_id='x' is not a token id"),
+        ({"eos_token_id": 1, "vocab_size": "96"}, None, r"config.json: vocab_size='96' must be a int"),
+        ({"eos_token_id": 1}, [1], r"generation_config.json: expected a JSON object, found list"),
+    ],
+)
+def test_token_ids_refused(config: dict[str, Any], generation: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_token_ids(write_tokens(tmp_path, config, generation))
+
+
+ROPES: list[dict[str, Any]] = [
+    {},
+    {"partial_rotary_factor": 1.0},
+    {"partial_rotary_factor": 0.25, "rope_theta": 5e5},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 1.0},
+    YARN,
+    {**YARN, "factor": 8.0, "partial_rotary_factor": 1.0},
+    {**YARN, "factor": 2.5, "rope_theta": 1e6},
+    {**YARN, "factor": 1.0},
+    {**YARN, "factor": 0.5},
+    {**YARN, "truncate": False},
+    {**YARN, "beta_fast": 16, "beta_slow": 2},
+    {**YARN, "beta_fast": 1e-9, "beta_slow": 1e-9, "truncate": False},  # low == high
+    {**YARN, "attention_factor": 1.25},
+    {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
+    {**YARN, "mscale": 0.707},
+    {**YARN, "original_max_position_embeddings": 4096},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("spelling", ["new", "older"])
+def test_rotary_tables_are_transformers(rope: dict[str, Any], spelling: str) -> None:
+    """cos and sin of each position, also past 32768, where a float32 angle's last bit is worth 2e-3 radians."""
+    parameters = {**DEFAULT, **rope}
+    reference = transformers.Glm4Config(
+        **{**checkpoints.SMALL, "head_dim": 128, "max_position_embeddings": 32768, "rope_parameters": dict(parameters)}
+    )
+    data = {**reference.to_dict(), "architectures": ["Glm4ForCausalLM"]}
+    if spelling == "older":
+        top = {name: parameters.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+        data = {**without(data, "rope_parameters"), **top, "rope_scaling": parameters}
+    positions = torch.tensor([[0, 1, 2, 3, 100, 4095, 4096, 32767, 32768, 33000]])
+    expected_cos, expected_sin = Glm4RotaryEmbedding(reference)(torch.zeros(1), positions)
+    cos, sin = rotary_tables(parse_config(data, "c"), 33001)
+    half = cos.shape[-1]
+    assert expected_cos.shape[-1] == 2 * half
+    torch.testing.assert_close(cos[positions[0]], expected_cos[0, :, :half], rtol=0, atol=0)
+    torch.testing.assert_close(sin[positions[0]], expected_sin[0, :, :half], rtol=0, atol=0)
