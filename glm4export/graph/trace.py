@@ -46,7 +46,7 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
     """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
 
     Inputs and outputs have the bundle contract's names. ``max_seq_len`` sizes the rotary tables. Attention is one
-    ``glm4::Attention`` node per layer.
+    ``glm4::Attention`` node a layer.
     """
     return _traced(config, graph, dtype, max_seq_len).clone()
 

@@ -1,4 +1,4 @@
-"""The decode graph: logits of every position given. One token per step, or several to verify drafts."""
+"""The decode graph: logits of every position given. One token a step, or several to verify drafts."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from glm4graphs.model import Cache, Glm4ForCausalLM
 class Prefill(Glm4ForCausalLM):
     """input_ids int64 [batch, seq] -> logits float32 [batch, 1, vocab] and the written cache.
 
-    Rows are right-padded and ``attention_mask`` [batch, total] tells their real lengths. Only one row per sequence
+    Rows are right-padded and ``attention_mask`` [batch, total] tells their real lengths. Only one row a sequence
     reaches the head, the widest matmul of the model.
     """
 
