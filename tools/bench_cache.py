@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs=2, metavar="BUNDLE")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8000], help="default: 512 2048 8000")
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens timed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="decode steps a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="decode steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="default: onnxruntime's choice")
     arguments = parser.parse_args()

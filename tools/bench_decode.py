@@ -37,7 +37,7 @@ class TimedSession:
 
 
 def our_round(session: Session, timed: TimedSession, steps: int) -> tuple[float, float]:
-    """Seconds a step, and the share of it spent outside ONNX Runtime: sampling, binding, Python."""
+    """Seconds per step, and the share of it spent outside ONNX Runtime: sampling, binding, Python."""
     generation = session.generate(PROMPT, SamplingParams(max_new_tokens=steps + 1))
     next(generation)
     timed.seconds = 0.0
@@ -48,7 +48,7 @@ def our_round(session: Session, timed: TimedSession, steps: int) -> tuple[float,
 
 
 def genai_rounds(bundle: Path, steps: int, threads: int) -> Callable[[], float]:
-    """A function that times one round of onnxruntime-genai, in seconds a step."""
+    """A function that times one round of onnxruntime-genai, in seconds per step."""
     import onnxruntime_genai as og
 
     config = og.Config(str(bundle))
@@ -74,7 +74,7 @@ def genai_rounds(bundle: Path, steps: int, threads: int) -> Callable[[], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--steps", type=int, default=24, help="decode steps a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="default: onnxruntime's choice")
     arguments = parser.parse_args()

@@ -4,8 +4,8 @@
     python tools/gpu_check.py -o gpu-check-9b --model zai-org/GLM-4-9B-0414
 
 Needs a CUDA build of torch, and triton. First every kernel of the attention plugin, as TensorRT gets it, against
-PyTorch; then its speed: bytes of cache read a second while decoding, beside a plain copy's, and arithmetic a second in
-prefill, beside torch's scaled_dot_product_attention. Then, for each TensorRT that is installed, engines of a model (the
+PyTorch; then its speed: bytes of cache read per second while decoding, beside a plain copy's, and arithmetic per second
+in prefill, beside torch's scaled_dot_product_attention. Then, for each installed TensorRT, engines of a model (the
 embedded one unless told otherwise) in every precision and with either attention: built, loaded, compared with PyTorch
 as `glm4export verify` does, and timed. Writes report.txt and report.json. Exit status 1 where a result is wrong, 2
 without a GPU.
@@ -40,7 +40,7 @@ from glm4runtime import Session, load
 from glm4runtime.contract import UserError
 
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2e-2}  # of values of size 1
-GROUPS = ((1, 2), (3, 2), (6, 8), (16, 2), (24, 2))  # query heads a kv head, kv heads
+GROUPS = ((1, 2), (3, 2), (6, 8), (16, 2), (24, 2))  # query heads per kv head, kv heads
 SEQUENCES = (((0, 150, 31), 1), ((900, 3), 5), ((0, 40), 130), ((1000, 0, 1), 1))  # pasts, new tokens
 COLD_BYTES = 1 << 29  # what a round of decoding reads at least, several times the largest L2 cache
 REPEATS = 20

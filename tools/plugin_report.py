@@ -37,7 +37,7 @@ def kernels(geometry: Geometry, capability: int) -> Iterator[tuple[str, Kernel]]
 
 
 def registers(kernel: Kernel) -> tuple[int, int]:
-    """Registers a thread, and bytes a thread of local memory: spills."""
+    """Registers per thread, and bytes per thread of local memory: spills."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.cubin)

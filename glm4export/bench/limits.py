@@ -1,4 +1,4 @@
-"""The most that this machine does: read bandwidth and matmul peaks, which figures are set beside."""
+"""This machine's limits: read bandwidth and matmul peaks, to compare figures with."""
 
 from __future__ import annotations
 

@@ -52,12 +52,12 @@ def write(report: Report, path: Path) -> None:
     figure.draw_without_rendering()  # names are placed by pixels, which are known once all is laid out
     _name_points(roofline, points)
     if report.limits is not None:
-        _name_slope(roofline, report.limits)
+        _name_slope(roofline, report.limits, points)
     figure.savefig(path, format=path.suffix.lower().removeprefix("."))
 
 
 def _roofline(axes: Axes, report: Report) -> list[Point]:
-    """Operations a second over operations a byte, for each prompt length and batch; returns the points to be named."""
+    """Operations per second over operations per byte, by prompt length and batch; returns the points to be named."""
     first = report.plan.contexts[0]
     decode = [run for run in report.decode if run.context == first]
     series = (
@@ -111,15 +111,19 @@ def _roofs(axes: Axes, limits: Limits, left: float, right: float) -> None:
         )  # fmt: skip
 
 
-def _name_slope(axes: Axes, limits: Limits) -> None:
-    """Write the bandwidth along its slope, between the picture's edge and the lower flat."""
+def _name_slope(axes: Axes, limits: Limits, points: list[Point]) -> None:
+    """Write the bandwidth along its slope, where it is farthest from every point."""
     bandwidth = limits.read_bytes_per_second / _GIGA
-    end = limits.fp32_ops_per_second / _GIGA / bandwidth
+    end = max(limits.int8_ops_per_second, limits.fp32_ops_per_second) / _GIGA / bandwidth
     start = max(axes.get_xlim()[0], axes.get_ylim()[0] / bandwidth)
-    middle = (start * end) ** 0.5
-    (x0, y0), (x1, y1) = axes.transData.transform([(start, start * bandwidth), (end, end * bandwidth)])
+    places = np.geomspace(start, end, 11)[2:-2]
+    pixels = axes.transData.transform(np.stack([places, places * bandwidth], axis=1))
+    taken = axes.transData.transform([(x, y) for x, y, *_ in points])
+    distances = np.linalg.norm(pixels[:, None] - taken[None], axis=2).min(axis=1)
+    place = places[int(distances.argmax())]
+    (x0, y0), (x1, y1) = pixels[0], pixels[-1]
     axes.annotate(
-        f"memory, {_plain(bandwidth)} GB/s", (middle, middle * bandwidth), (-3, 3), textcoords="offset points",
+        f"memory, {_plain(bandwidth)} GB/s", (place, place * bandwidth), (-3, 3), textcoords="offset points",
         rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)), rotation_mode="anchor",
         ha="center", va="bottom", color=_ROOF, **_TEXT,
     )  # fmt: skip
@@ -142,7 +146,7 @@ def _decode_by_context(axes: Axes, report: Report) -> None:
         allowed = [report.limits.read_bytes_per_second / run.bytes for run in runs]
         if max(allowed) < 3 * max(run.tokens_per_second.high for run in runs):
             axes.plot(contexts, allowed, "--", color=_ROOF, linewidth=1.2, label="read bandwidth allows")
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=_SMALL)
+            axes.legend(loc="lower left", fontsize=_SMALL)  # the axis begins at 0: room below the curves
     _lengths(axes, contexts, "context [tokens]")
     axes.set_title("Decode, one sequence", loc="left")
     axes.set(ylabel="tokens per second", ylim=(0, 1.05 * axes.get_ylim()[1]))

@@ -1,4 +1,4 @@
-"""What ``glm4export bench`` found: figures for programs, a table for people."""
+"""The results of ``glm4export bench``: figures for programs, a table for people."""
 
 from __future__ import annotations
 

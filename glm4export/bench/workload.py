@@ -1,4 +1,4 @@
-"""What a run of a graph has to read and to compute, by its file and the model's geometry: a roofline's two numbers."""
+"""Bytes that a run of a graph reads and operations that it computes, from its file and the model's geometry."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Workload:
         return 2 * (tokens * self.layer_weights + len(self._chunks(tokens)) * self.head_weights)
 
     def prefill_bytes(self, tokens: int) -> int:
-        """Weights, once a chunk, and the cache as far as each chunk looks back."""
+        """Weights, once per chunk, and the cache as far as each chunk looks back."""
         chunks = self._chunks(tokens)
         back = sum(min(tokens, (index + 1) * self.chunk) for index in range(len(chunks)))
         return sum(map(self.prefill.read, chunks)) + back * self.cache_bytes_per_token

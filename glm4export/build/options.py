@@ -1,4 +1,4 @@
-"""What can be built: the options of a build, which go together, and what follows from them."""
+"""The options of a build: which of them go together, and which dtypes and formats follow from them."""
 
 from __future__ import annotations
 

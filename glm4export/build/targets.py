@@ -1,4 +1,4 @@
-"""Which target a build is for where none is named."""
+"""Choose a target where the user names none."""
 
 from __future__ import annotations
 

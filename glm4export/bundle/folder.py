@@ -1,4 +1,4 @@
-"""Atomic bundles: a build writes into a scratch folder, and what it made takes its place only when it's complete."""
+"""Atomic bundles: a build writes into a scratch folder, which replaces the output only once it is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's numbers reach on a text: largest magnitudes of keys, of values, and of every linear's input.
+"""Largest magnitudes that keys, values and every linear's input reach on a text.
 
 The float32 model runs over the text one layer at a time, and each linear is read in windows of rows, used and dropped.
 In memory are the text's activations and one window. A visitor is shown windows and inputs on the way, so that

@@ -27,7 +27,9 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="sequences decoded at once; beyond 1 at the shortest context (default: 1,2,4,8; for tensorrt 1)",
     )
-    command.add_argument("--steps", type=int, default=32, metavar="N", help="decode steps a run (default: %(default)s)")
+    command.add_argument(
+        "--steps", type=int, default=32, metavar="N", help="decode steps per run (default: %(default)s)"
+    )
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (default: %(default)s)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="write a roofline and length curves, .png or .svg")
     add_session_options(command)

@@ -58,7 +58,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     quantized.add_argument(
         "--block-size", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale (default: 128)"
     )
-    quantized.add_argument("--asymmetric", action="store_true", help="a zero point a block beside its scale")
+    quantized.add_argument("--asymmetric", action="store_true", help="a zero point beside each block's scale")
     quantized.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=8, help="lm_head (default: 8)")
     quantized.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16, help="default: 16")
     quantized.add_argument(

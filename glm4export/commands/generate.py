@@ -26,7 +26,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one question; - reads it from standard input")
-    what.add_argument("--chat", action="store_true", help="a conversation, a line a question, until Ctrl-D")
+    what.add_argument("--chat", action="store_true", help="a conversation, one question per line, until Ctrl-D")
     command.add_argument(
         "--raw", action="store_true", help="with --prompt: continue the text, without the chat template"
     )

@@ -19,7 +19,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="instead of the built-in ones")
     command.add_argument(
-        "--steps", type=int, default=32, metavar="N", help="decode steps a prompt (default: %(default)s)"
+        "--steps", type=int, default=32, metavar="N", help="decode steps per prompt (default: %(default)s)"
     )
     command.add_argument(
         "--long",

@@ -8,7 +8,7 @@ from glm4export.graph.skeleton import Skeleton
 
 
 def listing(skeleton: Skeleton) -> str:
-    """A graph as text: boundary, weights with their recipes, then a line a node in execution order."""
+    """A graph as text: boundary, weights with their recipes, then one line per node in execution order."""
     graph = skeleton.graph
     opsets = ", ".join(
         f"{domain or 'ai.onnx'} {number}" for domain, number in sorted(skeleton.model.opset_imports.items())

@@ -1,4 +1,4 @@
-"""What a model will take, from its config alone: parameters, bundle and cache bytes, and what fits a machine."""
+"""Estimate a build from the config alone: parameters, bytes of bundle and cache, and whether a machine has room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes, one a file, and the ordered list that each target and precision runs.
+"""The passes, one per file, and the ordered list that each target and precision runs.
 
 A pass takes a skeleton, rewrites its nodes and recipes in place, and returns what it counted. Counts follow from the
 config, the options and the passes before: every pass states its own, and another one is an error (:class:`Pass`).

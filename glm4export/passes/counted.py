@@ -1,4 +1,4 @@
-"""What a pass is: a rewrite, and the counts that the config promises of it. A pass that matches nothing is an error."""
+"""A pass is a rewrite with promised counts, which follow from the config. A pass that matches nothing is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep attention one node, ``glm4::Attention``, for TensorRT's plugin, and put beside it what it stands for.
+"""Keep attention one node, ``glm4::Attention``, for TensorRT's plugin, with its definition as a function beside it.
 
 The node takes what the standard lowering's operators take (:class:`AttentionInputs`), and the model carries a local
 function of its name made of exactly those operators: a runtime without the plugin runs that. TensorRT's parser must not

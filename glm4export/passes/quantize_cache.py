@@ -1,4 +1,4 @@
-"""Keep the KV cache in int8, a static step a channel: GroupQueryAttention reads and writes it as it is.
+"""Keep the KV cache in int8, one static step per channel: GroupQueryAttention reads and writes it as it is.
 
 A new key or value is stored as ``clamp(round(x / step), -128, 127)``. Steps come from calibration and are weights like
 any other, so that whoever runs the graph only sees a cache of another dtype.
@@ -35,7 +35,7 @@ class Int8Cache:
 
 @counts(per_layer(caches=2))
 def quantize_cache(skeleton: Skeleton) -> dict[str, int]:
-    """Counts: ``caches``, two a layer, that are int8 now."""
+    """Counts: ``caches``, two per layer, that are int8 now."""
     count = 0
     for attention, caches in int8_caches(skeleton):
         attention.resize_inputs(1 + max(_SCALES.values()))

@@ -1,4 +1,4 @@
-"""Linears in fp8 (E4M3) for TensorRT: weights with one scale an output channel, activations with a static one a tensor.
+"""Linears in fp8 (E4M3) for TensorRT: one scale per output channel for weights, one static scale per activation.
 
 The scales of activations are what a calibration text's inputs reached (:mod:`glm4export.calibration.observe`), divided
 by E4M3's largest number. Tensor cores of compute capability 8.9 and later multiply fp8 by fp8 in twice the rate of

@@ -1,4 +1,4 @@
-"""Prefill's linears in int8: weights with one scale an output channel, activations with one a row, as they come.
+"""Prefill's linears in int8: one scale per output channel for weights, one per row for activations, as they come.
 
 Prefill is bound by arithmetic, and integer matmuls of whole rows run about twice as fast as block-quantized ones.
 The nodes around each matmul cost under 2% of it: one QuantizeLinear behind a division by the row's scale, and

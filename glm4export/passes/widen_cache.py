@@ -27,7 +27,7 @@ _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 @counts(per_layer(caches=2))
 def widen_cache(skeleton: Skeleton) -> dict[str, int]:
-    """Counts: ``caches``, two a layer, that are int8 now."""
+    """Counts: ``caches``, two per layer, that are int8 now."""
     layers = list(int8_caches(skeleton))
     if layers:
         shared = _Shared(skeleton, layers[0][0])

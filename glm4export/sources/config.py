@@ -157,7 +157,7 @@ def _rope(data: dict[str, Any], where: str, max_positions: int) -> Rope:
 
 
 def _eps(key: _Keys) -> float:
-    """The norms' eps: an attribute in float32, which kernels of float16 may hold as that."""
+    """The norms' eps. Graphs hold it in float32; float16 kernels may round it to float16."""
     eps = key.above("rms_norm_eps", 0)
     least, most = torch.finfo(torch.float32).tiny, _FLOAT16.max
     if not least <= eps <= most:
@@ -168,7 +168,7 @@ def _eps(key: _Keys) -> float:
 
 
 def _check_rotary(config: Glm4Config, where: str) -> None:
-    """Refuse values whose rotary tables, computed as a build computes them, aren't numbers or tell nothing apart."""
+    """Refuse values whose rotary tables aren't finite, leave float16's range, or can't tell positions apart."""
     rope = config.rope
     values = {"rope_theta": rope.theta}
     if rope.linear_factor != 1:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's small files: strictly, and none that would take the build down or never end."""
+"""Read a checkpoint's small files strictly, and refuse those that would exhaust memory or never end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of tensors: what a checkpoint of some geometry holds, and how what is there differs from it.
+"""The ledger of tensors: those that a geometry needs, and how a checkpoint's tensors differ from them.
 
 Arithmetic on names and shapes: a config may speak of more layers than a list of their names would fit any memory.
 """

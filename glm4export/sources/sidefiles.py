@@ -1,4 +1,4 @@
-"""What a bundle carries beside weights and graphs, looked at before the build: a bad one is told now, not at a chat."""
+"""Tokenizer, template and configs, checked before the build: a bad one is reported now, not at the first chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's head is its embedding. Decided here, once; everything else asks the config that comes out."""
+"""Whether a checkpoint's head is its embedding. Decided here, once; all other code asks the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that begin a turn which isn't the model's: generation stops on them, whatever a checkpoint's eos says.
+"""The tokens that begin somebody else's turn. Generation stops on them, even where a checkpoint's eos leaves them out.
 
 A fine-tune often names one eos, and would go on as the user where it should have stopped.
 """

@@ -4,7 +4,7 @@ Both come as a Python module with the same builder, parser and network classes. 
 at hand, so it builds for that GPU only. TensorRT-RTX compiles for named GPUs on any machine and leaves the choice of
 kernels to the machine that runs the engine.
 
-Full TensorRT has never been run by this project's authors: it can't be installed without NVIDIA's own package index.
+Full TensorRT has never run: docs/status.md.
 """
 
 from __future__ import annotations

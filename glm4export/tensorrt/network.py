@@ -10,7 +10,7 @@ from typing import Any
 from glm4runtime.contract import UserError
 from glm4runtime.contract.engine_spec import PLUGIN, PLUGINS_OF_LAYER, STANDARD
 
-# Fused layers by TensorRT's name, and how many of each a decoder layer of the model has.
+# Fused layers by TensorRT's name, and how many of each one decoder layer of the model has.
 FUSED = {
     STANDARD: {"ATTENTION_OUTPUT": 1, "ROTARY_EMBEDDING": 2, "KV_CACHE_UPDATE": 2},
     PLUGIN: {"PLUGIN_V3": PLUGINS_OF_LAYER},

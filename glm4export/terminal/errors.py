@@ -1,4 +1,4 @@
-"""How errors show what they were given: short, on one line, and without a control code reaching the terminal."""
+"""Show given values in errors: short, on one line, and without control codes that a terminal would obey."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text whose line breaks are meant: those in a name must be escaped before it gets there."""
+    """The same, but line breaks stay: escape those inside a name before you call this."""
     return "\n".join(map(printable, text.split("\n")))
 
 

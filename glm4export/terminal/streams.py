@@ -31,7 +31,7 @@ def prepare() -> None:
 
 
 def drop() -> None:
-    """Let what is still buffered go nowhere, so that the interpreter's last flush doesn't fail again."""
+    """Discard buffered output, so that the interpreter's last flush doesn't fail again."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

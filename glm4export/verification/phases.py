@@ -128,7 +128,7 @@ def _last_rows(runner: Runner, ids: Sequence[int], phase: str) -> Iterator[tuple
 
 @contextmanager
 def _chunks_of(runner: Runner, size: int) -> Iterator[None]:
-    """Have prompts computed ``size`` tokens a run, fewer than its buffers have room for."""
+    """Have prompts computed ``size`` tokens per run, fewer than its buffers have room for."""
     room, runner.prefill_chunk = runner.prefill_chunk, size
     try:
         yield

@@ -106,8 +106,8 @@ def verify(
 ) -> Report:
     """Run the bundle greedily over several texts and compare every logit with the fp32 reference's.
 
-    checkpoint: folder or hub id; needed where the bundle doesn't say where it came from. steps: decode steps a prompt.
-    long: also fill the cache to its last row; as slow as prefilling that many tokens in fp32.
+    checkpoint: folder or hub id; needed where the bundle doesn't say where it came from. steps: decode
+    steps per prompt. long: also fill the cache to its last row; as slow as prefilling that many tokens in fp32.
     Raises UserError where the checkpoint isn't the one that the bundle was built from.
     """
     if steps < 0:

@@ -61,7 +61,7 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales (in ``scale_dtype``) and zero points included; padding is not."""
+        """Stored bits per weight, scales (in ``scale_dtype``) and zero points included; padding is not."""
         zero_point = 0 if self.symmetric else self.bits
         return self.bits + (8 * self.scale_dtype.itemsize + zero_point) / self.block
 
@@ -139,7 +139,7 @@ def quantize_rows(
     importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with one scale a row, above zero: int8 [rows, columns] and float32 [rows], with ``w ~ scale * q``.
+    """Quantize with one scale per row, above zero: int8 [rows, columns] and float32 [rows], with ``w ~ scale * q``.
 
     q is in -127..127; with ``reduce_range`` in -64..64, for CPUs without VNNI, whose kernels add two products of an
     unsigned and a signed byte in 16 bits, which 255 * 127 * 2 would saturate.
@@ -159,7 +159,7 @@ def quantize_rows(
 
 
 def quantize_rows_fp8(weight: Tensor, *, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Round to fp8 with one scale a row, above zero: float8_e4m3fn [rows, columns] and float32 [rows].
+    """Round to fp8 with one scale per row, above zero: float8_e4m3fn [rows, columns] and float32 [rows].
 
     Each row's largest magnitude becomes E4M3's, 448. Raises ValueError for weights that aren't finite.
     """

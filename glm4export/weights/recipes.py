@@ -247,7 +247,7 @@ class QuantizedPart:
 
 @dataclass(frozen=True)
 class RowQuantizedPart:
-    """A matrix [rows, columns] in int8 or fp8 with one scale a row: ``data``, stored transposed, or ``scales``.
+    """A matrix [rows, columns] in int8 or fp8 with one scale per row: ``data``, stored transposed, or ``scales``.
 
     Scales have values of ``scale_dtype``.
     """

@@ -23,7 +23,7 @@ class Formats:
     embedding_bits: int
     block: int  # preferred; a weight whose columns it doesn't divide gets the largest block that does
     symmetric: bool
-    qdq: bool = False  # for DequantizeLinear: int4 blocks with scales above zero, int8 with one scale a row
+    qdq: bool = False  # for DequantizeLinear: int4 blocks with scales above zero, int8 with one scale per row
 
     def bits(self, name: str) -> int:
         """Bits of a weight, by the checkpoint's name: 4, 8, or 16 for float16."""

@@ -1,6 +1,6 @@
 """``glm4::attention``: rotary, cache update and grouped-query attention as one operator.
 
-One operator, so that the exported graph has one ``glm4::Attention`` node a layer, which each target lowers to what it
+One operator, so that the exported graph has one ``glm4::Attention`` node per layer, which each target lowers to what it
 runs best. The PyTorch body below is the definition that everything else is compared with.
 """
 

@@ -1,4 +1,4 @@
-"""A row's bits made independent of the run that computes it: ``load(..., invariant=True)``.
+"""Make a row's bits independent of the run that computes it: ``load(..., invariant=True)``.
 
 Kernels choose their way by how many rows they are given, and another way adds in another order. On ONNX Runtime 1.32's
 CPU kernels a lone row differs (attention in every precision; quantized matmuls), and where MatMulNBits takes rows by

@@ -1,4 +1,4 @@
-"""Signals that end a command: what it began is undone, and the process leaves with 128 and the signal's number.
+"""Signals that end a command: it undoes what it began and exits with 128 plus the signal's number.
 
 Nothing is raised. An exception passes through whatever runs just then, and much of that (tracers that try one way after
 another, imports of extensions) swallows it, makes another error of it, or prints it. Here the handler itself undoes and

@@ -28,7 +28,7 @@ def read_bandwidth(threads: int, megabytes: int = 1024, passes: int = 6) -> floa
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured and found on this machine; bandwidth in bytes a second."""
+    """What was measured and found on this machine; bandwidth in bytes per second."""
 
     cpu: str
     flags: tuple[str, ...]

@@ -114,7 +114,7 @@ def score(worker: Worker, name: str, windows: np.ndarray, folder: Path) -> Row:
 
 
 def print_table(rows: list[Row]) -> None:
-    """One line a peer."""
+    """One line per peer."""
     width = max(len(row.name) for row in rows)
     print(f"{'':<{width}}    bits of                              mean KL    p99 KL    top-1")
     print(f"{'':<{width}}  blocks  head embed.   all  perplexity      nats      nats        %")

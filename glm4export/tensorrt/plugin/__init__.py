@@ -11,7 +11,7 @@ a sequence that was split must be there before they are combined. So ``glm4::Att
 
 One step graph serves both phases, so one chain does: how many shares there are follows from batch and seq, as symbolic
 dimensions (:func:`.geometry.split_sizes`), and TensorRT times a tile for decode and a tile for prefill in each
-optimization profile (:class:`.register.Tactic`). The two small launches should cost a few microseconds a layer;
+optimization profile (:class:`.register.Tactic`). The two small launches should cost a few microseconds per layer;
 appending inside the attention kernel would save one, but make every tile of a prompt rotate the keys before it again.
 
 In place. An output made by ``TensorDesc.aliased()`` shares its input's buffer. What must hold, by TensorRT's headers
@@ -26,6 +26,5 @@ name alone, so the node ``glm4::Attention`` itself must not reach it (TensorRT-R
 Attention nodes with one output"). TensorRT 11.1 and 11.2.1 are reported to leak memory where an AOT plugin meets
 changing shapes (github.com/NVIDIA/TensorRT, issue 4849): prefill in chunks of one size there.
 
-Never run on a GPU or inside full TensorRT: kernels are checked under Triton's interpreter and compiled for every
-device, registration in TensorRT's own Python front end. ``tools/gpu_check.py`` is for whoever has a GPU.
+Never run on a GPU or inside full TensorRT: docs/status.md. ``tools/gpu_check.py`` is for whoever has a GPU.
 """

@@ -45,7 +45,7 @@ class Kernel:
     name: str
     ptx: str
     threads: int
-    shared: int  # bytes a block
+    shared: int  # bytes per block
     tile: Tile | None
     cubin: bytes
 

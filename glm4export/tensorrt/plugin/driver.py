@@ -1,6 +1,6 @@
 """The kernels as TensorRT gets them, launched by the CUDA driver: PTX, and arguments in TensorRT's order.
 
-No more shared memory than a launch may have unasked. For ``tools/gpu_check.py``. **Never run**: written without a GPU.
+No more shared memory than a launch may have unasked. For ``tools/gpu_check.py``. Never run: docs/status.md.
 """
 
 from __future__ import annotations

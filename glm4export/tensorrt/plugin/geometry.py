@@ -13,7 +13,7 @@ from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 
 HEAD_DIMS = (16, 32, 64, 128)
-MAX_GROUP = 24  # query heads a kv head, GLM-4-32B's
+MAX_GROUP = 24  # query heads per kv head, GLM-4-32B's
 ACTIVATIONS = ("float16", "bfloat16")
 CACHES = (*ACTIVATIONS, "int8")
 

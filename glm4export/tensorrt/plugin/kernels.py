@@ -80,7 +80,7 @@ def attend(
     """Attend to the cache, with an online softmax over blocks of BLOCK_N of its rows.
 
     Grid: (cdiv(seq * group, BLOCK_M), splits, batch * kv_heads). A query is a pair of token and head of the group,
-    tokens first: the group shares each load of keys and values, and a decoding step of 16 heads a kv head fills a
+    tokens first: the group shares each load of keys and values, and a decoding step of 16 heads per kv head fills a
     16-row tile. With one split ``attended`` is written; with more, ``partial`` [batch * kv_heads, splits, rows,
     head_dim] and ``lse`` [batch * kv_heads, splits, rows], base-2 logarithms of the softmax's denominators, for
     ``combine``. A token sees the cache's rows that the mask shows, up to its own.

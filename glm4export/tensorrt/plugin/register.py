@@ -3,8 +3,8 @@
 Must run before a graph that :mod:`~glm4export.tensorrt.plugin.graph` rewrote is parsed; the engine built from it needs
 neither this module nor Python. TensorRT's decorators read annotations as objects, hence no ``annotations`` future here.
 
-**Never run inside full TensorRT**, whose wheels could not be installed where this was written. Tests drive the Python
-half of these decorators, which is TensorRT's own, with a stand-in for the native half behind it.
+Never run inside full TensorRT: docs/status.md. Tests drive the Python half of these decorators, which is TensorRT's
+own, with a stand-in for the native half behind it.
 """
 
 from enum import IntEnum
@@ -24,7 +24,7 @@ class Tactic(IntEnum):
 
 
 def register(capability: int | None = None) -> None:
-    """Make the plugins known to TensorRT's registry, once a process.
+    """Make the plugins known to TensorRT's registry, once per process.
 
     ``capability``, such as 89, is the device's that the engine is for; by default this machine's. Raises UserError
     without a GPU, or for a device that the kernels aren't made for.

@@ -1,7 +1,6 @@
 """CUDA's runtime API through cuda-python (package ``cuda-bindings``), every return value checked.
 
-Never run on a GPU: this project was written on machines without one. The names and arguments of the calls are those of
-cuda-bindings 12.9 and 13.5, checked by ``tests/runtime/test_trt_names.py``.
+Never run on a GPU: docs/status.md.
 """
 
 from __future__ import annotations

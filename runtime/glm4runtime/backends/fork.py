@@ -1,4 +1,4 @@
-"""What a process may not take into its children.
+"""Refuse sessions in a forked child: their threads don't exist there.
 
 A forked child has the memory of its parent, and none of its threads. What runs on a library's threads can't be used
 there, and not even be freed: ONNX Runtime waits, spinning, for threads that are not.

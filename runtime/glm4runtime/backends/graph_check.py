@@ -1,4 +1,4 @@
-"""Whether a bundle's graphs are what its manifest says, told from their files before anything is opened or allocated.
+"""Check a bundle's graph files against its manifest, before anything is opened or allocated.
 
 A manifest's sizes decide how much memory is taken; the graphs' are the ones that fit the weights.
 """

@@ -1,7 +1,6 @@
 """Opening a graph in ONNX Runtime on one of its execution providers.
 
-Only ``cpu`` has ever run: this project was written on machines without a GPU. The names of the other providers' options
-were read in the libraries of onnxruntime-gpu 1.31 and onnxruntime-ep-nv-tensorrt-rtx-cu12 0.5.
+Only ``cpu`` has ever run: docs/status.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A step graph in ONNX Runtime: any provider runs it, ``cpu`` without a GPU.
 
-Only ``cpu`` has ever run. There the mask is changed in place, cell by cell; elsewhere the rows of a run's kind are
-uploaded whole, ``max_seq_len`` bytes a row, since ONNX Runtime offers no smaller copy.
+Only ``cpu`` has ever run: docs/status.md. There the mask is changed in place, cell by cell. On a device a run uploads
+its rows of the mask whole, ``max_seq_len`` bytes per row, since ONNX Runtime offers no smaller copy.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Kind:
 
 
 def provider_options(folder: Path, cache: CacheSpec, provider: str, longest: int) -> Mapping[str, str]:
-    """Options of ONNX Runtime's provider for the step graph, runs of 1 to ``longest`` tokens; never run on a GPU.
+    """Options of ONNX Runtime's provider for the step graph, runs of 1 to ``longest`` tokens.
 
     The TensorRT providers build engines of their own when a graph is opened: from the ranges of its dynamic dims, as
     ``name:1x2,name:3``, and they keep what they built in the bundle, where that can be written.

@@ -1,6 +1,6 @@
 """Weights as this machine's kernels want them, saved once and mapped by every session: one copy in memory.
 
-ONNX Runtime repacks weights when it opens a graph, on the heap, once a session: prefill and decode hold two copies of
+ONNX Runtime repacks weights when it opens a graph, on the heap, once per session: prefill and decode hold two copies of
 what is one file. :func:`prepare` saves the repacked weights instead. Both graphs then map the same file, and so do all
 processes on the machine. What was saved fits one CPU and one onnxruntime release; for another it's passed over.
 """

@@ -1,4 +1,4 @@
-"""Which code runs a bundle: the values of ``provider``. What each needs is imported when it is opened, even numpy."""
+"""Choose the code that runs a bundle by ``provider``. Each one's packages, even numpy, are imported on opening."""
 
 from __future__ import annotations
 

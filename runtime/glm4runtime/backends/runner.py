@@ -1,4 +1,4 @@
-"""One sequence on one bundle: what is appended, looked ahead at and taken back, whatever runs the graphs.
+"""One sequence on one bundle: append tokens, look ahead, take back. Subclasses run the graphs.
 
 :mod:`glm4runtime.backends.ort` (prefill and decode graphs), :mod:`glm4runtime.backends.ort_step` and
 :mod:`glm4runtime.backends.trt` (step graphs, in ONNX Runtime and as a TensorRT engine) fill in the three kinds of run.

@@ -1,10 +1,9 @@
 """A TensorRT engine of the step graph: everything on the device, allocated once; decode steps replay a CUDA graph.
 
-Never run on a GPU: deserializing an engine needs one, and this project was written on machines without. What is sent to
-the device, in which order, is tested with a stand-in for TensorRT and CUDA (``tests/runtime/test_trt.py``).
+Never run on a GPU: docs/status.md.
 
-NVIDIA asks for one execution context a captured graph, with scratch memory shared between contexts, since a graph holds
-its context's state ("Inference with CUDA Graphs" in TensorRT-RTX's performance guide). So there are two: ``token`` for
+A captured graph holds its execution context's state, so NVIDIA asks for one context per graph, with scratch memory
+shared between contexts ("Inference with CUDA Graphs" in TensorRT-RTX's performance guide). Hence two: ``token`` for
 decode steps, captured, and ``many`` for prompts and drafts, whose shapes change.
 """
 

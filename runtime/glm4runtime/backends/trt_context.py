@@ -1,4 +1,7 @@
-"""An execution context of a TensorRT engine, and the inputs it reads at addresses that stay. Never run on a GPU."""
+"""An execution context of a TensorRT engine, and the inputs it reads at addresses that stay.
+
+Never run on a GPU: docs/status.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sidecar of a TensorRT engine: what it was built by, for, and from. Standard library only.
+"""The sidecar of a TensorRT engine: its builder, its device, and the files it was built from. Standard library only.
 
 An engine runs on the TensorRT flavour and version that built it, on the compute capability it was built for, with the
 bundle whose weights it holds. All of that is told before it is loaded, in words.

@@ -59,7 +59,7 @@ def refuse_pointer(start: bytes, name: str) -> None:
 
 
 def _hint(name: str) -> str:
-    """What else to do about a file that isn't as it was built: a template is often changed on purpose."""
+    """A hint for a file that differs from the built one: templates are often changed on purpose."""
     if name not in _WITH_TEMPLATE:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else may have written: typed access, and errors that name the key."""
+"""Read JSON from anywhere: typed access, and errors that name the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: inputs, outputs, nodes, stored tensors, and the files it reads. Without ``onnx``.
+"""Read an ONNX file without ``onnx``: inputs, outputs, nodes, stored tensors, and the external files it names.
 
 The few field numbers used are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto, the encoding is
 protobuf's: https://protobuf.dev/programming-guides/encoding/. Standard library only.

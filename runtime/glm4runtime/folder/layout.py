@@ -1,4 +1,4 @@
-"""Whose the files in a bundle's folder are: what its manifest lists, and what our tools make beside that.
+"""Tell our files in a bundle's folder (listed in its manifest, or made by our tools beside them) from the user's.
 
 Everything else is the user's, and is never removed. The names of what isn't listed are all here. Standard library only.
 """

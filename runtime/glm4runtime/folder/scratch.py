@@ -1,4 +1,4 @@
-"""Folders that hold unfinished work: marked as ours, locked while they're in use, and swept when a kill left them.
+"""Folders of unfinished work: marked as ours, locked while in use, and removed later when a kill left them.
 
 A user's folder may have any name, also one that ours have. So a name is never enough to remove a folder: its marker is
 what makes it ours. Standard library only.

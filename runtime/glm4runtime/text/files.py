@@ -1,4 +1,4 @@
-"""The files of a bundle that text needs, read together while the bundle is opened, so that they are that bundle's."""
+"""Tokenizer and template files, read together when a bundle is opened, so that a later change can't mix two bundles."""
 
 from __future__ import annotations
 

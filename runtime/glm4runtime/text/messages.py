@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template reads, and a check that it leaves none out.
+"""Convert messages to the form that a chat template reads, and check that the template leaves none out.
 
 Callers write tool turns as OpenAI does: ``tool_calls`` on the assistant's message, results in the role ``tool``. The
 templates of GLM-4-0414 read a call as ``metadata``, the function's name, beside the arguments as ``content``, and

@@ -12,7 +12,7 @@ from glm4runtime.generation import Generation
 from glm4runtime.text.answers import ToolCall, split_answer
 from glm4runtime.text.tokenizer import Tokenizer
 
-ASSISTANT = "<|assistant|>"  # the token between an answer's words and calls, each a turn of its own
+ASSISTANT = "<|assistant|>"  # the token between an answer's words and calls, each of them a turn of its own
 
 Stop = str | int | Sequence[str | int]
 _UNREAD: Any = object()
@@ -42,7 +42,7 @@ def split_stop(stop: Stop, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
 
 
 class StopStrings:
-    """Passes text on up to the first of some strings, whatever pieces it comes in.
+    """Passes text on up to the first stop string, even where that is spread over several pieces.
 
     That is the one that is complete first, of several the longest. ``found`` is it. The end of the text is held back
     where it may turn out to be the beginning of one.
