@@ -20,8 +20,8 @@ from glm4export.weights.recipes import whole
 from glm4export.weights.storage import EMBEDDING, HEAD
 from glm4export.weights.write import windows
 from glm4graphs.attention import attention
+from glm4graphs.blocks import Attention, DecoderLayer, rms_norm
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import Attention, DecoderLayer, rms_norm
 from glm4graphs.rope import rotary_tables
 
 CACHE_STEPS = 127  # of an int8 cache, between zero and the largest number it holds

@@ -19,8 +19,8 @@ from glm4export.weights.recipes import whole
 from glm4export.weights.storage import EMBEDDING, HEAD
 from glm4export.weights.write import windows
 from glm4graphs.attention import rotate
+from glm4graphs.blocks import Attention, DecoderLayer, rms_norm
 from glm4graphs.config import Glm4Config
-from glm4graphs.model import Attention, DecoderLayer, rms_norm
 from glm4graphs.rope import rotary_tables
 
 _MASK_ELEMENTS = 1 << 24  # of the mask of the rows that attend at once: 64 MiB as float32

@@ -6,7 +6,6 @@ data. GLM-4-9B's forty layers are traced in less than a gigabyte.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from functools import lru_cache
@@ -16,37 +15,22 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
+from glm4export.graph.signature import SIGNATURES, Signature
 from glm4export.terminal.quiet import quiet
 from glm4graphs import attention
 from glm4graphs.config import Glm4Config
-from glm4graphs.decode import Decode
-from glm4graphs.model import Glm4ForCausalLM, empty_cache
-from glm4graphs.prefill import Prefill
-from glm4graphs.step import Step
-from glm4runtime.contract import (
-    ATTENTION_MASK,
-    DECODE,
-    INPUT_IDS,
-    LOGIT_ROWS,
-    LOGITS,
-    PREFILL,
-    STEP,
-    past_name,
-    present_name,
-)
+from glm4graphs.graphs import GRAPHS, Graph
 
 OPSET = 23  # the first with RMSNormalization
-GRAPHS: dict[str, type[Glm4ForCausalLM]] = {PREFILL: Prefill, DECODE: Decode, STEP: Step}
 
-_DIMS = {INPUT_IDS: ("batch", "seq"), ATTENTION_MASK: ("batch", "total_seq"), LOGIT_ROWS: ("batch", "rows")}
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter leaves each node's module path
 
 
 def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
 
-    Inputs and outputs have the bundle contract's names. ``max_seq_len`` sizes the rotary tables. Attention is one
-    ``glm4::Attention`` node a layer.
+    Inputs and outputs are those of its signature. ``max_seq_len`` sizes the rotary tables. Attention is one
+    ``glm4::Attention`` node per layer.
     """
     return _traced(config, graph, dtype, max_seq_len).clone()
 
@@ -54,18 +38,10 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
 @lru_cache(maxsize=16)  # listings and tests compile one model in many ways, and tracing takes the longest
 def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     _register_attention_schema()
-    untied = dataclasses.replace(config, tie_word_embeddings=False)  # the head's weight is stored apart: transposed
+    signature = SIGNATURES[graph]
+    arguments, shapes = signature.example(config, dtype)
     with torch.device("meta"):
-        module = GRAPHS[graph](untied, max_seq_len).to(dtype).eval()
-        # torch.export specialises dims of size 0 and 1, and equal ones to each other: all different, all above 1
-        inputs = {INPUT_IDS: torch.empty(2, 3, dtype=torch.int64), ATTENTION_MASK: torch.empty(2, 5, dtype=torch.int64)}
-        if graph == STEP:
-            inputs[LOGIT_ROWS] = torch.empty(2, 11, dtype=torch.int64)
-    cache = empty_cache(config, batch=2, max_seq_len=7, dtype=dtype, device="meta")
-    batch, slots = torch.export.Dim("batch"), torch.export.Dim("max_seq")
-    layer_dims = ({0: batch, 2: slots}, {0: batch, 2: slots})
-    dims = [{0: batch, 1: torch.export.Dim(_DIMS[name][1])} for name in inputs]
-    arguments, shapes = (*inputs.values(), cache), (*dims, [layer_dims] * config.num_hidden_layers)
+        module = Graph(config, max_seq_len, *GRAPHS[graph]).to(dtype).eval()
     with torch.no_grad(), quiet("torch.onnx"):  # it lists packages GLM-4 does not use
         program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
@@ -78,35 +54,24 @@ def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int
         )
     assert exported is not None  # torch.onnx.export returns None only when it's given a file to write
     model = exported.model
-    _name_boundary(model.graph, list(inputs), config)
-    _name_dims(model.graph)
+    _name_boundary(model.graph, signature, config)
     _name_nodes(model.graph)
     model.producer_name, model.producer_version, model.graph.name = "glm4export", "", graph
     return model
 
 
-def _name_boundary(graph: ir.Graph, inputs: list[str], config: Glm4Config) -> None:
-    """Give inputs and outputs the contract's names; the trace orders them as the module's arguments and results."""
-    layers = range(config.num_hidden_layers)
-    past = [past_name(layer, part) for layer in layers for part in ("key", "value")]
-    present = [present_name(layer, part) for layer in layers for part in ("key", "value")]
-    for value, name in zip(graph.inputs, [*inputs, *past], strict=True):
-        value.name = name
-    for value, name in zip(graph.outputs, [LOGITS, *present], strict=True):
-        value.name = name
-
-
-def _name_dims(graph: ir.Graph) -> None:
-    """Replace the tracer's symbols (s34, s70) by the dims' names, also inside expressions such as ``s53 - s70``."""
-    named = {**_DIMS, past_name(0, "key"): ("batch", "", "max_seq")}
+def _name_boundary(graph: ir.Graph, signature: Signature, config: Glm4Config) -> None:
+    """Give inputs and outputs the signature's names, and symbols its dims', also in expressions (``s53 - s70``)."""
     symbols: dict[str, str] = {}
-    for value in graph.inputs:
-        for dim, name in zip(value.shape or (), named.get(value.name or "", ()), strict=False):
-            if name:
-                symbols[str(dim)] = name
+    for value, (name, dims) in zip(graph.inputs, signature.named_inputs(config).items(), strict=True):
+        value.name = name
+        for symbol, dim in zip(value.shape or (), dims, strict=True):
+            if isinstance(dim, str):
+                symbols[str(symbol)] = dim
+    for value, name in zip(graph.outputs, signature.named_outputs(config), strict=True):
+        value.name = name
     pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in symbols))
-    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
-    for value in values:
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape(
                 dim if isinstance(dim, int) else pattern.sub(lambda match: symbols[match[0]], str(dim))

@@ -28,7 +28,7 @@ from glm4export.bundle import swap
 from glm4export.graph import trace
 from glm4export.sources.config import read_config
 from glm4export.terminal import progress
-from glm4graphs.prefill import Prefill
+from glm4graphs.graphs import Graph
 from glm4runtime.contract import Manifest, graph_names
 
 
@@ -98,14 +98,14 @@ def after_rename(die: Callable[[], None]) -> None:
 def amid_trace(die: Callable[[], None]) -> None:
     """Inside torch.export."""
     trace_again()
-    forward = Prefill.forward
+    forward = Graph.forward
 
     @functools.wraps(forward)
     def then_die(*arguments: Any, **named: Any) -> Any:
         die()
         return forward(*arguments, **named)
 
-    Prefill.forward = then_die  # type: ignore[method-assign]
+    Graph.forward = then_die  # type: ignore[method-assign]
 
 
 def amid_translation(die: Callable[[], None]) -> None:

@@ -1,23 +1,19 @@
-"""GLM-4-0414 in one sitting, written to be traced: parameter names are the checkpoint's, the cache is explicit.
+"""GLM-4-0414's block, written to be traced: parameter names are the checkpoint's, the cache is explicit.
 
-Each block's output passes a second RMSNorm before it joins the residual stream ("sandwich norms"):
+A block's output passes a second RMSNorm before it joins the residual stream ("sandwich norms"):
 ``h = x + post_self_attn_layernorm(attention(input_layernorm(x)))``,
 ``out = h + post_mlp_layernorm(mlp(post_attention_layernorm(h)))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm4graphs.attention import attention
 from glm4graphs.config import Glm4Config
-from glm4graphs.rope import rotary_tables
-
-Cache = Sequence[tuple[Tensor, Tensor]]  # a layer's key and value, each [batch, kv_heads, max_seq, head_dim]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -97,64 +93,6 @@ class DecoderLayer(nn.Module):
         attended, present = self.self_attn(self.input_layernorm(x), attention_mask, past, rotary)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), present
-
-
-class Glm4Model(nn.Module):
-    """Embedding and blocks; the final norm is applied by the graph, which first picks the rows it needs."""
-
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-
-    def __init__(self, config: Glm4Config, max_seq_len: int) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = rms_norm(config)
-        meta = self.norm.weight.is_meta
-        cos, sin = (None, None) if meta else rotary_tables(config, max_seq_len)
-        shape = (max_seq_len, config.rotary_dim // 2)
-        self.register_buffer("rotary_cos", torch.empty(shape) if cos is None else cos, persistent=False)
-        self.register_buffer("rotary_sin", torch.empty(shape) if sin is None else sin, persistent=False)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: Cache
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Hidden states [batch, seq, hidden] before the final norm, and the cache with the new rows written."""
-        x = self.embed_tokens(input_ids)
-        rotary = (self.rotary_cos.to(x.dtype), self.rotary_sin.to(x.dtype))
-        presents = []
-        for layer, past in zip(self.layers, cache, strict=True):
-            x, present = layer(x, attention_mask, past, rotary)
-            presents.append(present)
-        return x, presents
-
-
-class Glm4ForCausalLM(nn.Module):
-    """GLM-4 with its language-model head. ``max_seq_len`` sizes the rotary tables."""
-
-    def __init__(self, config: Glm4Config, max_seq_len: int) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Glm4Model(config, max_seq_len)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 [..., vocab], of hidden states [..., hidden]."""
-        logits: Tensor = self.lm_head(self.model.norm(hidden))
-        return logits.float()
-
-
-def empty_cache(
-    config: Glm4Config, batch: int, max_seq_len: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> list[tuple[Tensor, Tensor]]:
-    """A zeroed cache for every layer, as the model takes it."""
-    shape = (batch, config.num_key_value_heads, max_seq_len, config.head_dim)
-    return [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(config.num_hidden_layers)
-    ]
 
 
 def rms_norm(config: Glm4Config) -> nn.RMSNorm:

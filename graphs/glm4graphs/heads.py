@@ -1,0 +1,16 @@
+"""Heads: what makes a graph's output of normed hidden states. Each is a module by the checkpoint's name for it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from glm4graphs.config import Glm4Config
+
+
+class CausalLMHead(nn.Linear):
+    """Logits [..., vocab] of hidden states [..., hidden]. A graph stores it apart from the embedding, tied or not."""
+
+    name = "lm_head"
+
+    def __init__(self, config: Glm4Config) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
