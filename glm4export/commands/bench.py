@@ -48,17 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
         from glm4export.bench import plot
 
         plot.check(arguments.plot)
-    session = load_session(arguments)
-    plan = bench.plan(
-        session.runner.max_seq_len,
-        prefill=prefill,
-        contexts=contexts,
-        batches=batches or ((1,) if session.manifest.target == TENSORRT else bench.BATCHES),
-        steps=arguments.steps,
-        repeats=arguments.repeats,
-    )
-    provider = arguments.provider or default_provider(session.manifest)
-    report = bench.bench(session, plan, provider=provider, threads=arguments.threads)
+    with load_session(arguments) as session:
+        plan = bench.plan(
+            session.runner.max_seq_len,
+            prefill=prefill,
+            contexts=contexts,
+            batches=batches or ((1,) if session.manifest.target == TENSORRT else bench.BATCHES),
+            steps=arguments.steps,
+            repeats=arguments.repeats,
+        )
+        provider = arguments.provider or default_provider(session.manifest)
+        report = bench.bench(session, plan, provider=provider, threads=arguments.threads)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else bench_report.table(report))
     if arguments.plot:
         plot.write(report, arguments.plot)

@@ -71,22 +71,21 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
     )
-    session = load_session(arguments, chat_template=arguments.chat_template)
-    if arguments.chat:
-        with signals.raised():  # Ctrl-C ends an answer
-            converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
-        return 0
-    prompt = read_prompt() if arguments.prompt == "-" else arguments.prompt
-    answer(
-        session,
-        prompt,
-        params,
-        raw=arguments.raw,
-        system=arguments.system,
-        as_json=arguments.json,
-        lookup=arguments.lookup,
-        stop=arguments.stop,
-    )
+    with load_session(arguments, chat_template=arguments.chat_template) as session:
+        if arguments.chat:
+            with signals.raised():  # Ctrl-C ends an answer
+                converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
+            return 0
+        answer(
+            session,
+            read_prompt() if arguments.prompt == "-" else arguments.prompt,
+            params,
+            raw=arguments.raw,
+            system=arguments.system,
+            as_json=arguments.json,
+            lookup=arguments.lookup,
+            stop=arguments.stop,
+        )
     return 0
 
 
@@ -128,11 +127,14 @@ def converse(session: Session, params: SamplingParams, *, system: str | None, lo
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
+        start = time.monotonic()
         stream = session.chat(messages, params, lookup=lookup, stop=stop)
+        first = time.monotonic()
         try:
             _print(stream)
         except KeyboardInterrupt:
             print()
+        _timing(stream, first - start, time.monotonic() - first)
         messages.append({"role": "assistant", "content": stream.text})
 
 
@@ -162,8 +164,9 @@ def _timing(stream: TextStream, prefill: float, decode: float) -> None:
     if not sys.stderr.isatty():
         return
     generation = stream.generation
+    reused = f" ({generation.reused_tokens} reused)" if generation.reused_tokens else ""
     rates = (
-        f"{generation.prompt_tokens} prompt tokens in {prefill:.2f} s, "
+        f"{generation.prompt_tokens} prompt tokens{reused} in {prefill:.2f} s, "
         f"{generation.completion_tokens} more at {generation.completion_tokens / max(decode, 1e-9):.1f} tok/s"
     )
     guesses = generation.lookup
@@ -180,6 +183,7 @@ def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> di
         "stop_text": stream.stop_text,
         "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in stream.tool_calls],
         "prompt_tokens": stream.generation.prompt_tokens,
+        "reused_tokens": stream.generation.reused_tokens,
         "completion_tokens": stream.generation.completion_tokens,
         "prefill_seconds": round(prefill, 4),
         "decode_seconds": round(decode, 4),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from glm4runtime.backends.providers import PROVIDERS
+
+if TYPE_CHECKING:
+    from glm4runtime.session import Session
 
 
 def add_session_options(command: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
 
 def load_session(
     arguments: argparse.Namespace, *, check_hashes: bool = False, chat_template: Path | None = None
-) -> Any:
+) -> Session:
     """Open the bundle as the options say; arguments as :func:`glm4runtime.load`'s."""
     from glm4runtime import load
 

@@ -41,19 +41,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from glm4export.verification import verify
 
-    session = load_session(arguments, check_hashes=True)
-    default = verify.thresholds_of(session.manifest)
-    thresholds = verify.Thresholds(
-        mean_kl=default.mean_kl if arguments.max_kl is None else arguments.max_kl,
-        top1=default.top1 if arguments.min_top1 is None else arguments.min_top1,
-    )
-    report = verify.verify(
-        session,
-        checkpoint=arguments.checkpoint,
-        prompts=arguments.prompt,
-        steps=arguments.steps,
-        long=arguments.long,
-        thresholds=thresholds,
-    )
+    with load_session(arguments, check_hashes=True) as session:
+        default = verify.thresholds_of(session.manifest)
+        thresholds = verify.Thresholds(
+            mean_kl=default.mean_kl if arguments.max_kl is None else arguments.max_kl,
+            top1=default.top1 if arguments.min_top1 is None else arguments.min_top1,
+        )
+        report = verify.verify(
+            session,
+            checkpoint=arguments.checkpoint,
+            prompts=arguments.prompt,
+            steps=arguments.steps,
+            long=arguments.long,
+            thresholds=thresholds,
+        )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else verify.table(report))
     return 1 if report.failures else 0

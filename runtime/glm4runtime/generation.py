@@ -17,6 +17,9 @@ class Generation(Iterator[int]):
     ``length`` (the token limit, or the end of the cache). One generation at a time: starting another on the same runner
     takes the cache from this one, whose next read raises RuntimeError. A read that is interrupted, by Ctrl-C say,
     changes nothing: the next one gives the token that it would have given.
+
+    ``reused_tokens`` of the prompt's ``prompt_tokens`` were in the cache already, as earlier turns of a conversation
+    are, and weren't computed again.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class Generation(Iterator[int]):
         stop: Sequence[int] | None = None,
         lookup: int = 0,
     ) -> None:
-        """Prefill the prompt now; each read then decodes one token.
+        """Prefill the prompt now, as far as the cache doesn't begin with it; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens per run,
         see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, and for a lookup out of range; a
@@ -43,9 +46,9 @@ class Generation(Iterator[int]):
         self._stop = frozenset(runner.manifest.tokens.eos if stop is None else stop)
         self._limit = params.max_new_tokens
         self._sampler = Sampler(params, runner.manifest.vocab_size)
-        runner.rewind()
-        self._epoch = runner.epoch
-        self._logits = runner.prefill(ids)
+        self.reused_tokens = runner.resume(ids)
+        self._epoch = runner.sequence.epoch
+        self._logits = runner.prefill(ids[self.reused_tokens :])
         self._lookup = PromptLookup(runner, ids, lookup)
         self._token = -1  # the last one chosen, not yet in the cache
 
@@ -57,7 +60,7 @@ class Generation(Iterator[int]):
     def __next__(self) -> int:
         if self.finish_reason is not None:
             raise StopIteration
-        if self._runner.epoch != self._epoch:
+        if self._runner.sequence.epoch != self._epoch:
             raise RuntimeError("another generation was started on this session and took its cache")
         state = self._state()
         try:
@@ -88,11 +91,11 @@ class Generation(Iterator[int]):
 
     def _state(self) -> tuple[Any, ...]:
         progress = (self.completion_tokens, self.finish_reason, self.stop_token, self._token, self._logits)
-        return progress, self._sampler.state(), self._lookup.state(), self._runner.state()
+        return progress, self._sampler.state(), self._lookup.state(), self._runner.sequence.state()
 
     def _restore(self, state: tuple[Any, ...]) -> None:
         progress, sampler, lookup, runner = state
         self.completion_tokens, self.finish_reason, self.stop_token, self._token, self._logits = progress
         self._sampler.restore(sampler)
-        self._runner.restore(runner)
-        self._lookup.restore(lookup, self._runner.tokens)
+        self._runner.sequence.restore(runner)
+        self._lookup.restore(lookup, self._runner.sequence.tokens)

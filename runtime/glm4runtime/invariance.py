@@ -28,7 +28,7 @@ _STARTS = (48, 31, 16)  # where they begin: at one place bits may agree by luck
 
 
 def make_invariant(runner: Runner) -> None:
-    """Set ``runner.granule`` to what is measured; its cache is left empty.
+    """Set ``runner.granule`` to what is measured, and ``runner.invariant``; its cache is left empty.
 
     A cache whose length is no multiple of the granule loses the rows over.
     Raises UserError where there's no granule, or cache or ``prefill_chunk`` are shorter than it.
@@ -43,7 +43,7 @@ def make_invariant(runner: Runner) -> None:
         if value < granule:
             raise UserError(f"invariant: {name}={value}, but runs have multiples of {granule} tokens on this machine")
     runner.max_seq_len -= runner.max_seq_len % granule
-    runner.granule = granule
+    runner.granule, runner.invariant = granule, True
 
 
 def find_granule(runner: Runner) -> int | None:

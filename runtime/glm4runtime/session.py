@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.providers import open_runner, require_settings
-from glm4runtime.backends.runner import Runner
+from glm4runtime.backends.runner import Runner, refuse_closed
 from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest, shown
 from glm4runtime.generation import Generation
 from glm4runtime.invariance import make_invariant
@@ -88,7 +88,13 @@ def _template_source(template: str | Path) -> str:
 
 
 class Session:
-    """One bundle in memory with the cache of one sequence. Not thread-safe: open one session for each worker."""
+    """One bundle in memory with the cache of one sequence. Not thread-safe: open one session for each worker.
+
+    Of a prompt that begins like the text in the cache, as a conversation's next turn does, only the rest is computed:
+    see :meth:`glm4runtime.backends.runner.Runner.resume`.
+
+    ``with load(...) as session:`` frees weights and cache at its end, as :meth:`close` does.
+    """
 
     def __init__(
         self,
@@ -105,9 +111,32 @@ class Session:
         self._files = dict(files)
         self._chat_template = chat_template
 
+    def __enter__(self) -> Session:
+        self._require_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs or the engine with their weights, and the cache, and end the chat template's process.
+
+        From then on whatever computes raises UserError, streams that were under way too; closing again does nothing.
+        A forked child that closes the session it inherited leaves its parent's alone.
+        """
+        self.runner.close()
+        if isinstance(template := self.__dict__.pop("template", None), ChatTemplate):
+            template.close()
+        self.__dict__.pop("tokenizer", None)
+
+    def _require_open(self) -> None:
+        if self.runner.closed:
+            refuse_closed()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises BundleError where it has none, or a broken one."""
+        self._require_open()
         path = self.folder / TOKENIZER
         if TOKENIZER not in self._files:
             raise BundleError(f"{path}: missing; this bundle takes token ids only, build it from a checkpoint with one")
@@ -118,6 +147,7 @@ class Session:
     @cached_property
     def template(self) -> ChatTemplate:
         """The bundle's chat template, or the one that ``load`` was given. Raises UserError where there's none."""
+        self._require_open()
         return ChatTemplate.from_files(self.folder, self._files, self._chat_template)
 
     def generate(
@@ -183,6 +213,7 @@ class Session:
     def _generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None, lookup: int, stop: Sequence[int]
     ) -> Generation:
+        self._require_open()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         eos = (*self.manifest.tokens.eos, *stop)
         return Generation(self.runner, tokens, params or SamplingParams(), eos, lookup=lookup)

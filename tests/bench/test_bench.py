@@ -180,7 +180,7 @@ def test_batches_compute_what_one_sequence_does(graph: str, bundles: dict[str, P
     runner = session.runner
     for buffer in runner._cache._buffers.values():
         buffer.array.fill(1)
-    runner.length = 5
+    runner.sequence.length = 5
     rows = bench.BatchDecoder(runner, 3, 8)
     rows.use(graph)
     rows.rewind(5)
@@ -191,6 +191,16 @@ def test_batches_compute_what_one_sequence_does(graph: str, bundles: dict[str, P
     np.testing.assert_allclose(
         rows._logits.array, np.broadcast_to(runner.decode(int(first[0].argmax())), first.shape), atol=1e-5
     )
+
+
+def test_a_timed_prefill_computes_the_whole_prompt_every_time(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, widths = load(bundles["fp32"]), list[int]()
+    right = session.runner._run_prompt
+    monkeypatch.setattr(session.runner, "_run_prompt", lambda ids, *at: (widths.append(len(ids)), right(ids, *at))[1])
+    bench._time_prefill(session, list(range(5, 25)), 2)
+    assert widths == [20, 20, 20]
 
 
 @pytest.mark.parametrize("faster", ["decode", "prefill"])

@@ -277,7 +277,7 @@ def test_generate(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts.keys() == {
-        *("text", "finish_reason", "stop_text", "tool_calls", "prompt_tokens", "completion_tokens"),
+        *("text", "finish_reason", "stop_text", "tool_calls", "prompt_tokens", "reused_tokens", "completion_tokens"),
         *("prefill_seconds", "decode_seconds", "lookup"),
     }
     assert plain.out == facts["text"] + "\n" and plain.err == ""

@@ -279,6 +279,7 @@ def test_a_width_that_shows_in_the_cache_alone(phase: str) -> None:
 
 
 def test_an_int8_cache_keeps_to_one_grid_of_chunks() -> None:
+    """However a prompt of 37 is split, its last run is the one of a whole prompt, and no chunk begins off the grid."""
     runner = LawfulRunner(LAWS["a lone row"][0], chunk=16, cache="int8")
     make_invariant(runner)
     for parts in ([37], [1, 36], [16, 21], [20, 1, 16]):
@@ -286,8 +287,8 @@ def test_an_int8_cache_keeps_to_one_grid_of_chunks() -> None:
         for part in parts:
             runner.widths.clear()
             runner.prefill([1] * part)
-        assert sum(runner.widths[-3:]) - (runner.length - runner.length % 16) % 48 in (6, 22, 38)
         assert runner.widths[-1] == 6  # from row 31: 32 to 36 and one in front
+        assert set(runner.widths[:-1]) <= {16}
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,9 @@ print(len(session.runner.decode(5)))
             "this session was loaded before the process forked, and works in the parent only; load the bundle in the "
             "child\n",
         ),
+        ("session.close()", ""),
     ],
-    ids=["drop", "leave", "load", "use"],
+    ids=["drop", "leave", "load", "use", "close"],
 )
 def test_a_session_and_a_fork(child_code: str, said: str, demo_bundles: dict[str, Path]) -> None:
     """Dropping or leaving an inherited session hung: ONNX Runtime waited for threads that a child hasn't got."""

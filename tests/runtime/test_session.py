@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from glm4export.sources.checkpoint import locate
 from glm4runtime import BundleError, SamplingParams, Session, UserError, load
 from glm4runtime.contract import MANIFEST
+from glm4runtime.text.chat import ChatTemplate
 
 PROMPTS: list[dict[str, Any]] = json.loads((locate(None).folder / "prompts.json").read_text(encoding="utf-8"))
 PARAMS = SamplingParams(max_new_tokens=200)
@@ -149,3 +153,53 @@ def test_a_call_and_its_result_in_openais_form(session: Session) -> None:
     ]
     text = session.template.render([*prompt["messages"], *turn], prompt["tools"])
     assert text.endswith(f"<|assistant|>\n{prompt['answer'].strip()}<|observation|>\n晴<|assistant|>\n")
+
+
+# Closing
+
+
+def test_closing_frees_everything_at_once(bundle: Path) -> None:
+    """Though answers that are under way hold on to the session's parts, and without waiting for the collector."""
+    gc.disable()
+    try:
+        with load(bundle) as session:
+            stream, generation = ask(session, PROMPTS[0]), session.generate([5, 6, 7], PARAMS)
+            rest = [weakref.ref(thing) for thing in (*session.runner.graphs.values(), session.runner.cache)]
+            process = session.template._process._worker._process
+            first = next(generation)
+            assert process.poll() is None and all(ref() is not None for ref in rest)
+        assert process.poll() is not None and all(ref() is None for ref in rest)
+    finally:
+        gc.enable()
+    session.close()
+    closed = "this session is closed; load the bundle again"
+    for use in (
+        lambda: session.generate([5, 6, 7]),
+        lambda: ask(session, PROMPTS[0]),
+        lambda: session.stream("hello"),
+        lambda: next(generation),
+        lambda: session.runner.prefill([5]),
+        lambda: session.template,
+        lambda: session.tokenizer,
+        session.__enter__,
+    ):
+        with pytest.raises(UserError, match=closed):
+            use()
+    assert generation.completion_tokens == 1 and first in range(2048) and stream.text == ""
+
+
+def test_a_step_graph_is_freed_too(tensorrt_bundles: Callable[[str], Path]) -> None:
+    with pytest.raises(ZeroDivisionError), load(tensorrt_bundles("fp16"), provider="cpu") as session:
+        rest = [weakref.ref(session.runner._step), weakref.ref(session.runner._cache)]
+        1 / 0  # noqa: B018
+    assert [ref() for ref in rest] == [None, None]
+    with pytest.raises(UserError, match="this session is closed"):
+        session.runner.decode(5)
+
+
+def test_a_template_that_was_closed_starts_no_process(session: Session) -> None:
+    template = ChatTemplate(session.template.source)
+    template.close()
+    template.close()
+    with pytest.raises(UserError, match="chat template: it was closed with its session; load the bundle again"):
+        template.render([{"role": "user", "content": "hello"}])

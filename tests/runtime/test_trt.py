@@ -481,3 +481,20 @@ def test_a_forked_child_neither_uses_nor_frees_it(engine: Callable[..., Path], r
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert len(session.runner.decode(5)) == 31
+
+
+def test_closing_gives_everything_back(engine: Callable[..., Path], rig: Callable[..., Rig]) -> None:
+    """At once, though a generation holds on to the runner; pinned memory goes with the last row that lies in it."""
+    cuda, _ = rig()
+    with load(engine()) as session:
+        generation = session.generate([5, 6, 7])
+        next(generation)
+    assert not cuda.memory["device"] and not cuda.handles and not cuda.living()
+    calls = len(cuda.calls)
+    session.close()
+    with pytest.raises(UserError, match="this session is closed; load the bundle again"):
+        next(generation)
+    assert len(cuda.calls) == calls
+    del generation
+    gc.collect()
+    assert not cuda.memory["pinned"]

@@ -139,7 +139,7 @@ def test_a_wrong_chunk_border_is_found(
         if start != 128:
             return right(ids, start, padding)
         if fault == "a token twice":
-            return right(np.concatenate((runner.tokens[-1:], ids[:-1])), start, padding)
+            return right(np.concatenate((runner.sequence.tokens[-1:], ids[:-1])), start, padding)
         return right(ids, start + (1 if fault == "a row too late" else -1), padding)
 
     monkeypatch.setattr(runner, "_run_prompt", wrong)

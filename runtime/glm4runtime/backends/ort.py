@@ -65,6 +65,10 @@ class OrtRunner(Runner):
         """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
         return {PREFILL: self._prefill, DECODE: self._decode}
 
+    def _release(self) -> None:
+        del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode
+        del self._cache, self._mask, self._prompt, self._token, self._draft, self._logits, self._row
+
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
         self._prompt.host[0, :count] = ids

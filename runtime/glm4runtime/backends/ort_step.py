@@ -56,6 +56,9 @@ class OrtStepRunner(Runner):
     def cache_bits(self, rows: int) -> list[bytes]:
         return self._cache.bits(rows)
 
+    def _release(self) -> None:
+        del self._prompt, self._token, self._draft, self._step, self._cache, self._logits, self._row
+
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         self._prompt.run(ids, start, padding=padding)
         return self._row

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from glm4runtime.backends.sequence import TokenSequence
 from glm4runtime.contract import Manifest, UserError
 
 MAX_RUN = 16  # tokens that one run may verify; from about there on, cost grows as fast as width
+_PAIR = 2  # rows: runs of as many more or less agree to the bit on every CPU seen (glm4runtime.invariance)
+_RUNS = ("_run_prompt", "_run_token", "_run_draft")
 
 
 class Runner(ABC):
@@ -25,8 +28,9 @@ class Runner(ABC):
     ``length`` as it was, or after the last chunk of a prompt that was computed whole.
     The logits returned are the session's own buffer, overwritten by the next call.
 
-    ``granule`` is 1 until :func:`glm4runtime.invariance.make_invariant` sets it. From then on every run over the graphs
-    has a multiple of so many tokens: fillers stand behind the last one, or tokens in front are computed again.
+    ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.invariance.make_invariant` sets them. From then on
+    every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or tokens in front
+    are computed again.
     """
 
     def __init__(self, manifest: Manifest, *, max_seq_len: int | None, prefill_chunk: int) -> None:
@@ -39,17 +43,15 @@ class Runner(ABC):
         self.manifest = manifest
         self.max_seq_len = max_seq_len or limit
         self.prefill_chunk = min(prefill_chunk, self.max_seq_len)
+        self.invariant = False
         self.granule = 1
-        self.length = 0
-        self.epoch = 0  # counts rewinds, so that a generation notices when its cache was taken
-        self._ahead = 0  # tokens behind `length` that the last verify wrote into the cache
-        self._off_grid = 0  # where the last prefill's last run began
-        self._tokens = np.zeros(self.max_seq_len, np.int64)  # those in the cache, and behind them those looked at
+        self.sequence = TokenSequence(self.max_seq_len)
+        self.closed = False
 
     @property
-    def tokens(self) -> np.ndarray:
-        """The tokens in the cache, int64 [length]: a view, good until the next call."""
-        return self._tokens[: self.length]
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.sequence.length
 
     def token_ids(self, tokens: Any) -> np.ndarray:
         """A prompt as int64 [n]. Raises UserError unless it's at least one token id of the vocabulary, in a row."""
@@ -82,32 +84,55 @@ class Runner(ABC):
 
         Raises UserError where there's no token, an id outside the vocabulary, or no room in the cache.
         """
-        ids = self.check_prompt(tokens, self.length)
-        end = self.length + len(ids)
-        self._ahead = 0  # what the last verify wrote is overwritten
-        self._tokens[self.length : end] = ids
+        sequence = self.sequence
+        ids = self.check_prompt(tokens, sequence.length)
+        end = sequence.length + len(ids)
+        sequence.record(ids, sequence.length)
         for first, last in self._chunks(end):
+            exact = not self._coarse or first % self._grid == 0
+            if not exact:
+                sequence.overwrite(first)
             padding = -(last - first) % self.granule
-            chunk = self._tokens[first:last]
+            chunk = sequence.written(first, last)
             row = self._run_prompt(np.append(chunk, [0] * padding) if padding else chunk, first, padding)
-            self.length = max(self.length, last)
-        self._off_grid = first
+            sequence.extend(first, last, exact=exact)
         return row
+
+    def resume(self, ids: np.ndarray) -> int:
+        """Rewind to what the cache has of a prompt, int64 [n], and return how many tokens that is, below n.
+
+        The rest, to be given to :meth:`prefill`, has at least one token, whose logits are wanted. Rows that decode
+        steps wrote are kept too, and logits then differ within rounding from those of a prompt computed whole; an
+        invariant session keeps none but those that have a prompt's bits, and from its grid on.
+        """
+        sequence = self.sequence
+        rows = min(sequence.common_prefix(ids), len(ids) - 1)
+        if self.invariant:
+            rows = min(rows, sequence.exact)
+            rows -= rows % self._grid
+        else:  # not a lone row, nor an odd number more or less than a run over all: the prompt given again, say
+            rows = max(0, min(rows, len(ids) - _PAIR))
+            rows -= rows % _PAIR
+        sequence.rewind(rows)
+        return rows
 
     def decode(self, token: int) -> np.ndarray:
         """Append one token; returns its logits, float32 [vocab].
 
         Raises UserError when the cache is full, or for an id outside the vocabulary.
         """
-        if self.length >= self.max_seq_len:
+        sequence, start = self.sequence, self.sequence.length
+        if start >= self.max_seq_len:
             raise UserError(f"the cache is full: it holds {self.max_seq_len} tokens")
         if self.granule > 1:
             row: np.ndarray = self.verify([token])[0]
             self.accept()
             return row
-        self._record([token], self.length)
-        row = self._run_token(token, self.length)
-        self._ahead, self.length = 0, self.length + 1
+        self._check_ids([token])
+        sequence.record([token], start)
+        sequence.overwrite(start)
+        row = self._run_token(token, start)
+        sequence.extend(start, start + 1, exact=False)
         return row
 
     def verify(self, tokens: Sequence[int]) -> np.ndarray:
@@ -116,51 +141,58 @@ class Runner(ABC):
         ``length`` stays; :meth:`accept` appends those that prove right. Raises UserError where the cache has no room,
         or for an id outside the vocabulary.
         """
-        start, count = self.length, len(tokens)
+        sequence, start, count = self.sequence, self.sequence.length, len(tokens)
         end = start + count
         if not 1 <= count <= MAX_RUN:
             raise ValueError(f"verify: {count} tokens, expected 1 to {MAX_RUN}")
         if end > self.max_seq_len:
             raise UserError(f"the cache has no room for {count} tokens behind {start}: it holds {self.max_seq_len}")
-        self._ahead = 0
-        self._record(tokens, start)
+        self._check_ids(tokens)
+        sequence.record(tokens, start)
         extra = -count % self.granule
         behind = min(extra, self.max_seq_len - end)  # fillers; at the cache's end, tokens in front instead
         first = start + behind - extra
-        run = [*self._tokens[first:end].tolist(), *[int(tokens[-1])] * behind] if extra else tokens
+        run = [*sequence.written(first, end).tolist(), *[int(tokens[-1])] * behind] if extra else tokens
+        sequence.overwrite(first)
         rows = self._run_draft(run, first)[start - first : end - first]
-        self._ahead = count
+        sequence.ahead = count
         return rows
 
     def accept(self) -> None:
         """Append the next token of those that the last :meth:`verify` looked at: they are in the cache already."""
-        if not self._ahead:
-            raise ValueError("accept: no verified token is left; verify some, or decode")
-        self._ahead, self.length = self._ahead - 1, self.length + 1
+        self.sequence.accept()
 
     def rewind(self, length: int = 0) -> None:
         """Keep only the first ``length`` tokens of the cache."""
-        if not 0 <= length <= self.length:
-            raise UserError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
-        self._ahead, self.length, self.epoch = 0, length, self.epoch + 1
+        self.sequence.rewind(length)
+
+    def close(self) -> None:
+        """Free the graphs or the engine, and the cache. From then on every run raises UserError."""
+        if self.closed:
+            return
+        self.closed = True
+        for name in _RUNS:
+            setattr(self, name, refuse_closed)
+        self._release()
 
     def cache_bits(self, rows: int) -> list[bytes]:
         """The bits of the cache's first ``rows`` rows, every layer's; none where they aren't in the host's memory."""
         return []
 
-    def state(self) -> tuple[int, int]:
-        """What :meth:`restore` takes: the sequence as it is now."""
-        return self.length, self._ahead
-
-    def restore(self, state: tuple[int, int]) -> None:
-        """Undo an interrupted call: nothing below ``length`` was overwritten since :meth:`state` was asked."""
-        self.length, self._ahead = state
-
-    def _record(self, tokens: Sequence[int], start: int) -> None:
-        for index, token in enumerate(tokens, start):
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
             if not _is_id(token, self.manifest.vocab_size):
                 self.token_ids([token])  # tells what's wrong with it
-            self._tokens[index] = token
+
+    @property
+    def _coarse(self) -> bool:
+        """Whether bits depend on where a prompt's chunks begin, and matter."""
+        return self.invariant and self.manifest.cache.dtype == "int8"
+
+    @property
+    def _grid(self) -> int:
+        """A prompt's runs begin at its multiples, but for the last one."""
+        return self.prefill_chunk - self.prefill_chunk % self.granule if self._coarse else self.granule
 
     def _chunks(self, end: int) -> Iterator[tuple[int, int]]:
         """First and last row of each run of a prompt that ends at row ``end`` and is appended behind ``length``.
@@ -168,19 +200,20 @@ class Runner(ABC):
         With a granule, runs begin on its multiples, whatever was appended in which call; the first one may begin in
         front of ``length`` and compute rows again. The last one begins as much earlier as its width needs; where it is
         the only one, from row 0, it is padded. With an int8 cache, where a chunk attends to its own rows before they
-        are rounded, bits depend on where chunks begin: there the grid is ``prefill_chunk``, and what the last run of
-        the call before computed is computed again.
+        are rounded, bits depend on where chunks begin: there the grid is ``prefill_chunk``, and rows of the call before
+        that aren't a prompt's own are computed again.
         """
-        granule = self.granule
+        granule, grid = self.granule, self._grid
         width = self.prefill_chunk - self.prefill_chunk % granule
-        coarse = granule > 1 and self.manifest.cache.dtype == "int8"
-        grid = width if coarse else granule
-        first = min(self.length, self._off_grid) if coarse else self.length
+        first = min(self.length, self.sequence.exact) if self._coarse else self.length
         first -= first % grid
         while end - first > width:
             yield first, first + width
             first += width
         yield max(0, first - -(end - first) % granule), end
+
+    def _release(self) -> None:  # noqa: B027
+        """Let go of what :meth:`close` frees."""
 
     @abstractmethod
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
@@ -197,6 +230,11 @@ class Runner(ABC):
     @abstractmethod
     def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """The same for 1 to MAX_RUN tokens; returns the logits of each, [len(tokens), vocab]."""
+
+
+def refuse_closed(*_: Any) -> NoReturn:
+    """Raises UserError: for what a closed session is asked."""
+    raise UserError("this session is closed; load the bundle again")
 
 
 def _is_id(token: Any, vocab_size: int) -> bool:

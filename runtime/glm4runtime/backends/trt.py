@@ -66,7 +66,7 @@ class EngineRunner(Runner):
         self._profiles = profiles_for(spec, self.prefill_chunk, every_row=False)
         self._draft_profiles = profiles_for(spec, draft, every_row=True)
         self._cuda, self._memory = cuda, Memory(cuda)
-        weakref.finalize(self, self._memory.close)
+        self._end = weakref.finalize(self, self._memory.close)
         nonblocking = cuda.api.cudaStreamNonBlocking
         self._stream = self._memory.keep("cudaStreamDestroy", cuda("cudaStreamCreateWithFlags", nonblocking))
         self._wait = cuda.checked("cudaStreamSynchronize", self._stream)
@@ -95,6 +95,10 @@ class EngineRunner(Runner):
         refuse_in_children(self, "_run_prompt", "_run_token", "_run_draft")
         cuda("cudaDeviceSynchronize")  # the stream doesn't wait for what was cleared and copied outside of it
         self._replay = self._capture()
+
+    def _release(self) -> None:
+        self._end()
+        del self._replay, self._token, self._many, self._download, self._logits, self._wait
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         row: np.ndarray = self._run_many(ids, start, self._profiles, padding=padding)[0]

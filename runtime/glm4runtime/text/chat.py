@@ -74,6 +74,10 @@ class ChatTemplate:
         tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
         return cls(source, {key: token for key, token in tokens.items() if isinstance(token, str)})
 
+    def close(self) -> None:
+        """End the template's process; rendering raises UserError from then on."""
+        self._process.close()
+
     def render(
         self,
         messages: Sequence[dict[str, Any]],

@@ -46,6 +46,7 @@ class TemplateProcess:
         self._source = source
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
+        self._closed = False
         _OPEN.add(self)
         with self._lock:
             #: Attributes, keys and strings that the template names.
@@ -61,9 +62,17 @@ class TemplateProcess:
         except ValueError as error:
             raise UserError(f"chat template: messages, tools or variables nest without end: {error}") from error
         with self._lock:
+            if self._closed:
+                raise UserError("chat template: it was closed with its session; load the bundle again")
             if self._worker is None or not self._worker.alive():
                 self._start()
             return self._ask(request)
+
+    def close(self) -> None:
+        """End the process, once it has given the answer it's at. From then on :meth:`render` raises UserError."""
+        with self._lock:
+            self._closed = True
+            self._close()
 
     def _start(self) -> str:
         self._close()
