@@ -66,6 +66,7 @@ _EXTRAS = {
     "onnx_ir": "compile",
     "onnxscript": "compile",
     "safetensors": "compile",
+    "huggingface_hub": "compile",
     "tqdm": "compile",
     "onnxruntime": "cpu",
     "matplotlib": "bench",
