@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from glm4runtime.backends.providers import open_runner, require_settings
+from glm4runtime.backends.providers import Provider, open_runner, require_settings
 from glm4runtime.backends.runner import Runner, refuse_closed
 from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest, shown
 from glm4runtime.generation import Generation
@@ -23,7 +23,7 @@ from glm4runtime.text.tokenizer import Tokenizer
 def load(
     bundle: str | Path,
     *,
-    provider: str | None = None,
+    provider: Provider | None = None,
     threads: int = 0,
     max_seq_len: int | None = None,
     prefill_chunk: int = 512,

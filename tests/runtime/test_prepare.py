@@ -218,9 +218,10 @@ def test_a_prepared_folder_that_cannot_be_read_is_told(name: str, wide: Path, mo
 
 def test_a_damaged_note_is_told_and_none_is_not(wide: Path) -> None:
     prepared = prepare(wide, read_manifest(wide))
-    (prepared / "prepared.json").write_text("{")
-    with pytest.warns(UserWarning, match="prepared: damaged, and passed over; run `glm4export prepare"):
-        assert prepared_graph(wide, read_manifest(wide), "prefill") is None
+    for damaged in (b"{", b"[]", b"\xff", b'{"files": {}, "files": {}}', b"[" * 100_000):
+        (prepared / "prepared.json").write_bytes(damaged)
+        with pytest.warns(UserWarning, match="prepared: damaged, and passed over; run `glm4export prepare"):
+            assert prepared_graph(wide, read_manifest(wide), "prefill") is None
     shutil.rmtree(prepared)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,8 +19,8 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime import signals
-from glm4runtime.contract import WEIGHTS, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
-from glm4runtime.folder.layout import PREPARED, PREPARED_NOTE, prepared_strangers
+from glm4runtime.contract import WEIGHTS, BundleError, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
+from glm4runtime.folder.layout import PREPARED, PREPARED_NOTE, prepared_strangers, read_prepared_note
 from glm4runtime.folder.scratch import locked, scratch_folder, sweep
 
 FOLDER = PREPARED
@@ -41,7 +41,7 @@ def prepare(folder: Path, manifest: Manifest) -> Path:
     prepared = folder / FOLDER
     try:
         with locked(folder, "another prepare or build") as waited:
-            if waited and _fits(_read_note(prepared), manifest):
+            if waited and _fits(read_prepared_note(folder), manifest):
                 return prepared
             sweep(folder, _PREFIX)
             _require_ours(folder, manifest)
@@ -69,7 +69,7 @@ def prepared_graph(folder: Path, manifest: Manifest, graph: str) -> Path | None:
     path = place / graph / manifest.graphs[graph].file
     again = f"and passed over; run `glm4export prepare {folder}` again"
     try:
-        if _fits(_read_note(place), manifest):
+        if _fits(read_prepared_note(folder), manifest):
             with path.open("rb"), path.with_name(WEIGHTS).open("rb"):
                 return path
         reason = "prepared for another CPU, onnxruntime or build, "
@@ -77,14 +77,10 @@ def prepared_graph(folder: Path, manifest: Manifest, graph: str) -> Path | None:
         if not place.exists():
             return None
         reason = f"cannot be read ({error.filename}: {error.strerror}), "
-    except ValueError:
+    except BundleError:
         reason = "damaged, "
     warnings.warn(f"{place}: {reason}{again}", stacklevel=2)
     return None
-
-
-def _read_note(prepared: Path) -> Any:
-    return json.loads((prepared / PREPARED_NOTE).read_text(encoding="utf-8"))
 
 
 def _require_ours(folder: Path, manifest: Manifest) -> None:
@@ -131,12 +127,12 @@ def check_prepared(folder: Path, manifest: Manifest, *, check_hashes: bool) -> N
     """
     place = folder / FOLDER
     try:
-        note = _read_note(place)
-    except (OSError, ValueError):
+        note = read_prepared_note(folder)
+    except (OSError, BundleError):
         return
     if not _fits(note, manifest):
         return
-    files = FieldReader(note, str(place / PREPARED_NOTE), f"run `glm4export prepare {folder}` again").child("files")
+    files = note.child("files")
     for name, spec in manifest.graphs.items():
         for file in (f"{name}/{spec.file}", f"{name}/{WEIGHTS}"):
             told = FileSpec(files.child(file)("size", int), files.child(file)("sha256", str))
@@ -160,9 +156,9 @@ def _wanted(manifest: Manifest) -> dict[str, Any]:
     return {"machine": machine_key(), "weights": manifest.files[WEIGHTS].sha256}
 
 
-def _fits(note: Any, manifest: Manifest) -> bool:
+def _fits(note: FieldReader, manifest: Manifest) -> bool:
     """Whether what was prepared is for this machine and bundle, and by a version that lists its files."""
-    return isinstance(note, dict) and _wanted(manifest).items() <= note.items() and "files" in note
+    return _wanted(manifest).items() <= note.data.items() and "files" in note.data
 
 
 def machine_key() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from glm4runtime.backends.graph_check import require_graphs
 from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
@@ -13,10 +13,11 @@ from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
 if TYPE_CHECKING:
     from glm4runtime.backends.runner import Runner
 
-ENGINE = "engine"
+Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "engine"]
+ENGINE: Provider = "engine"
 GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
 STEP_PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")  # of step graphs: ONNX Runtime's execution providers
-PROVIDERS = (*STEP_PROVIDERS, ENGINE)
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 _THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
 
 

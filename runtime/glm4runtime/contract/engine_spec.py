@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # by the Python module that is the flavour's API
 
 STANDARD, PLUGIN = "standard", "plugin"  # attention in standard operators, or as the compiler's own plugins
+_REMEDY = "build the engine again"
 PLUGINS_OF_LAYER = 3  # append to the cache, attend, combine
 
 Range = tuple[int, int, int]  # least, best and most, as TensorRT's optimization profiles have it
@@ -85,13 +86,13 @@ class EngineSpec:
     @classmethod
     def from_json(cls, text: str, where: str) -> EngineSpec:
         """Parse and check the text of a sidecar; ``where`` names it in errors. Raises BundleError."""
-        read = read_json(text, where)
+        read = read_json(text, where, _REMEDY)
         if (version := read("format_version", int)) != FORMAT_VERSION:
             raise BundleError(
-                f"{where}: sidecar format {shown(version)}, this version reads {FORMAT_VERSION}; build the engine again"
+                f"{where}: sidecar format {shown(version)}, this version reads {FORMAT_VERSION}; {_REMEDY}"
             )
-        profiles = [FieldReader(profile, f"{where}: profiles") for profile in read("profiles", list)]
-        layers = read.child("layers") if "layers" in read.data else FieldReader({}, where)
+        profiles = [FieldReader(profile, f"{where}: profiles", _REMEDY) for profile in read("profiles", list)]
+        layers = read.child("layers") if "layers" in read.data else FieldReader({}, where, _REMEDY)
         return cls(
             flavour=read.one_of("flavour", FLAVOURS),
             version=read.matching("version", r"\d+\.\d+[\w.+-]*", "a version such as 10.15.1"),
@@ -157,5 +158,5 @@ def _release(version: str) -> tuple[int, int]:
 def _range(read: FieldReader, dim: str) -> Range:
     values = read.items(dim, int)
     if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
-        raise BundleError(f"{read.where}: {dim} is {list(values)}, expected three rising numbers above 0")
+        raise read.error(f"{dim} is {list(values)}, expected three rising numbers above 0")
     return values

@@ -10,6 +10,7 @@ from typing import Any
 
 from glm4runtime.contract.errors import BundleError
 
+_REBUILD = "build the bundle again"
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 _REPR.maxlong = 24
@@ -23,19 +24,19 @@ def shown(value: object) -> str:
     return _REPR.repr(value)
 
 
-def read_json(text: str, where: str) -> FieldReader:
+def read_json(text: str, where: str, remedy: str = _REBUILD) -> FieldReader:
     """The object that a JSON text holds; ``where`` names it in errors. Raises BundleError."""
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: not valid JSON ({error}); build the bundle again") from None
-    return FieldReader(data, where)
+        raise BundleError(f"{where}: not valid JSON ({error}); {remedy}") from None
+    return FieldReader(data, where, remedy)
 
 
 class FieldReader:
     """Typed access to a JSON object that names the key in its errors."""
 
-    def __init__(self, data: Any, where: str, remedy: str = "build the bundle again") -> None:
+    def __init__(self, data: Any, where: str, remedy: str = _REBUILD) -> None:
         self.where, self.remedy = where, remedy
         if not isinstance(data, dict):
             raise self.error(f"expected an object, found {type(data).__name__}")

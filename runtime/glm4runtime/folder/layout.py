@@ -5,11 +5,19 @@ Everything else is the user's, and is never removed. The names of what isn't lis
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from glm4runtime.contract import MANIFEST, WEIGHTS, FileSpec, Manifest, sha256_of
+from glm4runtime.contract import (
+    MANIFEST,
+    WEIGHTS,
+    BundleError,
+    FieldReader,
+    FileSpec,
+    Manifest,
+    read_json,
+    sha256_of,
+)
 from glm4runtime.contract.engine_spec import FOLDER as ENGINES
 from glm4runtime.folder.scratch import is_scratch, names_in
 
@@ -36,14 +44,24 @@ def strangers(folder: Path, manifest: Manifest) -> list[str]:
     return list(_strangers(folder, PurePosixPath(), manifest))
 
 
+def read_prepared_note(folder: Path) -> FieldReader:
+    """What prepare wrote beside its files in a bundle's folder. Raises OSError, or BundleError where it's damaged."""
+    path, remedy = folder / PREPARED / PREPARED_NOTE, f"run `glm4export prepare {folder}` again"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path}: not text ({error}); {remedy}") from None
+    return read_json(text, str(path), remedy)
+
+
 def prepared_strangers(folder: Path, manifest: Manifest) -> list[str]:
     """What in the folder ``prepared`` of a bundle is not prepare's, as in :func:`strangers`; all, without its note."""
     prepared = folder / PREPARED
     try:
-        note = json.loads((prepared / PREPARED_NOTE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        note = None
-    if not isinstance(note, dict) or not note.keys() >= {"machine", "weights"}:
+        told = read_prepared_note(folder).data.keys()
+    except (FileNotFoundError, BundleError):
+        told = dict[str, object]().keys()
+    if not told >= {"machine", "weights"}:
         return [f"{PREPARED}/"] if names_in(prepared) else []
     ours = {f"{name}/{file}" for name, spec in manifest.graphs.items() for file in (spec.file, WEIGHTS)}
     found = (path.relative_to(prepared) for path in sorted(prepared.rglob("*")) if not _is_folder(path))
