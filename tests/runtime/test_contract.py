@@ -152,7 +152,9 @@ def test_file_names_that_leave_the_folder(name: str) -> None:
         Manifest.from_json(json.dumps(data), "m")
 
 
-@pytest.mark.parametrize("name", ["", ".", "a//b", "./a", "a/", "a\0b", "\x1b[31m", "\ud800", "a\nb", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "a//b", "./a", "a/", "a\0b", "\x1b[31m", "\ud800", "a\nb", "manifest.json", "n" * 256]
+)
 def test_file_names_that_name_no_file_of_a_bundle(name: str) -> None:
     data = json.loads(MANIFEST.to_json())
     data["files"][name] = {"size": 1, "sha256": "0" * 64}

@@ -147,6 +147,7 @@ class Manifest:
         return manifest
 
 
+_LONGEST_NAME = 255  # bytes that Linux's file systems take
 _TEXT_FIELDS = ("producer", "producer_version", "family", "task", "precision")
 
 
@@ -201,6 +202,7 @@ def _graph(read: FieldReader) -> GraphSpec:
 def _file(name: str, read: FieldReader) -> FileSpec:
     if PurePosixPath(name).is_absolute() or ".." in name.split("/") or "\\" in name:
         raise BundleError(f"{read.where}: the path leaves the bundle's folder; refusing it")
-    if not name.isprintable() or PurePosixPath(name).as_posix() != name or name == MANIFEST or name == ".":
+    too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in PurePosixPath(name).parts)
+    if too_long or not name.isprintable() or PurePosixPath(name).as_posix() != name or name in (MANIFEST, "."):
         raise BundleError(f"{read.where}: not the path of a file in a bundle; refusing it")
     return FileSpec(read.positive("size", 0), read.matching("sha256", SHA256, SHA256_WORDS))
