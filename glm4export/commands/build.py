@@ -14,7 +14,7 @@ from glm4export.commands.engine_options import (
     engine_lines,
     require_flavour,
 )
-from glm4export.commands.targets import TARGETS
+from glm4runtime.contract import TARGETS
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
@@ -29,7 +29,10 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="bundle folder (default: NAME-PRECISION)")
     command.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     command.add_argument(
-        "--target", choices=TARGETS, default="auto", help="default: %(default)s, which is cpu where no GPU is found"
+        "--target",
+        choices=("auto", *TARGETS),
+        default="auto",
+        help="default: %(default)s, which is cpu where no GPU is found",
     )
     command.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt and answer together (default: the model's limit)"

@@ -6,9 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from glm4export.commands.targets import TARGETS
 from glm4export.terminal.errors import printable_lines
-from glm4runtime.contract import MANIFEST
+from glm4runtime.contract import MANIFEST, TARGETS
 
 EXAMPLE = "example: glm4export inspect zai-org/GLM-4-9B-0414 --json"
 
@@ -17,7 +16,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     command.add_argument("what", metavar="BUNDLE|MODEL", help="bundle folder, checkpoint folder, or hub id")
     command.add_argument("--check-hashes", action="store_true", help="compare every file of a bundle with its sha256")
-    command.add_argument("--target", choices=TARGETS, default="auto", help="what a model is to be built for")
+    command.add_argument("--target", choices=("auto", *TARGETS), default="auto", help="what a model is to be built for")
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--token", help="hub access token (default: the stored one, or HF_TOKEN)")
     command.add_argument("--json", action="store_true", help="print the facts as JSON")

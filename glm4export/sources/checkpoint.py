@@ -23,17 +23,11 @@ from glm4export.sources.ledger import mismatches, wrapped
 from glm4export.terminal.errors import MOST_LINES, listed, printable
 from glm4export.weights.recipes import Window
 from glm4graphs.config import Glm4Config
-from glm4runtime.contract import UserError, shown
+from glm4runtime.contract import TEXT_FILES, UserError, shown
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of a LoRA adapter, which is no model
-SIDE_FILES = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+SIDE_FILES = (CONFIG, "generation_config.json", *TEXT_FILES)
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -9,8 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from glm4runtime.contract import TokenIds, UserError, refuse_pointer
-from glm4runtime.text.files import TOKENIZER
+from glm4runtime.contract import TOKENIZER, TokenIds, UserError, refuse_pointer
 
 TURN_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from glm4runtime.backends.providers import Provider, open_runner, require_settings
 from glm4runtime.backends.runner import Runner, refuse_closed
-from glm4runtime.contract import BundleError, Manifest, UserError, read_manifest, shown
+from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, read_manifest, shown
 from glm4runtime.generation import Generation
 from glm4runtime.invariance import make_invariant
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.text.chat import ChatTemplate
-from glm4runtime.text.files import TOKENIZER, read_text_files
+from glm4runtime.text.files import read_text_files
 from glm4runtime.text.stream import Stop, TextStream, split_stop, stop_items
 from glm4runtime.text.tokenizer import Tokenizer
 

@@ -9,6 +9,7 @@ from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec, TokenIds, read_manifest
 from glm4runtime.contract.names import (
     ATTENTION_MASK,
+    CHAT_TEMPLATE,
     DECODE,
     DTYPE_BYTES,
     FORMAT_VERSION,
@@ -19,10 +20,12 @@ from glm4runtime.contract.names import (
     MANIFEST,
     POSITION_IDS,
     PREFILL,
-    SIDE_FILES,
     STEP,
     TARGETS,
     TENSORRT,
+    TEXT_FILES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
     WEIGHTS,
     WRITE_INDICES,
     graph_names,
@@ -32,6 +35,7 @@ from glm4runtime.contract.names import (
 
 __all__ = [
     "ATTENTION_MASK",
+    "CHAT_TEMPLATE",
     "DECODE",
     "DTYPE_BYTES",
     "FORMAT_VERSION",
@@ -44,10 +48,12 @@ __all__ = [
     "PREFILL",
     "SHA256",
     "SHA256_WORDS",
-    "SIDE_FILES",
     "STEP",
     "TARGETS",
     "TENSORRT",
+    "TEXT_FILES",
+    "TOKENIZER",
+    "TOKENIZER_CONFIG",
     "WEIGHTS",
     "WRITE_INDICES",
     "BundleError",

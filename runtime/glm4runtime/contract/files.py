@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4runtime.contract.errors import BundleError
-from glm4runtime.contract.names import MANIFEST
+from glm4runtime.contract.names import CHAT_TEMPLATE, MANIFEST, TOKENIZER_CONFIG
 
-_WITH_TEMPLATE = ("chat_template.jinja", "tokenizer_config.json")
+_WITH_TEMPLATE = (CHAT_TEMPLATE, TOKENIZER_CONFIG)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHA256, SHA256_WORDS = "[0-9a-f]{64}", "64 hexadecimal digits"
 _HASH_BLOCK = 1 << 22  # bytes read at a time while hashing

@@ -17,9 +17,9 @@ from glm4runtime.contract.names import (
     FORMAT_VERSION,
     GEOMETRY,
     MANIFEST,
-    SIDE_FILES,
     STEP,
     TARGETS,
+    TEXT_FILES,
     WEIGHTS,
     graph_names,
 )
@@ -169,7 +169,7 @@ def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
     for name, spec in manifest.files.items():
         check_file(folder, name, spec, check_hashes=check_hashes)
     if check_hashes:
-        for name in (WEIGHTS, *SIDE_FILES):
+        for name in (WEIGHTS, *TEXT_FILES):
             if name not in manifest.files and (folder / name).exists():
                 raise BundleError(
                     f"{folder / name}: the manifest doesn't list it; remove it, or build the bundle again"

@@ -5,11 +5,10 @@ from __future__ import annotations
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)  # what a session reads beside its graphs
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)  # what a session reads beside its graphs
 PREFILL = "prefill"
 DECODE = "decode"
 STEP = "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice

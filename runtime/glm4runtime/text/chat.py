@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4runtime.contract import UserError
+from glm4runtime.contract import CHAT_TEMPLATE, TOKENIZER_CONFIG, UserError
 from glm4runtime.text.answers import ToolCall, parse_tool_calls, split_answer, split_thought
-from glm4runtime.text.files import CONFIG, TEMPLATE, read_text_files, text_of
+from glm4runtime.text.files import read_text_files, text_of
 from glm4runtime.text.messages import check_all_shown, in_template_s_form
 from glm4runtime.text.template_process import TemplateProcess
 
@@ -51,17 +51,17 @@ class ChatTemplate:
     @classmethod
     def from_files(cls, folder: Path, files: Mapping[str, bytes], source: str | None = None) -> ChatTemplate:
         """The same of files already read, by name; ``source``: a template in place of theirs."""
-        config_file = folder / CONFIG
+        config_file = folder / TOKENIZER_CONFIG
         config: Any = {}
-        if CONFIG in files:
+        if TOKENIZER_CONFIG in files:
             try:
-                config = json.loads(text_of(files, CONFIG, folder))
+                config = json.loads(text_of(files, TOKENIZER_CONFIG, folder))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{config_file}: not valid JSON: {error}") from error
             if not isinstance(config, dict):
                 raise UserError(f"{config_file}: expected a JSON object, found {type(config).__name__}")
         if source is None:
-            source = text_of(files, TEMPLATE, folder) if TEMPLATE in files else config.get("chat_template")
+            source = text_of(files, CHAT_TEMPLATE, folder) if CHAT_TEMPLATE in files else config.get("chat_template")
         if source is None:
             raise UserError(
                 f'{folder}: no chat_template.jinja, and no "chat_template" in a tokenizer_config.json; '

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm4runtime.contract import BundleError, refuse_pointer
-
-TOKENIZER = "tokenizer.json"
-TEMPLATE = "chat_template.jinja"
-CONFIG = "tokenizer_config.json"
+from glm4runtime.contract import TEXT_FILES, BundleError, refuse_pointer
 
 
 def read_text_files(folder: Path) -> dict[str, bytes]:
     """Those that are there, by name; what they hold is checked on use. Raises BundleError where one can't be read."""
     files = {}
-    for name in (TOKENIZER, TEMPLATE, CONFIG):
+    for name in TEXT_FILES:
         path = folder / name
         try:
             if path.is_file():

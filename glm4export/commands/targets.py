@@ -1,5 +1,0 @@
-"""The option ``--target``."""
-
-from __future__ import annotations
-
-TARGETS = ("auto", "cpu", "cuda", "tensorrt")
