@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from glm4export.build.build import compile_graph
-from glm4export.build.options import CALIBRATED, BuildOptions
+from glm4export.build.options import CALIBRATED, PRECISIONS, BuildOptions
 from glm4export.graph.listing import listing
-from glm4export.passes import PIPELINES
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.weights.fp16 import fp16_scales
@@ -31,7 +30,8 @@ def golden_listings() -> dict[str, str]:
     config, checkpoint = read_config(folder / CONFIG), Checkpoint.open(folder)
     variants = {
         f"{target}-{precision}": BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
-        for target, precision in PIPELINES
+        for target, precisions in PRECISIONS.items()
+        for precision in precisions
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))

@@ -16,7 +16,6 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from glm4export import passes
 from glm4export.build.options import BuildOptions
 from glm4export.bundle.folder import PRODUCER, new_bundle, require_space
 from glm4export.bundle.genai import FILE as GENAI_CONFIG
@@ -25,6 +24,7 @@ from glm4export.calibration.calibrate import calibrate, token_sequences
 from glm4export.calibration.observe import linears
 from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.graph.trace import trace
+from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config import read_config, read_token_ids, sequence_limit
 from glm4export.sources.sidefiles import check_side_files
@@ -40,7 +40,6 @@ from glm4export.weights.write import Layout, lay_out, write_weights
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import (
     MANIFEST,
-    PREFILL,
     TENSORRT,
     WEIGHTS,
     CacheSpec,
@@ -154,15 +153,11 @@ def compile_graph(
 ) -> Skeleton:
     """Trace one graph and run its target's passes; no weights are read."""
     model = trace(config, name, dtype=options.compute_dtype, max_seq_len=max_seq_len)
-    skeleton = Skeleton(model, config, max_seq_len, scales, options.formats)
-    own = name == PREFILL and options.prefill_precision is not None
-    pipeline = passes.PREFILL_INT8 if own else passes.PIPELINES[options.target, options.precision]
+    skeleton = Skeleton(model, config, max_seq_len)
     if options.attention == "plugin":
         Geometry.of(config, max_seq_len, options.compute_name)  # refuses what the kernels don't take
-        pipeline = passes.PLUGIN[options.precision]
-    if options.cache_dtype == "int8":
-        pipeline = passes.behind_lowering(pipeline, passes.INT8_CACHE[options.target, name])
-    passes.run(pipeline, skeleton, skip_simplify=not options.simplify)
+    for step in pipeline(options, name, scales):
+        step(skeleton)
     return skeleton
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import torch
 
-from glm4export.passes import PIPELINES, PLUGIN
 from glm4export.weights.storage import Formats
 from glm4runtime.contract import TENSORRT, UserError
 
+PRECISIONS = {  # by target
+    "cpu": ("fp32", "fp16", "int8", "int4"),
+    "cuda": ("fp16", "bf16", "int8", "int4"),
+    TENSORRT: ("fp32", "fp16", "bf16", "int8", "int4", "fp8"),
+}
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
+_PLUGIN = ("fp16", "bf16", "int8", "int4")  # what kernels of --attention plugin compute in or beside
 _CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
@@ -41,11 +46,11 @@ class BuildOptions:
     attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:
-        if (self.target, self.precision) not in PIPELINES:
-            possible = ", ".join(precision for target, precision in PIPELINES if target == self.target)
+        possible = PRECISIONS.get(self.target, ())
+        if self.precision not in possible:
             why = _NO_KERNEL.get((self.target, self.precision))
             raise UserError(
-                f"--precision {self.precision} does not run on --target {self.target}; it runs {possible}"
+                f"--precision {self.precision} does not run on --target {self.target}; it runs {', '.join(possible)}"
                 + (f". {why}" if why else "")
             )
         if self.prefill_precision is not None and (self.target != "cpu" or self.formats is None):
@@ -67,9 +72,9 @@ class BuildOptions:
             )
         if self.target == TENSORRT and self.formats is not None:
             self._check_qdq()
-        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in PLUGIN):
+        if self.attention == "plugin" and (self.target != TENSORRT or self.precision not in _PLUGIN):
             raise UserError(
-                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(PLUGIN)}, "
+                f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(_PLUGIN)}, "
                 f"not with {self.target} and {self.precision}"
             )
 

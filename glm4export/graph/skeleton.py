@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from glm4export.weights.fp16 import Fp16Scales
-from glm4export.weights.recipes import Recipe
-from glm4export.weights.storage import Formats
+from glm4export.weights.recipes import Expr, Recipe, Transpose
 from glm4graphs.config import Glm4Config
+
+
+class Linear(NamedTuple):
+    """A MatMul by a weight of the checkpoint, which is stored as MatMul takes it: transposed."""
+
+    node: ir.Node
+    input: ir.Value  # [..., in]
+    name: str  # of the stored weight
+    weight: Expr  # [out, in], as checkpoints have it
+    dtype: str  # that it's stored in
 
 
 @dataclass
@@ -20,8 +29,6 @@ class Skeleton:
     model: ir.Model
     config: Glm4Config
     max_seq_len: int
-    fp16_scales: Fp16Scales | None = None
-    formats: Formats | None = None
     recipes: dict[str, Recipe] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)  # names of the passes that it went through, in order
 
@@ -40,16 +47,14 @@ class Skeleton:
 
     def weight(self, name: str, recipe: Recipe) -> ir.Value:
         """Add an initializer made by ``recipe``."""
-        kind = ir.TensorType(ONNX_DTYPES[recipe.dtype])
-        value = ir.Value(name=name, shape=ir.Shape(recipe.shape), type=kind)
+        value = ir.val(name, ONNX_DTYPES[recipe.dtype], recipe.shape)
         self.graph.initializers[name] = value
         self.recipes[name] = recipe
         return value
 
     def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Add a small initializer that carries its data in the graph."""
-        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        value = ir.val(name, const_value=tensor)
         self.graph.initializers[name] = value
         return value
 
@@ -65,12 +70,38 @@ class Skeleton:
         outputs: Sequence[ir.Value] | None = None,
     ) -> ir.Node:
         """Insert a node; its first output is called ``name`` too unless ``outputs`` are given."""
-        if outputs is None:
-            outputs = [ir.Value(name=name)]
-        attrs = [ir.convenience.convert_attribute(key, value) for key, value in (attributes or {}).items()]
-        node = ir.Node(domain, op_type, inputs, attrs, outputs=outputs, name=name)
+        outputs = [ir.val(name)] if outputs is None else outputs
+        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=name)
         self.graph.insert_before(anchor, node)
         return node
+
+    def replace(
+        self,
+        old: ir.Node,
+        name: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int | float | Sequence[int]] | None = None,
+        *,
+        domain: str = "",
+    ) -> ir.Node:
+        """Put another node in the place of one: its outputs get the old ones' names, shapes, types and readers."""
+        outputs = [ir.val(value.name) for value in old.outputs]
+        node = self.insert_before(old, name, op_type, inputs, attributes, domain=domain, outputs=outputs)
+        self.replace_outputs(old, outputs)
+        return node
+
+    def replace_outputs(self, old: ir.Node, values: Sequence[ir.Value]) -> None:
+        """Remove a node whose outputs other nodes make now: these get the old ones' names, shapes, types, readers."""
+        ir.convenience.replace_nodes_and_values(self.graph, old, [old], [], old.outputs, values)
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear whose weight is still stored as computed with, the head included, in graph order."""
+        for node in self.nodes("MatMul"):
+            for name in self.weights_of(node):
+                recipe, x = self.recipes[name], node.inputs[0]
+                assert isinstance(recipe.expr, Transpose) and x is not None, "lift_weights stores linears transposed"
+                yield Linear(node, x, name, recipe.expr.of, recipe.dtype)
 
     def drop_unused_weights(self) -> None:
         """Forget initializers, and their recipes, that no node reads."""

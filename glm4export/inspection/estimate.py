@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4export.build.options import CALIBRATED, BuildOptions
-from glm4export.passes import PIPELINES
+from glm4export.build.options import CALIBRATED, PRECISIONS, BuildOptions
 from glm4export.sources.config import sequence_limit
 from glm4export.sources.ledger import tensor_shapes
 from glm4export.weights.storage import HEAD
@@ -51,7 +50,7 @@ def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
     """
     positions = sequence_limit(config, None)
     precisions = {}
-    for precision in (precision for built_for, precision in PIPELINES if built_for == target):
+    for precision in PRECISIONS[target]:
         options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
         weights = weight_bytes(config, options)
         left = 0.9 * memory - 2 * weights

@@ -23,7 +23,7 @@ def _promised(skeleton: Skeleton) -> Counts:
 
 
 @counts(_promised)
-def lift_weights(skeleton: Skeleton) -> dict[str, int]:
+def lift_weights(skeleton: Skeleton) -> Counts:
     """Counts: ``weights`` initializers given a recipe, ``transposes`` folded into one."""
     graph = skeleton.graph
     for name, value in graph.initializers.items():

@@ -8,7 +8,7 @@ import math
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import counts, per_layer
+from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.weights.recipes import Recipe, RotaryTable
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4runtime.contract import ATTENTION_MASK, UserError
@@ -19,7 +19,7 @@ _ROTARY_COLUMNS = 8  # cos and sin must have a multiple of this many
 
 
 @counts(per_layer(attention=1))
-def lower_attention_gqa(skeleton: Skeleton) -> dict[str, int]:
+def lower_attention_gqa(skeleton: Skeleton) -> Counts:
     """Counts: ``attention`` nodes lowered."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
     lengths = _lengths(skeleton, nodes[0]) if nodes else ()
@@ -27,20 +27,14 @@ def lower_attention_gqa(skeleton: Skeleton) -> dict[str, int]:
     for node in nodes:
         query, key, value, past_key, past_value, _, cos, sin = node.inputs
         attributes = {name: node.attributes[name].value for name in ("num_heads", "kv_num_heads", "scale")}
-        outputs = [ir.Value(name=output.name, shape=output.shape, type=output.type) for output in node.outputs]
-        for old, new in zip(node.outputs, outputs, strict=True):
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-        name = (node.name or "").replace(OP_TYPE, "GroupQueryAttention")
-        skeleton.insert_before(
+        skeleton.replace(
             node,
-            name,
+            (node.name or "").replace(OP_TYPE, "GroupQueryAttention"),
             "GroupQueryAttention",
             [query, key, value, past_key, past_value, *lengths, cos, sin],
             {**attributes, "do_rotary": 1, "rotary_interleaved": 1},
             domain=CONTRIB,
-            outputs=outputs,
         )
-        skeleton.graph.remove(node, safe=True)
     skeleton.model.opset_imports.pop(DOMAIN, None)
     skeleton.model.opset_imports[CONTRIB] = 1
     return {"attention": len(nodes)}

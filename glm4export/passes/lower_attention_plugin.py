@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import counts, per_layer
+from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.passes.lower_attention_standard import (
     OPSET,
     AttentionInputs,
@@ -31,19 +31,15 @@ ATTRIBUTES = ("num_heads", "kv_num_heads", "scale")
 
 
 @counts(per_layer(attention=1))
-def lower_attention_plugin(skeleton: Skeleton) -> dict[str, int]:
+def lower_attention_plugin(skeleton: Skeleton) -> Counts:
     """Counts: ``attention`` nodes. The last pass: the optimizer would put the function's body in their places."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
     inputs = step_inputs(skeleton)
     for node in nodes:
         attributes = {name: node.attributes[name].value for name in ATTRIBUTES}
-        outputs = [ir.Value(name=old.name, shape=old.shape, type=old.type) for old in node.outputs]
-        for old, new in zip(node.outputs, outputs, strict=True):
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
         kept = attention_inputs(node, inputs)[:8]
         assert node.name is not None
-        skeleton.insert_before(node, node.name, OP_TYPE, kept, attributes, domain=DOMAIN, outputs=outputs)
-        skeleton.graph.remove(node, safe=True)
+        skeleton.replace(node, node.name, OP_TYPE, kept, attributes, domain=DOMAIN)
     function = attention_function(skeleton.config)
     skeleton.model.functions[function.identifier()] = function
     skeleton.model.opset_imports[""] = OPSET
@@ -57,18 +53,14 @@ def attention_function(config: Glm4Config, *, quantized: bool = False) -> ir.Fun
     whose rows are symmetric int8 with one float32 scale for each kv head's keys and one for its values.
     """
     names = AttentionInputs._fields if quantized else AttentionInputs._fields[:8]
-    inputs = AttentionInputs(*(ir.Value(name=name) for name in names))
+    inputs = AttentionInputs(*map(ir.val, names))
     nodes: list[ir.Node] = []
 
     def emit(
         name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
     ) -> Sequence[ir.Value]:
-        attrs = [
-            value if isinstance(value, ir.Attr) else ir.convenience.convert_attribute(key, value)
-            for key, value in attributes.items()
-        ]
-        values = [ir.Value(name=output) for output in outputs or (name,)]
-        nodes.append(ir.Node("", op_type, inputs, attrs, outputs=values, name=name))
+        values = [ir.val(output) for output in outputs or (name,)]
+        nodes.append(ir.node(op_type, inputs, attributes, outputs=values, name=name))
         return nodes[-1].outputs
 
     def constant(name: str, values: list[int]) -> ir.Value:

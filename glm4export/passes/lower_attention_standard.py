@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import counts, per_layer
+from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.terminal.errors import InternalError
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4graphs.config import Glm4Config
@@ -62,7 +62,7 @@ class HeadShapes:
 
 
 @counts(per_layer(attention=1))
-def lower_attention_standard(skeleton: Skeleton) -> dict[str, int]:
+def lower_attention_standard(skeleton: Skeleton) -> Counts:
     """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
     inputs = step_inputs(skeleton)
@@ -136,15 +136,12 @@ def _lower(skeleton: Skeleton, node: ir.Node, shapes: HeadShapes, inputs: tuple[
     def emit(
         name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
     ) -> Sequence[ir.Value]:
-        values = [ir.Value(name=f"{scope}/{output}") for output in outputs or (name,)]
+        values = [ir.val(f"{scope}/{output}") for output in outputs or (name,)]
         return skeleton.insert_before(node, f"{scope}/{name}", op_type, inputs, attributes, outputs=values).outputs
 
     scale = node.attributes["scale"].as_float()
     made = standard_attention(emit, attention_inputs(node, inputs), shapes, skeleton.config.rotary_dim, scale)
-    for old, new in zip(node.outputs, made, strict=True):
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-    skeleton.graph.remove(node, safe=True)
+    skeleton.replace_outputs(node, made)
 
 
 def _replace_mask(skeleton: Skeleton) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -152,13 +149,10 @@ def _replace_mask(skeleton: Skeleton) -> tuple[ir.Value, ir.Value, ir.Value]:
     inputs = skeleton.graph.inputs
     index = next(i for i, value in enumerate(inputs) if value.name == ATTENTION_MASK)
 
-    def declared(name: str, dtype: ir.DataType, dims: list[int | str]) -> ir.Value:
-        return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
-
     new = (
-        declared(POSITION_IDS, ir.DataType.INT64, ["batch", "seq"]),
-        declared(WRITE_INDICES, ir.DataType.INT64, ["batch"]),
-        declared(ATTENTION_MASK, ir.DataType.BOOL, ["batch", 1, "seq", skeleton.max_seq_len]),
+        ir.val(POSITION_IDS, ir.DataType.INT64, ["batch", "seq"]),
+        ir.val(WRITE_INDICES, ir.DataType.INT64, ["batch"]),
+        ir.val(ATTENTION_MASK, ir.DataType.BOOL, ["batch", 1, "seq", skeleton.max_seq_len]),
     )
     old = inputs[index]
     for node in skeleton.nodes(OP_TYPE, DOMAIN):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import counts, per_layer
+from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.terminal.errors import InternalError
 from glm4export.weights.recipes import CacheScales, Recipe
@@ -34,7 +34,7 @@ class Int8Cache:
 
 
 @counts(per_layer(caches=2))
-def quantize_cache(skeleton: Skeleton) -> dict[str, int]:
+def quantize_cache(skeleton: Skeleton) -> Counts:
     """Counts: ``caches``, two per layer, that are int8 now."""
     count = 0
     for attention, caches in int8_caches(skeleton):

@@ -12,41 +12,28 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import Counts, counts
+from glm4export.graph.skeleton import Linear, Skeleton
+from glm4export.passes.counted import Counts, counts, layers_linears
 from glm4export.passes.lower_attention_gqa import CONTRIB
-from glm4export.weights.recipes import Recipe, RowQuantizedPart, Transpose
+from glm4export.weights.recipes import Recipe, RowQuantizedPart
 from glm4export.weights.storage import HEAD
 
 _ZERO_POINT = 64
 _LEVELS = 63
 
 
-def _promised(skeleton: Skeleton) -> Counts:
-    layers = skeleton.config.num_hidden_layers
-    # Inputs: of q, k and v together, of o, of gate_up, of down.
-    return {"linears": skeleton.linears_of_layer * layers, "activations": 4 * layers}
-
-
-@counts(_promised)
-def quantize_rows(skeleton: Skeleton) -> dict[str, int]:
+@counts(layers_linears)
+def quantize_rows(skeleton: Skeleton) -> Counts:
     """Counts: ``linears`` lowered, ``activations`` quantized for them. The head is left to other passes."""
     constants = _Constants(skeleton)
-    quantized: dict[int, tuple[ir.Value, ir.Value]] = {}
-    linears = 0
-    for node in skeleton.nodes("MatMul"):
-        stored = next(skeleton.weights_of(node), None)
-        if stored is None or stored == HEAD:
-            continue
-        x = node.inputs[0]
-        assert x is not None and node.name is not None
-        if id(x) not in quantized:
-            quantized[id(x)] = _quantize_activation(skeleton, node, x, constants)
-        _lower(skeleton, node, stored, *quantized[id(x)], constants)
-        linears += 1
-    skeleton.drop_unused_weights()
+    quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    linears = [linear for linear in skeleton.linears() if linear.name != HEAD]
+    for linear in linears:
+        if linear.input not in quantized:
+            quantized[linear.input] = _quantize_activation(skeleton, linear.node, linear.input, constants)
+        _lower(skeleton, linear, *quantized[linear.input], constants)
     skeleton.model.opset_imports[CONTRIB] = 1
-    return {"linears": linears, "activations": len(quantized)}
+    return {"linears": len(linears), "activations": len(quantized)}
 
 
 class _Constants:
@@ -78,22 +65,11 @@ def _quantize_activation(
     return add("QuantizeLinear", "QuantizeLinear", [ratio, constants.one, constants.zero_point]), scale
 
 
-def _lower(
-    skeleton: Skeleton, node: ir.Node, stored: str, values: ir.Value, scale: ir.Value, constants: _Constants
-) -> None:
-    recipe = skeleton.recipes[stored]
-    assert isinstance(recipe.expr, Transpose), "lift_weights stores every linear transposed"
-    weight = skeleton.weight(f"{stored}.int8", Recipe(RowQuantizedPart(recipe.expr.of, "data"), "int8"))
-    steps = skeleton.weight(f"{stored}.int8_scales", Recipe(RowQuantizedPart(recipe.expr.of, "scales"), "float32"))
-    product = skeleton.insert_before(
-        node,
-        (node.name or "").replace("/MatMul", "/MatMulIntegerToFloat"),
-        "MatMulIntegerToFloat",
-        [values, weight, constants.one, steps, constants.zero_point],
-        domain=CONTRIB,
-    )
-    result = node.outputs[0]
-    output = ir.Value(name=result.name, shape=result.shape, type=result.type)
-    result.replace_all_uses_with(output, replace_graph_outputs=True)
-    skeleton.insert_before(node, f"{node.name}/Rows", "Mul", [product.outputs[0], scale], outputs=[output])
-    skeleton.graph.remove(node, safe=True)
+def _lower(skeleton: Skeleton, linear: Linear, values: ir.Value, scale: ir.Value, constants: _Constants) -> None:
+    node, name = linear.node, linear.node.name or ""
+    weight = skeleton.weight(f"{linear.name}.int8", Recipe(RowQuantizedPart(linear.weight, "data"), "int8"))
+    steps = skeleton.weight(f"{linear.name}.int8_scales", Recipe(RowQuantizedPart(linear.weight, "scales"), "float32"))
+    inputs = [values, weight, constants.one, steps, constants.zero_point]
+    op_type = "MatMulIntegerToFloat"
+    product = skeleton.insert_before(node, name.replace("/MatMul", f"/{op_type}"), op_type, inputs, domain=CONTRIB)
+    skeleton.replace(node, f"{name}/Rows", "Mul", [product.outputs[0], scale])

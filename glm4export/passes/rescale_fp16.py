@@ -16,16 +16,15 @@ import torch
 
 from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts
+from glm4export.weights.fp16 import Fp16Scales
 from glm4export.weights.recipes import Recipe, Scale, map_sources
 from glm4runtime.contract import UserError
 
 _LAYER = r"model\.layers\.\d+\."
 
 
-def _promised(skeleton: Skeleton) -> Counts:
-    scales, layers = skeleton.fp16_scales, skeleton.config.num_hidden_layers
-    assert scales is not None, "an fp16 pipeline is given its scales"
-    branch, residual = scales.branch != 1, scales.residual != 1
+def _promised(skeleton: Skeleton, scales: Fp16Scales) -> Counts:
+    layers, branch, residual = skeleton.config.num_hidden_layers, scales.branch != 1, scales.residual != 1
     return {
         "weights": 2 * layers * branch + (2 * layers + 1) * residual,  # gate_up and o; post-norms and embedding
         "eps": 2 * layers * branch + (2 * layers + 1) * residual,  # post-norms'; the other norms', the last one's too
@@ -33,10 +32,8 @@ def _promised(skeleton: Skeleton) -> Counts:
 
 
 @counts(_promised)
-def rescale_fp16(skeleton: Skeleton) -> dict[str, int]:
+def rescale_fp16(skeleton: Skeleton, scales: Fp16Scales) -> Counts:
     """Counts: ``weights`` whose recipe was scaled, ``eps`` changed. A scale of 1 changes nothing and counts nothing."""
-    scales = skeleton.fp16_scales
-    assert scales is not None, "an fp16 pipeline is given its scales"
     up_start = skeleton.config.intermediate_size
     weight_rules = (
         (_LAYER + r"mlp\.gate_up_proj\.weight", scales.branch, up_start),  # up only: the gate feeds the activation

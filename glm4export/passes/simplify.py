@@ -20,7 +20,7 @@ def _promised(skeleton: Skeleton) -> Counts:
 
 
 @counts(_promised)
-def simplify(skeleton: Skeleton) -> dict[str, int]:
+def simplify(skeleton: Skeleton) -> Counts:
     """Counts: ``removed`` nodes, ``splits`` there are now, and ``sequences`` left of what they're made of."""
     before = len(skeleton.graph)
     with quiet("onnx_ir"):  # it warns of every initializer without data

@@ -14,7 +14,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import counts, per_layer
+from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.passes.quantize_cache import Int8Cache, int8_caches
 from glm4runtime.contract import ATTENTION_MASK
@@ -26,7 +26,7 @@ _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
 @counts(per_layer(caches=2))
-def widen_cache(skeleton: Skeleton) -> dict[str, int]:
+def widen_cache(skeleton: Skeleton) -> Counts:
     """Counts: ``caches``, two per layer, that are int8 now."""
     layers = list(int8_caches(skeleton))
     if layers:
@@ -76,7 +76,7 @@ class _Layer:
         inputs = list(attention.inputs)
         for cache in self.caches:
             inputs[cache.input_index] = self._wide(cache, past)
-        outputs = [ir.Value(name=f"{self.name}:{index}") for index in range(len(attention.outputs))]
+        outputs = [ir.val(f"{self.name}:{index}") for index in range(len(attention.outputs))]
         attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
         self.skeleton.insert_before(
             attention, self.name, "GroupQueryAttention", inputs, attributes, domain=CONTRIB, outputs=outputs
@@ -91,9 +91,8 @@ class _Layer:
         attended = self._add(
             "cache/Attended", "Reshape", [outputs[0], self._add("cache/Dims", "Concat", shape, axis=0)]
         )
-        attended.shape, attended.type = attention.outputs[0].shape, attention.outputs[0].type
-        attention.outputs[0].replace_all_uses_with(attended)
-        self.skeleton.graph.remove(attention, safe=True)
+        self.skeleton.replace_outputs(attention, [attended, *stored])
+        attended.name = f"{self.scope}/cache/Attended"  # the presents' names are the graph's; this one is its node's
 
     def _wide(self, cache: Int8Cache, past: ir.Value) -> ir.Value:
         """The past's keys or values in the dtype that attention computes in: [batch, kv_heads, past, head_dim]."""
@@ -109,18 +108,7 @@ class _Layer:
             new = self._cast("NewCast", new, _FLOAT, cache)
         steps = self._add("Steps", "Div", [new, cache.scales], cache)
         stored = self._add("Stored", "QuantizeLinear", [steps, self.shared.one, self.shared.zero], cache)
-        old = self.attention.outputs[cache.output_index]
-        value = ir.Value(name=old.name, shape=old.shape, type=old.type)
-        self.skeleton.insert_before(
-            self.attention,
-            f"{self.scope}/{cache.part}_cache/TensorScatter",
-            "TensorScatter",
-            [self._buffer(cache), stored, write],
-            {"axis": _TOKENS},
-            outputs=[value],
-        )
-        old.replace_all_uses_with(value, replace_graph_outputs=True)
-        return value
+        return self._add("TensorScatter", "TensorScatter", [self._buffer(cache), stored, write], cache, axis=_TOKENS)
 
     def _buffer(self, cache: Int8Cache) -> ir.Value:
         buffer = self.attention.inputs[cache.input_index]

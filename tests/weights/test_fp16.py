@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Glm4ForCausalLM
 
-from glm4export import passes
+from glm4export.build import build as compiler
 from glm4export.sources.checkpoint import Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.verification.verify import kl_divergence
@@ -32,6 +32,14 @@ def overflowing_model() -> Glm4ForCausalLM:
             layer.self_attn.v_proj.weight *= 300
             layer.self_attn.o_proj.weight *= 300
     return model
+
+
+def with_scales(scales: Fp16Scales | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds from here on rescale by these, whatever they compute in; None: not at all."""
+    compile_graph = compiler.compile_graph
+    monkeypatch.setattr(
+        compiler, "compile_graph", lambda *args, **given: compile_graph(*args, **given | {"scales": scales})
+    )
 
 
 def largest_outputs(model: Glm4ForCausalLM) -> dict[str, float]:
@@ -66,29 +74,20 @@ def test_rescaled_fp16_is_finite_where_a_plain_cast_is_not(
     assert np.isfinite(rescaled).all()
     assert (rescaled.argmax(-1) == wanted.argmax(-1)).mean() >= 0.98
 
-    plain = tuple(step for step in passes.ORT_FP16 if step is not passes.rescale_fp16)
-    monkeypatch.setitem(passes.PIPELINES, ("cpu", "fp16"), plain)
+    with_scales(None, monkeypatch)
     naive = every_logit(build_bundle(overflowing, precision="fp16", target="cpu"), TEXTS, strict=True)
     assert np.isnan(naive).any()
 
 
 def test_rescale_is_exact(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 the rescaled graph is the same function: powers of two change exponents only."""
-    from glm4export.graph.skeleton import Skeleton
-    from glm4export.passes.counted import counts
-
-    @counts(lambda skeleton: {})
-    def rescaled_fp32(skeleton: Skeleton) -> dict[str, int]:
-        skeleton.fp16_scales = Fp16Scales(branch=2.0**-10, residual=2.0**-3)
-        return passes.rescale_fp16(skeleton)
-
     model = checkpoints.random_model(tie_word_embeddings=True)
-    plain = every_logit(build_bundle(model, precision="fp32", target="cpu"), TEXTS)
-    pipeline = (passes.ORT_FP32[0], rescaled_fp32, *passes.ORT_FP32[1:])
-    monkeypatch.setitem(passes.PIPELINES, ("cpu", "fp32"), pipeline)
-    rescaled = every_logit(build_bundle(model, precision="fp32", target="cpu"), TEXTS)
+    plain = build_bundle(model, precision="fp32", target="cpu")
+    with_scales(Fp16Scales(branch=2.0**-10, residual=2.0**-3), monkeypatch)
+    rescaled = build_bundle(model, precision="fp32", target="cpu")
+    assert (rescaled / "weights.bin").read_bytes() != (plain / "weights.bin").read_bytes()
     assert BRANCH_SCALE == 2.0**-7
-    np.testing.assert_allclose(rescaled, plain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(every_logit(rescaled, TEXTS), every_logit(plain, TEXTS), rtol=0, atol=1e-6)
 
 
 def test_residual_scale_follows_the_proven_bound(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""The passes that a graph gets, in order: the compiler's one list of phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from glm4export.passes.counted import Pass
+from glm4export.passes.dequantize_linears import dequantize_linears
+from glm4export.passes.fuse_qkv import fuse_qkv
+from glm4export.passes.lift_weights import lift_weights
+from glm4export.passes.lower_attention_gqa import lower_attention_gqa
+from glm4export.passes.lower_attention_plugin import lower_attention_plugin
+from glm4export.passes.lower_attention_standard import lower_attention_standard
+from glm4export.passes.quantize_cache import quantize_cache
+from glm4export.passes.quantize_embedding import quantize_embedding
+from glm4export.passes.quantize_fp8 import quantize_fp8
+from glm4export.passes.quantize_linears import quantize_linears
+from glm4export.passes.quantize_rows import quantize_rows
+from glm4export.passes.rescale_fp16 import rescale_fp16
+from glm4export.passes.simplify import simplify
+from glm4export.passes.widen_cache import widen_cache
+from glm4export.weights.fp16 import Fp16Scales
+from glm4export.weights.storage import Formats
+from glm4runtime.contract import PREFILL, TENSORRT
+
+
+class Options(Protocol):
+    """What decides about passes, of :class:`glm4export.build.options.BuildOptions`, which tells what is possible."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def formats(self) -> Formats | None: ...
+    @property
+    def prefill_precision(self) -> str | None: ...
+    @property
+    def cache_dtype(self) -> str: ...
+    @property
+    def attention(self) -> str: ...
+    @property
+    def simplify(self) -> bool: ...
+
+
+def pipeline(options: Options, graph: str, scales: Fp16Scales | None) -> Iterator[Pass]:
+    """The passes of one graph with their arguments. ``scales`` where activations are fp16, which they keep finite."""
+    formats, tensorrt = options.formats, options.target == TENSORRT
+
+    yield lift_weights()
+    if scales is not None:
+        yield rescale_fp16(scales)
+    yield fuse_qkv()
+
+    if graph == PREFILL and options.prefill_precision == "int8":  # the layers'; the head stays the bundle's
+        yield quantize_rows()
+    if options.precision == "fp8":  # likewise
+        yield quantize_fp8(1.0 if scales is None else scales.branch)
+    if formats is not None and tensorrt:
+        yield dequantize_linears(formats)
+    elif formats is not None:
+        yield quantize_linears(formats)
+        yield quantize_embedding(formats)
+
+    if options.attention == "plugin":
+        if options.simplify:  # before: it would put the function's body into its nodes' places
+            yield simplify()
+        yield lower_attention_plugin()
+        return
+    yield lower_attention_standard() if tensorrt else lower_attention_gqa()
+    if options.cache_dtype == "int8":
+        # CPU kernels take float caches for many tokens at once
+        yield widen_cache() if (options.target, graph) == ("cpu", PREFILL) else quantize_cache()
+    if options.simplify:
+        yield simplify()
