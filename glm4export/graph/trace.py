@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
@@ -32,11 +31,6 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
     Inputs and outputs are those of its signature. ``max_seq_len`` sizes the rotary tables. Attention is one
     ``glm4::Attention`` node per layer.
     """
-    return _traced(config, graph, dtype, max_seq_len).clone()
-
-
-@lru_cache(maxsize=16)  # listings and tests compile one model in many ways, and tracing takes the longest
-def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     _register_attention_schema()
     signature = SIGNATURES[graph]
     arguments, shapes = signature.example(config, dtype)

@@ -123,7 +123,6 @@ def amid_translation(die: Callable[[], None]) -> None:
 
 def trace_again() -> None:
     compile.compile_graph = compile.compile_graph.__wrapped__  # type: ignore[attr-defined]
-    trace._traced.cache_clear()
 
 
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {

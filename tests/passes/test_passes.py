@@ -14,7 +14,6 @@ from glm4export import passes
 from glm4export.build.build import compile_graph
 from glm4export.build.options import BuildOptions
 from glm4export.graph.skeleton import Skeleton
-from glm4export.graph.trace import trace
 from glm4export.sources.config import read_config
 from glm4export.terminal.errors import InternalError
 from glm4export.weights.fp16 import Fp16Scales
@@ -23,6 +22,7 @@ from glm4export.weights.storage import Formats
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 from tests.helpers import checkpoints
+from tests.helpers.traces import kept_trace
 
 LAYERS = 3
 
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Glm4Config:
 
 
 def skeleton_of(config: Glm4Config, graph: str, dtype: torch.dtype = torch.float16) -> Skeleton:
-    return Skeleton(trace(config, graph, dtype=dtype, max_seq_len=32), config, 32, Fp16Scales(2.0**-7, 2.0**-2))
+    return Skeleton(kept_trace(config, graph, dtype=dtype, max_seq_len=32), config, 32, Fp16Scales(2.0**-7, 2.0**-2))
 
 
 def operators(skeleton: Skeleton) -> Counter[str]:
