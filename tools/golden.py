@@ -15,6 +15,7 @@ import torch
 from glm4export.build.build import compile_graph
 from glm4export.build.options import CALIBRATED, BuildOptions
 from glm4export.graph.listing import listing
+from glm4export.graph.skeleton import Skeleton
 from glm4export.passes import PIPELINES
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
@@ -25,8 +26,8 @@ GOLDEN = Path(__file__).parent.parent / "graphs" / "golden"
 _GOLDEN_SEQ_LEN = 512
 
 
-def golden_listings() -> dict[str, str]:
-    """For the embedded model, each target and precision: path below ``graphs/golden`` and text."""
+def golden_skeletons() -> dict[str, Skeleton]:
+    """For the embedded model, each target and precision: path below ``graphs/golden`` and graph."""
     folder = locate(None).folder
     config, checkpoint = read_config(folder / CONFIG), Checkpoint.open(folder)
     variants = {
@@ -35,21 +36,21 @@ def golden_listings() -> dict[str, str]:
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
-    listings = {}
+    skeletons = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         for name in graph_names(options.target):
             skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
-            listings[str(Path(variant) / f"{name}.txt")] = listing(skeleton)
-    return listings
+            skeletons[str(Path(variant) / f"{name}.txt")] = skeleton
+    return skeletons
 
 
 def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    for name, text in golden_listings().items():
+    for name, skeleton in golden_skeletons().items():
         path = GOLDEN / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(listing(skeleton), encoding="utf-8")
         print(path.relative_to(GOLDEN.parent.parent))
 
 
