@@ -3,7 +3,7 @@
 The compiler writes it, the runtime reads it, and both import it from here. Standard library only.
 """
 
-from glm4runtime.contract.errors import BundleError, UserError
+from glm4runtime.contract.errors import BundleError, UserError, installing
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file, refuse_pointer, sha256_of
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec, TokenIds, read_manifest
@@ -67,6 +67,7 @@ __all__ = [
     "UserError",
     "check_file",
     "graph_names",
+    "installing",
     "past_name",
     "present_name",
     "read_json",
