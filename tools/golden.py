@@ -10,11 +10,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from glm4export.build.build import compile_graph
 from glm4export.build.options import CALIBRATED, BuildOptions
-from glm4export.graph.listing import listing
 from glm4export.graph.skeleton import Skeleton
 from glm4export.passes import PIPELINES
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
@@ -43,6 +43,45 @@ def golden_skeletons() -> dict[str, Skeleton]:
             skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
             skeletons[str(Path(variant) / f"{name}.txt")] = skeleton
     return skeletons
+
+
+def listing(skeleton: Skeleton) -> str:
+    """A graph as text: boundary, weights with their recipes, then one line per node in execution order."""
+    graph = skeleton.graph
+    opsets = ", ".join(
+        f"{domain or 'ai.onnx'} {number}" for domain, number in sorted(skeleton.model.opset_imports.items())
+    )
+    lines = [f"graph {graph.name}, opset {opsets}", "", "inputs"]
+    lines += [f"  {_declared(value)}" for value in graph.inputs]
+    lines += ["", "outputs", *(f"  {_declared(value)}" for value in graph.outputs)]
+    lines += [
+        "",
+        "weights",
+        *(f"  {name} {list(recipe.shape)} = {recipe}" for name, recipe in skeleton.recipes.items()),
+    ]
+    lines += ["", "nodes", *(f"  {_node(node)}" for node in graph)]
+    return "\n".join(lines) + "\n"
+
+
+def _declared(value: ir.Value) -> str:
+    dims = ", ".join(str(dim) for dim in value.shape or ())
+    return f"{value.name} {value.dtype} [{dims}]"
+
+
+def _node(node: ir.Node) -> str:
+    outputs = ", ".join(f"%{value.name}" for value in node.outputs)
+    inputs = ", ".join(_operand(value) for value in node.inputs)
+    attributes = ", ".join(f"{name}={node.attributes[name].value}" for name in sorted(node.attributes))
+    operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    return f"{outputs} = {operator}({inputs})" + (f" {{{attributes}}}" if attributes else "")
+
+
+def _operand(value: ir.Value | None) -> str:
+    if value is None:
+        return "-"
+    if value.const_value is not None:
+        return str(value.const_value.numpy().tolist())
+    return f"%{value.name}"
 
 
 def main() -> None:

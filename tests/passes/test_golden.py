@@ -11,11 +11,10 @@ import pytest
 
 from glm4export.build.build import compile_graph
 from glm4export.build.options import BuildOptions
-from glm4export.graph.listing import listing
 from glm4export.graph.skeleton import Skeleton
 from glm4export.sources.checkpoint import CONFIG, locate
 from glm4export.sources.config import read_config
-from tools.golden import GOLDEN, golden_skeletons
+from tools.golden import GOLDEN, golden_skeletons, listing
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ import triton
 
 from glm4export.tensorrt.plugin import kernels
 from glm4export.tensorrt.plugin.aot import append_kernel, attend_kernel, combine_kernel, keep_parameters
-from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
+from glm4export.tensorrt.plugin.geometry import Geometry, split_sizes
 from glm4export.tensorrt.plugin.register import Tactic, register
 from glm4export.tensorrt.plugin.tiles import CAPABILITIES, DEVICE_SHARED, SHARED_LIMIT, decode_tiles, prefill_tiles
 from glm4runtime.contract import UserError
 from tests.helpers import fake_tensorrt_plugin
 from tests.helpers.fake_tensorrt_plugin import Built, Tensor
 from tools.plugin_runs import driver
-from tools.plugin_runs.launch import attention
+from tools.plugin_runs.launch import Integers, attention
 from tools.plugin_runs.reference import Case
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -8,12 +8,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, Integers, split_sizes
+from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, split_sizes
 from glm4export.tensorrt.plugin.tiles import Tile
 
 from .reference import Case
 
 Grid = tuple[int, int, int]
+
+
+class Integers:
+    """The launches' arithmetic with numbers."""
+
+    max = staticmethod(max)
+    min = staticmethod(min)
+    ShapeExpr = int
+
+    @staticmethod
+    def cdiv(first: int, second: int) -> int:
+        return -(-first // second)
 
 
 class Launcher(Protocol):
