@@ -233,8 +233,8 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
         assert value.name is not None and value.shape is not None and value.dtype is not None
-        dtype = DTYPE_NAMES.get(value.dtype) or value.dtype.name.lower()
-        specs.append(TensorSpec(value.name, dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape)))
+        dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+        specs.append(TensorSpec(value.name, DTYPE_NAMES[value.dtype], dims))
     return tuple(specs)
 
 

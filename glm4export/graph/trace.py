@@ -51,7 +51,7 @@ def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: in
     _name_boundary(model.graph, signature, config)
     _name_nodes(model.graph)
     model.producer_name, model.producer_version, model.graph.name = "glm4export", "", graph
-    return model
+    return model.clone()  # numbers the nodes that passes add from 0, not from however many the exporter made
 
 
 def _name_boundary(graph: ir.Graph, signature: Signature, config: Glm4Config) -> None:

@@ -327,7 +327,7 @@ def test_graphs_are_read_as_onnx_reads_them(precision: str, name: str, bundles: 
     integers = [{a.name: a.i for a in n.attribute if a.type == onnx.AttributeProto.INT} for n in graph.node]
     assert [node.integers for node in found.nodes] == integers
     assert {name: (t.dtype, t.shape) for name, t in found.stored.items()} == {
-        t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer
+        t.name: (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name, tuple(t.dims)) for t in graph.initializer
     }
     for tensor in graph.initializer:
         lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]

@@ -3,6 +3,7 @@
 The compiler writes it, the runtime reads it, and both import it from here. Standard library only.
 """
 
+from glm4runtime.contract.dtypes import DTYPE_BYTES, DTYPES, nbytes
 from glm4runtime.contract.errors import BundleError, UserError, installing
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file, refuse_pointer, sha256_of
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
@@ -11,7 +12,6 @@ from glm4runtime.contract.names import (
     ATTENTION_MASK,
     CHAT_TEMPLATE,
     DECODE,
-    DTYPE_BYTES,
     FORMAT_VERSION,
     GEOMETRY,
     INPUT_IDS,
@@ -37,6 +37,7 @@ __all__ = [
     "ATTENTION_MASK",
     "CHAT_TEMPLATE",
     "DECODE",
+    "DTYPES",
     "DTYPE_BYTES",
     "FORMAT_VERSION",
     "GEOMETRY",
@@ -68,6 +69,7 @@ __all__ = [
     "check_file",
     "graph_names",
     "installing",
+    "nbytes",
     "past_name",
     "present_name",
     "read_json",

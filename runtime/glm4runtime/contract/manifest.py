@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from glm4runtime.contract.dtypes import DTYPE_BYTES
 from glm4runtime.contract.errors import BundleError
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.names import (
-    DTYPE_BYTES,
     FORMAT_VERSION,
     GEOMETRY,
     MANIFEST,
