@@ -16,7 +16,7 @@ from torch import Tensor
 from glm4export.calibration import gptq, observe
 from glm4export.calibration.calibrate import Calibration, calibrate, token_sequences
 from glm4export.calibration.gptq import _cut, compensate, compensations
-from glm4export.calibration.reference import Text, reference_logits
+from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.verification.verify import kl_divergence
