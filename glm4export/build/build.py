@@ -45,6 +45,7 @@ from glm4runtime.contract import (
     WEIGHTS,
     CacheSpec,
     FileSpec,
+    GraphName,
     GraphSpec,
     Manifest,
     TensorSpec,
@@ -98,7 +99,7 @@ def build(
                 f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the "
                 "embedding: the stored head is used, as transformers does"
             )
-        skeletons = {}
+        skeletons: dict[str, Skeleton] = {}
         for name in graph_names(options.target):
             with stage(f"trace {name}"):
                 skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
@@ -112,10 +113,10 @@ def build(
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
-        graphs = {}
-        for name, skeleton in skeletons.items():
-            with stage(f"write {name}"):
-                graphs[name] = _write_graph(skeleton, folder / f"{name}.onnx", recipes, layout)
+        graphs: dict[str, GraphSpec] = {}
+        for graph, skeleton in skeletons.items():
+            with stage(f"write {graph}"):
+                graphs[graph] = _write_graph(skeleton, folder / f"{graph}.onnx", recipes, layout)
         if options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
             text = genai_config(config, tokens, options.target, max_seq_len)
             (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
@@ -150,7 +151,7 @@ def build(
 
 
 def compile_graph(
-    config: Glm4Config, name: str, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
+    config: Glm4Config, name: GraphName, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
 ) -> Skeleton:
     """Trace one graph and run its target's passes; no weights are read."""
     model = trace(config, name, dtype=options.compute_dtype, max_seq_len=max_seq_len)

@@ -9,7 +9,7 @@ import torch
 
 from glm4export.passes import PIPELINES, PLUGIN
 from glm4export.weights.storage import Formats
-from glm4runtime.contract import TENSORRT, UserError
+from glm4runtime.contract import TENSORRT, Precision, Target, UserError
 
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 _CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
@@ -27,8 +27,8 @@ class BuildOptions:
     Raises UserError for what no kernel runs, and for options that do not go together.
     """
 
-    precision: str = "fp16"
-    target: str = "cpu"
+    precision: Precision = "fp16"
+    target: Target = "cpu"
     max_seq_len: int | None = None
     simplify: bool = True
     block_size: int = 128

@@ -19,13 +19,14 @@ from glm4export.terminal.quiet import quiet
 from glm4graphs import attention
 from glm4graphs.config import Glm4Config
 from glm4graphs.graphs import GRAPHS, Graph
+from glm4runtime.contract import GraphName
 
 OPSET = 23  # the first with RMSNormalization
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter leaves each node's module path
 
 
-def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+def trace(config: Glm4Config, graph: GraphName, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
 
     Inputs and outputs are those of its signature. ``max_seq_len`` sizes the rotary tables. Attention is one

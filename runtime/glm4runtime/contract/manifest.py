@@ -21,6 +21,7 @@ from glm4runtime.contract.names import (
     TARGETS,
     TEXT_FILES,
     WEIGHTS,
+    Target,
     graph_names,
 )
 
@@ -83,7 +84,7 @@ class Manifest:
     producer_version: str
     family: str
     task: str
-    target: str
+    target: Target
     precision: str
     vocab_size: int
     config: Mapping[str, Any]  # the model's geometry, as the compiler read it
