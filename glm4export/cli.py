@@ -10,7 +10,7 @@ from importlib import import_module
 from glm4export.terminal import streams
 from glm4export.terminal.errors import message_text
 from glm4runtime import signals
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, installing
 
 #: Each is a module in glm4export/commands: its options and its run.
 COMMANDS = {
@@ -48,7 +48,7 @@ def _run(argv: Sequence[str] | None) -> int:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        return _complain(f"{error.name} is not installed; pip install 'glm4export[{extra}]'")
+        return _complain(f"{error.name} is not installed; {installing(extra)}")
     except KeyboardInterrupt:  # in a conversation
         streams.complain("interrupted")
         return 130

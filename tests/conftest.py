@@ -20,6 +20,7 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load
 from tests.helpers import checkpoints
 from tests.helpers.engine_builds import LAYERS
+from tests.helpers.traces import kept_traces
 
 Build = Callable[..., Path]
 
@@ -30,6 +31,12 @@ def signals_are_not_ignored() -> None:
     for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces_are_kept() -> Iterator[None]:
+    with kept_traces():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ SIGKILL: none left once the next build has begun). Then come the output paths. E
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import random
@@ -234,7 +235,7 @@ def kills(attack: Attack, count: int, processes: int) -> Iterator[tuple[str, Tal
     ]
     for name, tries, start, builds, traced in kinds:
         if traced:  # from here on forks inherit the traces
-            traces(attack)
+            keep_traces(attack)
         attack.lay_out(earlier=True)
         begun = time.monotonic()
         argv = attack.build(attack.checkpoints[1], attack.place / "out") if builds else ["prepare", "place/out"]
@@ -249,17 +250,19 @@ def kills(attack: Attack, count: int, processes: int) -> Iterator[tuple[str, Tal
         yield f"{name}, up to {longest:.1f} s", tally
 
 
-def traces(attack: Attack) -> None:
-    """Trace in this process, without leaving a build."""
+def keep_traces(attack: Attack) -> None:
+    """Trace in this process, without leaving a build, and have builds copy what that gave."""
+    from glm4export.build import build
     from glm4export.build.options import BuildOptions
-    from glm4export.graph.trace import trace
     from glm4export.sources.config import read_config
     from glm4runtime.contract import graph_names
 
+    traced = functools.cache(build.trace)
+    build.trace = lambda *arguments, **named: traced(*arguments, **named).clone()
     config = read_config(attack.checkpoints[1] / "config.json")
     for name in graph_names("cpu"):
         dtype = BuildOptions("fp32", "cpu").compute_dtype
-        trace(config, name, dtype=dtype, max_seq_len=config.max_position_embeddings)
+        build.trace(config, name, dtype=dtype, max_seq_len=config.max_position_embeddings)
 
 
 @dataclass(frozen=True)

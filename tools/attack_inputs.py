@@ -296,7 +296,7 @@ def prepare(folder: Path) -> None:
     from glm4export.sources.ledger import expected_tensors
     from glm4runtime.contract import CacheSpec, FileSpec, GraphSpec, Manifest, TensorSpec, TokenIds, sha256_of
 
-    shapes = expected_tensors(parse_config(CONFIG, "config.json"))
+    shapes = dict(expected_tensors(parse_config(CONFIG, "config.json")))
     save_file({name: torch.rand(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     specs = {}
     for name in ("weights.bin", "prefill.onnx", "decode.onnx", "config.json", "tokenizer.json"):

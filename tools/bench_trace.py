@@ -11,10 +11,11 @@ import argparse
 import resource
 import time
 
+from geometries import GEOMETRIES
+
 from glm4export.build.build import compile_graph
 from glm4export.build.options import BuildOptions
 from glm4export.weights.fp16 import Fp16Scales
-from glm4graphs.geometries import GEOMETRIES
 from glm4runtime.contract import graph_names
 
 

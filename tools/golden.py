@@ -10,11 +10,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from glm4export.build.build import compile_graph
-from glm4export.build.options import CALIBRATED, PRECISIONS, BuildOptions
-from glm4export.graph.listing import listing
+from glm4export.build.options import CALIBRATED, PRECISIONS_OF, BuildOptions
+from glm4export.graph.skeleton import Skeleton
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.weights.fp16 import fp16_scales
@@ -24,32 +25,71 @@ GOLDEN = Path(__file__).parent.parent / "graphs" / "golden"
 _GOLDEN_SEQ_LEN = 512
 
 
-def golden_listings() -> dict[str, str]:
-    """For the embedded model, each target and precision: path below ``graphs/golden`` and text."""
+def golden_skeletons() -> dict[str, Skeleton]:
+    """For the embedded model, each target and precision: path below ``graphs/golden`` and graph."""
     folder = locate(None).folder
     config, checkpoint = read_config(folder / CONFIG), Checkpoint.open(folder)
     variants = {
         f"{target}-{precision}": BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
-        for target, precisions in PRECISIONS.items()
+        for target, precisions in PRECISIONS_OF.items()
         for precision in precisions
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
-    listings = {}
+    skeletons = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         for name in graph_names(options.target):
             skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
-            listings[str(Path(variant) / f"{name}.txt")] = listing(skeleton)
-    return listings
+            skeletons[str(Path(variant) / f"{name}.txt")] = skeleton
+    return skeletons
+
+
+def listing(skeleton: Skeleton) -> str:
+    """A graph as text: boundary, weights with their recipes, then one line per node in execution order."""
+    graph = skeleton.graph
+    opsets = ", ".join(
+        f"{domain or 'ai.onnx'} {number}" for domain, number in sorted(skeleton.model.opset_imports.items())
+    )
+    lines = [f"graph {graph.name}, opset {opsets}", "", "inputs"]
+    lines += [f"  {_declared(value)}" for value in graph.inputs]
+    lines += ["", "outputs", *(f"  {_declared(value)}" for value in graph.outputs)]
+    lines += [
+        "",
+        "weights",
+        *(f"  {name} {list(recipe.shape)} = {recipe}" for name, recipe in skeleton.recipes.items()),
+    ]
+    lines += ["", "nodes", *(f"  {_node(node)}" for node in graph)]
+    return "\n".join(lines) + "\n"
+
+
+def _declared(value: ir.Value) -> str:
+    dims = ", ".join(str(dim) for dim in value.shape or ())
+    return f"{value.name} {value.dtype} [{dims}]"
+
+
+def _node(node: ir.Node) -> str:
+    outputs = ", ".join(f"%{value.name}" for value in node.outputs)
+    inputs = ", ".join(_operand(value) for value in node.inputs)
+    attributes = ", ".join(f"{name}={node.attributes[name].value}" for name in sorted(node.attributes))
+    operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    return f"{outputs} = {operator}({inputs})" + (f" {{{attributes}}}" if attributes else "")
+
+
+def _operand(value: ir.Value | None) -> str:
+    if value is None:
+        return "-"
+    if value.const_value is not None:
+        return str(value.const_value.numpy().tolist())
+    return f"%{value.name}"
 
 
 def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    for name, text in golden_listings().items():
+    for name, skeleton in golden_skeletons().items():
         path = GOLDEN / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(listing(skeleton), encoding="utf-8")
         print(path.relative_to(GOLDEN.parent.parent))
 
 

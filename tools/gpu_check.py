@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plugin_runs.driver import Compiled
+from plugin_runs.launch import attention
+from plugin_runs.reference import Case
 from torch.nn.functional import scaled_dot_product_attention
 
 from glm4export import cli
 from glm4export.sources.checkpoint import locate
 from glm4export.tensorrt.flavour import installed_flavours
-from glm4export.tensorrt.plugin.aot import device_capability
-from glm4export.tensorrt.plugin.driver import Compiled
 from glm4export.tensorrt.plugin.geometry import Geometry
-from glm4export.tensorrt.plugin.launch import attention
-from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
 from glm4export.verification.verify import verify
 from glm4runtime import Session, load
@@ -188,7 +187,7 @@ def main() -> int:
         raise UserError(f"no GPU: torch {torch.__version__} finds no CUDA device; run this where there is one")
     torch.zeros(1, device="cuda")  # makes torch's context the current one, which the kernels are loaded into
     properties = torch.cuda.get_device_properties(0)
-    capability, programs = device_capability(), 2 * properties.multi_processor_count
+    capability, programs = 10 * properties.major + properties.minor, 2 * properties.multi_processor_count
     report: dict[str, Any] = {
         "device": properties.name, "capability": capability, "multiprocessors": properties.multi_processor_count,
         "torch": torch.__version__, "cuda": torch.version.cuda,

@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from geometries import GEOMETRIES
 from safetensors.torch import save_file
 
 from glm4export.sources.config import ARCHITECTURE
 from glm4export.sources.ledger import expected_tensors
 from glm4graphs.config import Glm4Config
-from glm4graphs.geometries import GEOMETRIES
 
 EOS = [151329, 151336, 151338]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -79,7 +79,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES if arguments.tokenizer else ():
         shutil.copyfile(arguments.tokenizer / name, arguments.out / name)
-    shapes = expected_tensors(config)
+    shapes = dict(expected_tensors(config))
     groups = list(shards(shapes, int(arguments.shard_size * 1e9)))
     weight_map = {}
     torch.manual_seed(0)

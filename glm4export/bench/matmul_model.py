@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from glm4runtime.contract.onnxfile import FLOAT, INT8, INT32, UINT8
+from glm4runtime.contract import DTYPES
 
 
 def matmul_model(weight: np.ndarray) -> bytes:
@@ -16,7 +16,8 @@ def matmul_model(weight: np.ndarray) -> bytes:
     float32 weights give MatMul, int8 ones MatMulInteger with an unsigned ``A``.
     """
     exact = weight.dtype == np.int8
-    stored, given, result = (INT8, UINT8, INT32) if exact else (FLOAT, FLOAT, FLOAT)
+    names = ("int8", "uint8", "int32") if exact else ("float32", "float32", "float32")
+    stored, given, result = (DTYPES[name].number for name in names)
     operator = b"MatMulInteger" if exact else b"MatMul"
     node = _text(1, b"A") + _text(1, b"B") + _text(2, b"Y") + _text(4, operator)
     dims = b"".join(_number(1, size) for size in weight.shape)

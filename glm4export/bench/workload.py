@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.contract import DECODE, PREFILL, STEP, Manifest
-from glm4runtime.contract.onnxfile import FLOAT16, Graph, read_graph
+from glm4runtime.contract.onnxfile import Graph, read_graph
 
 # The inputs of which a token reads one row, not the whole: embeddings (with scales and zero points), rotary tables.
 _LOOKED_UP = {
@@ -108,7 +108,7 @@ def _weights(graph: Graph, widened: bool) -> Weights:
             if name in graph.stored:
                 (rows if index in looked_up else whole).add(name)
     stored = graph.stored
-    doubled = {name: 2 if widened and stored[name].dtype == FLOAT16 else 1 for name in whole}
+    doubled = {name: 2 if widened and stored[name].dtype == "float16" else 1 for name in whole}
     per_token = sum(math.ceil(stored[name].nbytes / max(1, (stored[name].shape or (1,))[0])) for name in rows - whole)
     return Weights(sum(stored[name].nbytes * doubled[name] for name in whole), per_token)
 

@@ -44,6 +44,7 @@ from glm4runtime.contract import (
     WEIGHTS,
     CacheSpec,
     FileSpec,
+    GraphName,
     GraphSpec,
     Manifest,
     TensorSpec,
@@ -97,7 +98,7 @@ def build(
                 f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the "
                 "embedding: the stored head is used, as transformers does"
             )
-        skeletons = {}
+        skeletons: dict[str, Skeleton] = {}
         for name in graph_names(options.target):
             with stage(f"trace {name}"):
                 skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
@@ -111,10 +112,10 @@ def build(
         total = sum(recipe.nbytes for recipe in recipes.values())
         with _reader(config, checkpoint, options, folder, stage, bar) as reader, bar(total) as progress:
             files = {WEIGHTS: write_weights(folder / WEIGHTS, recipes, layout, reader, progress)}
-        graphs = {}
-        for name, skeleton in skeletons.items():
-            with stage(f"write {name}"):
-                graphs[name] = _write_graph(skeleton, folder / f"{name}.onnx", recipes, layout)
+        graphs: dict[str, GraphSpec] = {}
+        for graph, skeleton in skeletons.items():
+            with stage(f"write {graph}"):
+                graphs[graph] = _write_graph(skeleton, folder / f"{graph}.onnx", recipes, layout)
         if options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
             text = genai_config(config, tokens, options.target, max_seq_len)
             (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
@@ -149,7 +150,7 @@ def build(
 
 
 def compile_graph(
-    config: Glm4Config, name: str, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
+    config: Glm4Config, name: GraphName, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
 ) -> Skeleton:
     """Trace one graph and run its target's passes; no weights are read."""
     model = trace(config, name, dtype=options.compute_dtype, max_seq_len=max_seq_len)
@@ -228,8 +229,8 @@ def _specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
         assert value.name is not None and value.shape is not None and value.dtype is not None
-        dtype = DTYPE_NAMES.get(value.dtype) or value.dtype.name.lower()
-        specs.append(TensorSpec(value.name, dtype, tuple(d if isinstance(d, int) else str(d) for d in value.shape)))
+        dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+        specs.append(TensorSpec(value.name, DTYPE_NAMES[value.dtype], dims))
     return tuple(specs)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from glm4export.weights.storage import Formats
-from glm4runtime.contract import TENSORRT, UserError
+from glm4runtime.contract import TENSORRT, Precision, Target, UserError
 
-PRECISIONS = {  # by target
+PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
     "cuda": ("fp16", "bf16", "int8", "int4"),
     TENSORRT: ("fp32", "fp16", "bf16", "int8", "int4", "fp8"),
@@ -32,8 +32,8 @@ class BuildOptions:
     Raises UserError for what no kernel runs, and for options that do not go together.
     """
 
-    precision: str = "fp16"
-    target: str = "cpu"
+    precision: Precision = "fp16"
+    target: Target = "cpu"
     max_seq_len: int | None = None
     simplify: bool = True
     block_size: int = 128
@@ -46,7 +46,7 @@ class BuildOptions:
     attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:
-        possible = PRECISIONS.get(self.target, ())
+        possible = PRECISIONS_OF[self.target]
         if self.precision not in possible:
             why = _NO_KERNEL.get((self.target, self.precision))
             raise UserError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
-from glm4runtime.contract import TENSORRT
+from glm4runtime.contract import TENSORRT, Target
 
 
-def detect_target() -> str:
+def detect_target() -> Target:
     """The fastest here: with a GPU ``tensorrt``, or ``cuda`` where only onnxruntime can use it; else ``cpu``."""
     if installed_flavours() and gpu_capability() is not None:
         return TENSORRT

@@ -14,10 +14,9 @@ from glm4export.commands.engine_options import (
     engine_lines,
     require_flavour,
 )
-from glm4runtime.contract import TARGETS
+from glm4runtime.contract import PRECISIONS, TARGETS
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
-PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 CACHES = ("fp32", "fp16", "int8")
 
 

@@ -17,6 +17,7 @@ from glm4runtime.contract import (
     LOGITS,
     PREFILL,
     STEP,
+    GraphName,
     past_name,
     present_name,
 )
@@ -69,7 +70,7 @@ def _cache_dims(config: Glm4Config) -> Dims:
 
 
 _TOKENS: dict[str, Dims] = {INPUT_IDS: ("batch", "seq"), ATTENTION_MASK: ("batch", "total_seq")}
-SIGNATURES = {
+SIGNATURES: dict[GraphName, Signature] = {
     PREFILL: Signature(_TOKENS, (LOGITS,)),
     DECODE: Signature(_TOKENS, (LOGITS,)),
     STEP: Signature({**_TOKENS, LOGIT_ROWS: ("batch", "rows")}, (LOGITS,)),

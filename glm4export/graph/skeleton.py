@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from glm4export.weights.recipes import Expr, Recipe, Transpose
 from glm4graphs.config import Glm4Config
+from glm4runtime.contract import DTYPES
 
 
 class Linear(NamedTuple):
@@ -117,14 +118,5 @@ class Skeleton:
                 yield value.name
 
 
-_ONNX_NAMES = {
-    "float32": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int4": "INT4",
-    "float8_e4m3fn": "FLOAT8E4M3FN",
-}
-ONNX_DTYPES = {name: ir.DataType[onnx_name] for name, onnx_name in _ONNX_NAMES.items()}
+ONNX_DTYPES = {name: ir.DataType(dtype.number) for name, dtype in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
@@ -20,23 +19,19 @@ from glm4export.terminal.quiet import quiet
 from glm4graphs import attention
 from glm4graphs.config import Glm4Config
 from glm4graphs.graphs import GRAPHS, Graph
+from glm4runtime.contract import GraphName
 
 OPSET = 23  # the first with RMSNormalization
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter leaves each node's module path
 
 
-def trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+def trace(config: Glm4Config, graph: GraphName, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """The skeleton of one graph, ``prefill``, ``decode`` or ``step``, computing in ``dtype``.
 
     Inputs and outputs are those of its signature. ``max_seq_len`` sizes the rotary tables. Attention is one
     ``glm4::Attention`` node per layer.
     """
-    return _traced(config, graph, dtype, max_seq_len).clone()
-
-
-@lru_cache(maxsize=16)  # listings and tests compile one model in many ways, and tracing takes the longest
-def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     _register_attention_schema()
     signature = SIGNATURES[graph]
     arguments, shapes = signature.example(config, dtype)
@@ -57,7 +52,7 @@ def _traced(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int
     _name_boundary(model.graph, signature, config)
     _name_nodes(model.graph)
     model.producer_name, model.producer_version, model.graph.name = "glm4export", "", graph
-    return model
+    return model.clone()  # numbers the nodes that passes add from 0, not from however many the exporter made
 
 
 def _name_boundary(graph: ir.Graph, signature: Signature, config: Glm4Config) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm4export.build.options import CALIBRATED, PRECISIONS, BuildOptions
+from glm4export.build.options import CALIBRATED, PRECISIONS_OF, BuildOptions
 from glm4export.sources.config import sequence_limit
 from glm4export.sources.ledger import tensor_shapes
 from glm4export.weights.storage import HEAD
 from glm4graphs.config import Glm4Config
-from glm4runtime.contract import DTYPE_BYTES, TENSORRT
+from glm4runtime.contract import DTYPE_BYTES, TENSORRT, Target
 
 _ROTARY_COLUMNS = 8  # tables are padded to a multiple; see passes/lower_attention_gqa.py
 
@@ -42,7 +42,7 @@ def cache_bytes_per_token(config: Glm4Config, dtype: str) -> int:
     return 2 * config.num_hidden_layers * config.kv_size * DTYPE_BYTES[dtype]
 
 
-def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
+def estimate(config: Glm4Config, target: Target, memory: int) -> dict[str, Any]:
     """Facts as JSON-ready values. ``memory``: bytes that the machine has; a model fits with a tenth left over.
 
     Running takes the weights twice (prefill and decode each hold them as their kernels want them) and the cache.
@@ -50,7 +50,7 @@ def estimate(config: Glm4Config, target: str, memory: int) -> dict[str, Any]:
     """
     positions = sequence_limit(config, None)
     precisions = {}
-    for precision in PRECISIONS[target]:
+    for precision in PRECISIONS_OF[target]:
         options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
         weights = weight_bytes(config, options)
         left = 0.9 * memory - 2 * weights

@@ -17,7 +17,7 @@ from glm4export.sources.config import read_config
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.backends.graph_check import require_graphs
-from glm4runtime.contract import BundleError, read_manifest
+from glm4runtime.contract import BundleError, Target, read_manifest
 from glm4runtime.contract.engine_spec import EngineSpec, read_engine_specs
 
 
@@ -71,7 +71,7 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def inspect_model(location: Location, target: str) -> dict[str, Any]:
+def inspect_model(location: Location, target: Target) -> dict[str, Any]:
     """A checkpoint's facts as JSON-ready values, from its config; see :mod:`glm4export.inspection.estimate`."""
     total, _ = memory_bytes()
     config = read_config(location.folder / CONFIG)

@@ -22,16 +22,16 @@ from glm4export.passes.simplify import simplify
 from glm4export.passes.widen_cache import widen_cache
 from glm4export.weights.fp16 import Fp16Scales
 from glm4export.weights.storage import Formats
-from glm4runtime.contract import PREFILL, TENSORRT
+from glm4runtime.contract import PREFILL, TENSORRT, GraphName, Precision, Target
 
 
 class Options(Protocol):
     """What decides about passes, of :class:`glm4export.build.options.BuildOptions`, which tells what is possible."""
 
     @property
-    def target(self) -> str: ...
+    def target(self) -> Target: ...
     @property
-    def precision(self) -> str: ...
+    def precision(self) -> Precision: ...
     @property
     def formats(self) -> Formats | None: ...
     @property
@@ -44,7 +44,7 @@ class Options(Protocol):
     def simplify(self) -> bool: ...
 
 
-def pipeline(options: Options, graph: str, scales: Fp16Scales | None) -> Iterator[Pass]:
+def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> Iterator[Pass]:
     """The passes of one graph with their arguments. ``scales`` where activations are fp16, which they keep finite."""
     formats, tensorrt = options.formats, options.target == TENSORRT
 

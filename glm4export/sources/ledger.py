@@ -44,9 +44,13 @@ def tensor_shapes(config: Glm4Config) -> tuple[dict[str, Shape], dict[str, Shape
     return outer, layer
 
 
-def expected_tensors(config: Glm4Config) -> dict[str, Shape]:
+def expected_tensors(config: Glm4Config) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of the tensors that a checkpoint of this geometry holds, in the model's order."""
-    return dict(_names(config))
+    outer, layer = tensor_shapes(config)
+    yield EMBEDDING, outer.pop(EMBEDDING)
+    for index in range(config.num_hidden_layers):
+        yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
+    yield from outer.items()
 
 
 def mismatches(found: Mapping[str, Shape], config: Glm4Config) -> str | None:
@@ -54,7 +58,7 @@ def mismatches(found: Mapping[str, Shape], config: Glm4Config) -> str | None:
     optional = {HEAD} if config.tie_word_embeddings else set()
     outer, layer = tensor_shapes(config)
     expected = {name: shape for name in found if (shape := _expected_shape(name, config, outer, layer))}
-    absent = (item for item in _names(config) if item[0] not in found and item[0] not in optional)
+    absent = (item for item in expected_tensors(config) if item[0] not in found and item[0] not in optional)
     count = len(outer) + config.num_hidden_layers * len(layer) - len(optional - found.keys()) - len(expected)
     missing = [f"missing {name} {list(shape)}" for name, shape in islice(absent, min(count, MOST_LINES))]
     unexpected = [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
@@ -84,14 +88,6 @@ def wrapped(names: Collection[str]) -> str | None:
             why = next((why for known, why in _WRAPPERS.items() if prefix.startswith(known)), "save the model inside")
             return f"every tensor's name begins with `{printable(prefix)}`; {why}, or strip it from the names"
     return None
-
-
-def _names(config: Glm4Config) -> Iterator[tuple[str, Shape]]:
-    outer, layer = tensor_shapes(config)
-    yield EMBEDDING, outer.pop(EMBEDDING)
-    for index in range(config.num_hidden_layers):
-        yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
-    yield from outer.items()
 
 
 def _expected_shape(

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from glm4runtime.backends.trt_module import import_flavour
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, installing
 from glm4runtime.contract.engine_spec import FLAVOURS, Profile
 
 MOST_ROWS = 16  # of logits that a run is asked for; the runtime's MAX_RUN, which a test compares
@@ -89,8 +89,8 @@ def choose_flavour(name: str | None) -> Flavour:
     found = installed_flavours()
     if not found:
         raise UserError(
-            "neither tensorrt nor tensorrt_rtx is installed; pip install 'glm4export[tensorrt-rtx]' "
-            "(or 'glm4export[tensorrt]', on the machine with the GPU)"
+            f"neither tensorrt nor tensorrt_rtx is installed; {installing('tensorrt-rtx')} "
+            "(or '.[tensorrt]', on the machine with the GPU)"
         )
     if TENSORRT in found and (len(found) == 1 or gpu_capability() is not None):
         return TENSORRT

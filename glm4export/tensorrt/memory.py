@@ -39,7 +39,7 @@ Weights = Mapping[str, tuple[str, int]]  # dtype in ONNX's spelling such as ``fl
 
 def stored_weights(graph: Path) -> Weights:
     """The weights of a written step graph. Raises BundleError where it can't be read."""
-    return {name: (tensor.dtype_name, tensor.nbytes) for name, tensor in read_graph(graph).stored.items()}
+    return {name: (tensor.dtype, tensor.nbytes) for name, tensor in read_graph(graph).stored.items()}
 
 
 def peak_bytes(weights: Weights) -> int:

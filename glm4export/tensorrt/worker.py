@@ -25,7 +25,7 @@ from typing import Any
 from glm4export.tensorrt.flavour import BY_NAME, Flavour, gpu_multiprocessors
 from glm4export.tensorrt.network import Log, count_layers, logger, new_network, parse, require_fused
 from glm4runtime.backends.trt_module import version_of
-from glm4runtime.contract import LOGIT_ROWS, UserError
+from glm4runtime.contract import LOGIT_ROWS, UserError, installing
 from glm4runtime.contract.engine_spec import PLUGIN, STANDARD, Profile
 
 Say = Callable[[dict[str, Any]], None]
@@ -268,8 +268,8 @@ def main() -> int:
         except UserError as error:
             say({"error": str(error)})
         except ModuleNotFoundError as error:
-            needed = "'glm4export[compile,tensorrt]'"
-            say({"error": f"{error.name} is not installed; engines with --attention plugin need pip install {needed}"})
+            needed = installing("compile", "tensorrt")
+            say({"error": f"{error.name} is not installed, which engines with --attention plugin need; {needed}"})
         except OSError as error:
             say({"errno": error.errno, "error": str(error)})
     return 0

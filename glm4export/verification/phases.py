@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from glm4export.calibration.reference import Text
+from glm4export.calibration.streamed import Text
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import UserError
 from glm4runtime.session import Session

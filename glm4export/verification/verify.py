@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from glm4export.calibration.reference import Text, reference_logits
+from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.verification.phases import PHASES, Run, run_phases

@@ -59,12 +59,6 @@ class Scheme:
         if self.positive and not self.symmetric:
             raise ValueError("positive scales go with symmetric blocks, which have no zero point")
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales (in ``scale_dtype``) and zero points included; padding is not."""
-        zero_point = 0 if self.symmetric else self.bits
-        return self.bits + (8 * self.scale_dtype.itemsize + zero_point) / self.block
-
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"int{self.bits} block {self.block} {kind}{', positive' if self.positive else ''}"
@@ -170,16 +164,6 @@ def quantize_rows_fp8(weight: Tensor, *, scale_dtype: torch.dtype = torch.float3
     scales[scales == 0] = 1  # a row of zeros, whatever its scale
     ratios = (weight.float() / scales[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)  # beyond it, torch makes NaN
     return ratios.to(torch.float8_e4m3fn), scales
-
-
-def dequantize(quantized: Quantized, scheme: Scheme) -> Tensor:
-    """The weights that a kernel computes with, float32 [rows, columns]."""
-    rows, blocks = quantized.scales.shape
-    q = unpack(quantized.data.flatten(1), scheme.bits, blocks * scheme.block).view(rows, blocks, scheme.block)
-    zero_points: float | Tensor = float(2 ** (scheme.bits - 1))
-    if quantized.zero_points is not None:
-        zero_points = unpack(quantized.zero_points, scheme.bits, blocks)[..., None].float()
-    return q.float().sub_(zero_points).mul_(quantized.scales[..., None]).view(rows, -1)
 
 
 def signed(data: Tensor, scheme: Scheme) -> Tensor:

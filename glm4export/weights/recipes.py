@@ -27,6 +27,7 @@ from glm4export.weights.quantize import (
 )
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
+from glm4runtime.contract import nbytes
 
 Window = tuple[tuple[int, int], ...]  # start and stop along each dim
 
@@ -332,7 +333,7 @@ class Recipe:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * (1 if self.dtype == "int4" else 2 * self.torch_dtype.itemsize) // 2
+        return nbytes(self.dtype, math.prod(self.shape))
 
     @property
     def torch_dtype(self) -> torch.dtype:

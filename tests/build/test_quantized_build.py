@@ -17,13 +17,14 @@ from glm4export.build.options import BuildOptions
 from glm4export.inspection.estimate import cache_bytes_per_token, parameters, weight_bytes
 from glm4export.sources.config import read_config
 from glm4export.verification.verify import kl_divergence, verify
-from glm4export.weights.quantize import Scheme, dequantize, quantize
+from glm4export.weights.quantize import Scheme, quantize
 from glm4runtime import Session, load
 from glm4runtime.contract import UserError, past_name, read_manifest
 from glm4runtime.text.tokenizer import Tokenizer
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.demo import DEMO, PROMPTS
+from tests.helpers.dequantize import dequantize
 from tests.helpers.logits import every_logit
 
 LAYERS = 2

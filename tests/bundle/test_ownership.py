@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from glm4export import cli
-from glm4export.bundle import folder as output
+from glm4export.bundle import folder as bundle_folder
 from glm4export.bundle import swap
 from glm4export.bundle.folder import changed_bundle, check_output, new_bundle
 from glm4export.bundle.swap import OutputError
@@ -134,7 +134,7 @@ def test_a_file_that_appears_meanwhile_stays(
         swap.swap(*arguments)  # type: ignore[arg-type]
 
     if when == "amid the swap":
-        monkeypatch.setattr(output, "swap", late)
+        monkeypatch.setattr(bundle_folder, "swap", late)
     with pytest.raises(OutputError, match=rf"{out}: {NOT_AS_LEFT}NOTES.md;"), new_bundle(out) as folder:
         fill(folder, "new")
         if when == "before the swap":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glm4export.bundle import folder as output
+from glm4export.bundle import folder as bundle_folder
 from glm4export.bundle import swap
 from glm4export.bundle.folder import changed_bundle, check_output, new_bundle
 from glm4export.bundle.swap import OutputError
@@ -28,7 +28,7 @@ from tests.helpers.small_bundles import Contents, bundle_names, contents, fill, 
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is taken for a mount point."""
     (tmp_path / "bundle").mkdir()
-    monkeypatch.setattr(output, "must_stay", lambda folder: True)
+    monkeypatch.setattr(bundle_folder, "must_stay", lambda folder: True)
     return tmp_path / "bundle"
 
 
@@ -280,7 +280,7 @@ def test_space_is_asked_of_the_mounted_disk(disk: Path) -> None:
         pytest.raises(OutputError, match=rf"^{disk}: the bundle needs 0\.01 GB, the disk has 0\.00 GB free"),
         new_bundle(disk) as folder,
     ):
-        output.require_space(folder, 10_000_000)
+        bundle_folder.require_space(folder, 10_000_000)
     assert names(disk) == []
 
 

@@ -16,14 +16,15 @@ from torch import Tensor
 from glm4export.calibration import gptq, observe
 from glm4export.calibration.calibrate import Calibration, calibrate, token_sequences
 from glm4export.calibration.gptq import _cut, compensate, compensations
-from glm4export.calibration.reference import Text, reference_logits
+from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.verification.verify import kl_divergence
-from glm4export.weights.quantize import Scheme, dequantize, quantize
+from glm4export.weights.quantize import Scheme, quantize
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 from tests.helpers import checkpoints
+from tests.helpers.dequantize import dequantize
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64, symmetric=False), Scheme(8, 16)]
 

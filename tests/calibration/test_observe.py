@@ -15,9 +15,9 @@ from glm4export.calibration import observe as module
 from glm4export.calibration.observe import CACHE_HEADROOM, Observation, observe
 from glm4export.sources.checkpoint import Checkpoint
 from glm4export.sources.config import read_config
-from glm4graphs.geometries import GEOMETRIES as FAMILY
 from glm4graphs.rope import rotary_tables
 from tests.helpers import checkpoints
+from tools.geometries import GEOMETRIES as FAMILY
 
 SEQUENCES = [list(range(20)), [7, 3, 5], list(range(60, 30, -1))]  # unequal: padding must leave no trace
 GEOMETRIES: dict[str, dict[str, Any]] = {

@@ -602,7 +602,8 @@ def test_a_missing_extra_is_named(blocked: str, command: list[str], extra: str, 
     argv = [argument.format(built=built, source=source) for argument in command]
     done = python(WITHOUT, blocked, *argv)
     assert done.returncode == 2, done.stderr
-    assert done.stderr == f"{PREFIX}{blocked} is not installed; pip install 'glm4export[{extra}]'\n"
+    install = f"pip install '.[{extra}]' in a clone of glm4export's repository"
+    assert done.stderr == f"{PREFIX}{blocked} is not installed; {install}\n"
 
 
 def test_building_needs_no_onnxruntime(source: Path, tmp_path: Path) -> None:

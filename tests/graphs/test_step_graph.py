@@ -19,11 +19,12 @@ from glm4export.sources.checkpoint import Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.verification.phases import PROMPTS
 from glm4export.verification.verify import kl_divergence
-from glm4export.weights.quantize import Scheme, dequantize, quantize
+from glm4export.weights.quantize import Scheme, quantize
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.text.tokenizer import Tokenizer
 from tests.conftest import Build
 from tests.helpers import checkpoints
+from tests.helpers.dequantize import dequantize
 from tests.helpers.parity import GEOMETRIES, TOLERANCE, reference
 from tests.helpers.step_graph import StepGraph, ones
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from glm4export import cli
-from glm4export.build import build as compile
+from glm4export.build import build
 from glm4export.build.options import BuildOptions
-from glm4export.bundle import folder as output
+from glm4export.bundle import folder as bundle_folder
 from glm4export.bundle import swap
 from glm4export.graph import trace
 from glm4export.sources.config import read_config
@@ -76,7 +76,7 @@ def amid_graph(die: Callable[[], None]) -> None:
         path.write_bytes(b"half a graph")
         die()
 
-    compile.ir.save = save  # type: ignore[assignment]
+    build.ir.save = save  # type: ignore[assignment]
 
 
 def before_manifest(die: Callable[[], None]) -> None:
@@ -84,7 +84,7 @@ def before_manifest(die: Callable[[], None]) -> None:
 
 
 def before_rename(die: Callable[[], None]) -> None:
-    output.swap = lambda scratch, out, check: die()  # type: ignore[assignment]
+    bundle_folder.swap = lambda scratch, out, check: die()  # type: ignore[assignment]
 
 
 def after_rename(die: Callable[[], None]) -> None:
@@ -92,7 +92,7 @@ def after_rename(die: Callable[[], None]) -> None:
         swap.swap(scratch, out, check)
         die()
 
-    output.swap = then_die  # type: ignore[assignment]
+    bundle_folder.swap = then_die  # type: ignore[assignment]
 
 
 def amid_trace(die: Callable[[], None]) -> None:
@@ -122,8 +122,7 @@ def amid_translation(die: Callable[[], None]) -> None:
 
 
 def trace_again() -> None:
-    compile.compile_graph = compile.compile_graph.__wrapped__  # type: ignore[attr-defined]
-    trace._traced.cache_clear()
+    build.compile_graph = build.compile_graph.__wrapped__  # type: ignore[attr-defined]
 
 
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
@@ -154,11 +153,11 @@ def _leave(job: Callable[..., int], arguments: dict[str, Any]) -> None:
 
 def main() -> int:
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    compile.compile_graph = functools.cache(compile.compile_graph)  # type: ignore[assignment]
+    build.compile_graph = functools.cache(build.compile_graph)  # type: ignore[assignment]
     config = read_config(Path(sys.argv[1]) / "config.json")
     for name in graph_names("cpu"):
         options = BuildOptions("fp32", "cpu")
-        compile.compile_graph(config, name, options, max_seq_len=config.max_position_embeddings, scales=None)
+        build.compile_graph(config, name, options, max_seq_len=config.max_position_embeddings, scales=None)
     print("ready", flush=True)
     for line in sys.stdin:
         children = []

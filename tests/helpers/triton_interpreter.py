@@ -8,12 +8,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, MAX_SPLITS, Geometry
+from glm4export.tensorrt.plugin.tiles import Tile
+from tools.plugin_runs.launch import Grid
 
 
 @contextmanager
@@ -25,6 +30,26 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
             patch.setenv("TRITON_INTERPRET", "1")
             pool.submit(os.getpid).result()  # the process starts with its first job
         yield pool
+
+
+class Interpreted:
+    """A launcher of the kernels on CPU tensors, inside that pool."""
+
+    def __init__(self, geometry: Geometry, tile: Tile) -> None:
+        self.tile = tile
+        sizes = {"NUM_HEADS": geometry.num_heads, "KV_HEADS": geometry.kv_heads, "HEAD_DIM": geometry.head_dim}
+        positional = {**sizes, "ROTARY_DIM": geometry.rotary_dim, "MAX_SEQ": geometry.max_seq}
+        blocks: dict[str, float] = {"SCALE": geometry.scale, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        self._constants: dict[str, dict[str, float]] = {
+            "append": {**positional, "BLOCK_M": APPEND_ROWS},
+            "attend": {**positional, **blocks},
+            "combine": {**sizes, "MAX_SPLITS": MAX_SPLITS},
+        }
+
+    def __call__(self, kernel: str, grid: Grid, arguments: Sequence[Tensor | int]) -> None:
+        from glm4export.tensorrt.plugin import kernels
+
+        getattr(kernels, kernel)[grid](*arguments, **self._constants[kernel])
 
 
 def _prepare() -> None:

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from glm4runtime.contract import UserError
 from glm4runtime.text.chat import ChatTemplate, ToolCall, parse_tool_calls, split_thought
+from glm4runtime.text.files import read_text_files
 
 # In the manner of GLM-4-0414's own: tools in a Chinese system turn, calls behind <|assistant|>, old thoughts cut.
 GLM4 = """\
@@ -255,6 +256,10 @@ def test_syntax_errors(source: str, message: str) -> None:
         ChatTemplate(source)
 
 
+def template_in(folder: Path) -> ChatTemplate:
+    return ChatTemplate.from_files(folder, read_text_files(folder))
+
+
 def write(path: Path, **config: Any) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
@@ -266,11 +271,11 @@ def test_from_folder(tmp_path: Path) -> None:
         eos_token="<eos>",
         pad_token={"content": "<p>"},
     )
-    assert ChatTemplate.from_folder(tmp_path).render([]) == "config <eos> <p>"
+    assert template_in(tmp_path).render([]) == "config <eos> <p>"
     (tmp_path / "chat_template.jinja").write_text("文件 {{ eos_token }}", encoding="utf-8")
-    assert ChatTemplate.from_folder(tmp_path).render([]) == "文件 <eos>"
+    assert template_in(tmp_path).render([]) == "文件 <eos>"
     (tmp_path / "tokenizer_config.json").unlink()
-    assert ChatTemplate.from_folder(str(tmp_path)).render([]) == "文件 "
+    assert template_in(tmp_path).render([]) == "文件 "
 
 
 def test_from_folder_errors(tmp_path: Path) -> None:
@@ -280,18 +285,18 @@ def test_from_folder_errors(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r'no chat_template\.jinja, and no "chat_template" in a tokenizer_config\.json'
         ):
-            ChatTemplate.from_folder(tmp_path)
+            template_in(tmp_path)
     write(tmp_path, chat_template=[{"name": "default", "template": ""}])
     with pytest.raises(UserError, match=r'tokenizer_config\.json: "chat_template": expected a string, found list'):
-        ChatTemplate.from_folder(tmp_path)
+        template_in(tmp_path)
     for content, message in (("{", "not valid JSON"), ("[]", "expected a JSON object, found list")):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):
-            ChatTemplate.from_folder(tmp_path)
+            template_in(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"chat_template\.jinja: can't be read"):
-        ChatTemplate.from_folder(tmp_path)
+        template_in(tmp_path)
 
 
 NAMES = st.text(st.characters(categories=["Lu", "Ll", "Lo", "Nd"], include_characters="_.-"), min_size=1)

@@ -135,8 +135,8 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
     [
         (None, "no engine in the bundle; `--provider cpu` runs the same graph in ONNX Runtime, without a GPU"),
         ("engine", "no engine in the bundle; `--provider cpu` runs the same graph"),
-        ("cuda", r"CUDAExecutionProvider is not in the installed onnxruntime .*; pip install 'glm4export\[gpu\]'"),
-        ("tensorrt", r"TensorrtExecutionProvider is not in .*; pip install 'glm4export\[gpu,tensorrt\]'"),
+        ("cuda", r"CUDAExecutionProvider is not in the installed onnxruntime .*; pip install '\.\[gpu\]'"),
+        ("tensorrt", r"TensorrtExecutionProvider is not in .*; pip install '\.\[gpu,tensorrt\]'"),
         ("tensorrt-rtx", "NvTensorRTRTXExecutionProvider (is not installed; pip install|could not be loaded: )"),
     ],
 )

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Glm4ForCausalLM
 
-from glm4export.build import build as compile
-from glm4export.calibration.reference import Text, reference_logits
+from glm4export.build import build
+from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.inspection.facts import inspect_model
 from glm4export.sources import tied
 from glm4export.sources.checkpoint import Checkpoint, Location
@@ -162,7 +162,7 @@ def test_every_kind_of_build_uses_it_and_verify_tells_where_one_does_not(
 
     right = compared()
     assert not right.failures, table(right)
-    monkeypatch.setattr(compile, "as_stored", lambda config, checkpoint: config)  # tied, as the config says
+    monkeypatch.setattr(build, "as_stored", lambda config, checkpoint: config)  # tied, as the config says
     wrong = compared()
     assert [phase.name for phase in wrong.phases if phase.mean_kl < 1] == []
     assert {failure.split(":")[0] for failure in wrong.failures} >= {phase.name for phase in right.phases}

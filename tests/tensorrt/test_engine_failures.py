@@ -36,7 +36,7 @@ pytest.importorskip("tensorrt_rtx")
         (["--compute-capability", "7.0"], "--compute-capability 7.0: tensorrt-rtx builds for 7.5, 8.0, 8.6, 8.9, "),
         (["--compute-capability", "SM89"], "--compute-capability SM89: tensorrt-rtx builds for 7.5"),
         ([], "no GPU here to build an engine for: name the GPU's compute capability with --compute-ca"),
-        (["--engine", "tensorrt"], "tensorrt is not installed; pip install 'glm4export[tensorrt]'"),
+        (["--engine", "tensorrt"], "tensorrt is not installed; pip install '.[tensorrt]'"),
         (["--compute-capability", "8.9", "--prefill-chunk", "0"], "--prefill-chunk 0: expected at least 1"),
         (["--compute-capability", "8.9", "--prefill-chunk", "-1"], "--prefill-chunk -1: expected at least 1"),
         (["--compute-capability", "8.9", "--workspace", "0"], "--workspace 0: expected more than 0 GB"),
@@ -63,8 +63,8 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ([], "neither tensorrt nor tensorrt_rtx is installed; pip install 'glm4export[tensorrt-rtx]'"),
-        (["--engine", "tensorrt-rtx"], "tensorrt_rtx is not installed; pip install 'glm4export[tensorrt-rtx]'"),
+        ([], "neither tensorrt nor tensorrt_rtx is installed; pip install '.[tensorrt-rtx]'"),
+        (["--engine", "tensorrt-rtx"], "tensorrt_rtx is not installed; pip install '.[tensorrt-rtx]'"),
     ],
 )
 def test_without_a_module(

@@ -17,15 +17,16 @@ from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4export.sources.checkpoint import locate
 from glm4export.sources.config import read_config
-from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
+from glm4export.tensorrt.plugin.geometry import Geometry, split_sizes
 from glm4export.tensorrt.plugin.graph import use_plugins, write_plugin_graph
-from glm4export.tensorrt.plugin.reference import Case
 from glm4export.verification.verify import kl_divergence
 from glm4runtime.contract import UserError, read_manifest
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.parity import reference
 from tests.helpers.step_graph import StepGraph, ones
+from tools.plugin_runs.launch import Integers
+from tools.plugin_runs.reference import Case
 
 SCALE = 64**-0.5
 LAYERS = checkpoints.SMALL["num_hidden_layers"]

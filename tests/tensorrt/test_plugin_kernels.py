@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from glm4export.tensorrt.plugin.geometry import Geometry
-from glm4export.tensorrt.plugin.reference import Case
 from glm4export.tensorrt.plugin.tiles import Tile
-from tests.helpers.triton_interpreter import interpreter
+from tests.helpers.triton_interpreter import Interpreted, interpreter
+from tools.plugin_runs.launch import attention
+from tools.plugin_runs.reference import Case
 
 DECODE, PREFILL = Tile(16, 32, 4, 1), Tile(64, 32, 4, 1)
 TOLERANCE = {"float16": 3e-3, "bfloat16": 4e-2}  # of values of size 1; the interpreter truncates to bfloat16
@@ -27,8 +28,6 @@ def kernels() -> Iterator[Executor]:
 
 def run(case: Case, tile: Tile, programs: int) -> tuple[Tensor, Tensor, Tensor]:
     """In the interpreter's process: attended, and the caches after."""
-    from glm4export.tensorrt.plugin.launch import Interpreted, attention
-
     after = case.to("cpu")
     attended = attention(Interpreted(case.geometry, tile), after, programs=programs)
     return attended, after.keys, after.values

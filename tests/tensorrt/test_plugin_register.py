@@ -17,17 +17,19 @@ import pytest
 import torch
 import triton
 
-from glm4export.tensorrt.plugin import driver, kernels
+from glm4export.tensorrt.plugin import kernels
 from glm4export.tensorrt.plugin.aot import append_kernel, attend_kernel, combine_kernel, keep_parameters
-from glm4export.tensorrt.plugin.geometry import Geometry, Integers, split_sizes
-from glm4export.tensorrt.plugin.launch import attention
-from glm4export.tensorrt.plugin.reference import Case
+from glm4export.tensorrt.plugin.geometry import Geometry, split_sizes
 from glm4export.tensorrt.plugin.register import Tactic, register
 from glm4export.tensorrt.plugin.tiles import CAPABILITIES, DEVICE_SHARED, SHARED_LIMIT, decode_tiles, prefill_tiles
 from glm4runtime.contract import UserError
 from tests.helpers import fake_tensorrt_plugin
 from tests.helpers.fake_tensorrt_plugin import Built, Tensor
+from tools.plugin_runs import driver
+from tools.plugin_runs.launch import Integers, attention
+from tools.plugin_runs.reference import Case
 
+TOOLS = Path(__file__).parents[2] / "tools"
 GLM4_9B = Geometry(32, 2, 128, 64, 4096, 128**-0.5)
 PROGRAMS = 264  # twice an H100's multiprocessors
 ATTRIBUTES = {"num_heads": 32, "kv_num_heads": 2, "head_dim": 128, "scale": 128**-0.5, "programs": PROGRAMS}
@@ -198,8 +200,9 @@ def test_gpu_check_tells_that_there_is_no_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    monkeypatch.syspath_prepend(TOOLS)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(Path(__file__).parents[2] / "tools/gpu_check.py"), run_name="__main__")
+        runpy.run_path(str(TOOLS / "gpu_check.py"), run_name="__main__")
     assert stop.value.code == 2
     assert re.fullmatch(r"gpu_check: no GPU: torch \S+ finds no CUDA device; run this .*\n", capsys.readouterr().err)
 

@@ -14,8 +14,8 @@ import onnx
 import pytest
 import torch
 
-from glm4export.calibration import reference
-from glm4export.calibration.reference import Text, reference_logits
+from glm4export.calibration import streamed
+from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import Checkpoint
 from glm4export.sources.config import read_config
 from glm4export.verification.phases import PHASES
@@ -54,8 +54,8 @@ def test_layer_by_layer_reference_is_transformers_model(tied: bool, tmp_path: Pa
 def test_reference_of_a_long_text_computes_some_rows_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_MASK_ELEMENTS", 60 * 7)
-    monkeypatch.setattr(reference, "_MLP_ROWS", 13)
+    monkeypatch.setattr(streamed, "_MASK_ELEMENTS", 60 * 7)
+    monkeypatch.setattr(streamed, "_MLP_ROWS", 13)
     model = checkpoints.random_model(**GEOMETRIES[name])
     folder = checkpoints.save(model, tmp_path)
     tokens = np.random.default_rng(0).integers(0, 96, 60).tolist()

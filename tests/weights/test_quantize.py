@@ -19,13 +19,14 @@ from glm4export.weights.quantize import (
     Quantized,
     Scheme,
     block_for,
-    dequantize,
     pack,
     quantize,
     quantize_rows,
     unpack,
 )
+from glm4export.weights.storage import Formats
 from glm4runtime.contract import UserError
+from tests.helpers.dequantize import dequantize
 
 SCHEMES = [
     Scheme(bits, block, symmetric) for bits in (4, 8) for block in (16, 32, 64, 128) for symmetric in (True, False)
@@ -249,11 +250,17 @@ def test_refuses_what_is_not_finite(bad: float) -> None:
         quantize(weights(2, 64) * 1e9, Scheme(4, 32, scale_dtype=torch.float16))
 
 
-def test_schemes_and_sizes() -> None:
-    assert Scheme(4, 32, scale_dtype=torch.float16).bits_per_weight == 4.5  # Q4_0's
-    assert Scheme(4, 128).bits_per_weight == 4.25
-    assert Scheme(4, 128, symmetric=False).bits_per_weight == 4.28125
-    assert Scheme(8, 128, scale_dtype=torch.float16).bits_per_weight == 8.125
+@pytest.mark.parametrize(
+    ("bits", "block", "symmetric", "stored"),
+    [(4, 32, True, 4.5), (4, 128, True, 4.125), (4, 128, False, 4.15625), (8, 128, True, 8.125)],
+    ids=["Q4_0's", "int4", "asymmetric", "int8"],
+)
+def test_stored_bits_per_weight(bits: int, block: int, symmetric: bool, stored: float) -> None:
+    formats = Formats(bits, head_bits=8, embedding_bits=16, block=block, symmetric=symmetric)
+    assert 8 * formats.nbytes("down_proj.weight", 512, 4096) == stored * 512 * 4096
+
+
+def test_blocks_that_divide_the_columns() -> None:
     assert [block_for(c) for c in (13696, 4096, 192, 96, 48)] == [128, 128, 64, 32, 16]
     assert block_for(4096, 32) == 32
     with pytest.raises(UserError, match="a weight of 100 columns can't be quantized"):

@@ -45,7 +45,7 @@ def write_gguf(folder: Path, out: Path, dtype: str = "bf16") -> None:
     _metadata(writer, config, folder.name)
     writer.add_file_type(FILE_TYPES[dtype])
     _vocabulary(writer, config, folder)
-    shapes = {name: shape for name, shape in expected_tensors(config).items() if name in checkpoint.tensors}
+    shapes = {name: shape for name, shape in expected_tensors(config) if name in checkpoint.tensors}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4, config.num_hidden_layers)
     for name, shape in shapes.items():
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))

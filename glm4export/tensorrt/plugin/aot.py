@@ -7,7 +7,6 @@ kernels have two pointers to scratch memory behind those, which ours don't use: 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -134,12 +133,3 @@ def _type_of(argument: str, geometry: Geometry, constants: dict[str, Any]) -> st
         return "i32"
     role = _POINTERS[argument]
     return _TRITON_NAMES[{"activations": geometry.dtype, "cache": geometry.cache_dtype}.get(role, role)]
-
-
-def device_capability() -> int:
-    """The compute capability of this machine's GPU, such as 89. Raises UserError where there is none."""
-    driver: Callable[[], Any] = triton.runtime.driver.active.get_current_target
-    try:
-        return int(driver().arch)
-    except RuntimeError as error:
-        raise UserError(f"attention plugin: no GPU to compile for ({error})") from None

@@ -23,24 +23,12 @@ _SPLIT_ROWS = 64  # queries that the count of programs assumes for a tile, which
 
 
 class Arithmetic(Protocol):
-    """What launches are computed with: ``tensorrt.plugin`` has these names, and so has ``Integers``."""
+    """What launches are computed with: ``tensorrt.plugin`` has these names, for its symbolic dimensions."""
 
     def max(self, first: Any, second: Any) -> Any: ...
     def min(self, first: Any, second: Any) -> Any: ...
     def cdiv(self, first: Any, second: Any) -> Any: ...
     def ShapeExpr(self, value: int) -> Any: ...
-
-
-class Integers:
-    """Arithmetic with numbers."""
-
-    max = staticmethod(max)
-    min = staticmethod(min)
-    ShapeExpr = int
-
-    @staticmethod
-    def cdiv(first: int, second: int) -> int:
-        return -(-first // second)
 
 
 @dataclass(frozen=True)

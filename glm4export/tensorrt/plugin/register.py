@@ -10,7 +10,7 @@ own, with a stand-in for the native half behind it.
 from enum import IntEnum
 from typing import Any
 
-from glm4export.tensorrt.plugin.aot import Kernel, append_kernel, attend_kernel, combine_kernel, device_capability
+from glm4export.tensorrt.plugin.aot import Kernel, append_kernel, attend_kernel, combine_kernel
 from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, Geometry, split_sizes
 from glm4export.tensorrt.plugin.graph import APPEND, ATTEND, COMBINE, NAMESPACE
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
@@ -23,16 +23,15 @@ class Tactic(IntEnum):
     PREFILL = 2
 
 
-def register(capability: int | None = None) -> None:
+def register(capability: int) -> None:
     """Make the plugins known to TensorRT's registry, once per process.
 
-    ``capability``, such as 89, is the device's that the engine is for; by default this machine's. Raises UserError
-    without a GPU, or for a device that the kernels aren't made for.
+    ``capability``, such as 89, is the device's that the engine is for. Raises UserError for one that the kernels aren't
+    made for.
     """
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    device = device_capability() if capability is None else capability
     names = {trt.float16: "float16", trt.bfloat16: "bfloat16", trt.int8: "int8", trt.float32: "float32"}
     tokens = {
         trt.float16: "FP16", trt.bfloat16: "BF16", trt.int8: "INT8", trt.float32: "FP32", trt.int64: "INT64",
@@ -74,7 +73,7 @@ def register(capability: int | None = None) -> None:
         geometry = geometry_of(qkv, past_key, cos, scale=1.0)
         batch, seq, _ = qkv.shape_expr
         grid = (trtp.cdiv(seq, APPEND_ROWS), geometry.kv_heads, batch)
-        return launch(append_kernel(geometry, device), grid, [seq])
+        return launch(append_kernel(geometry, capability), grid, [seq])
 
     @trtp.register(f"{NAMESPACE}::{ATTEND}")
     def describe_attend(
@@ -111,7 +110,7 @@ def register(capability: int | None = None) -> None:
     ) -> Launch:  # fmt: skip
         geometry = geometry_of(qkv, key_cache, cos, scale)
         tiles = (prefill_tiles if tactic == Tactic.PREFILL else decode_tiles)(geometry)
-        kernel = attend_kernel(geometry, device, tiles)
+        kernel = attend_kernel(geometry, capability, tiles)
         assert kernel.tile is not None
         batch, seq, _ = qkv.shape_expr
         splits, rows = split_sizes(batch, seq, kv_num_heads, geometry.group, programs, trtp)
@@ -131,6 +130,6 @@ def register(capability: int | None = None) -> None:
         )  # fmt: skip
         batch, seq, _ = attended.shape_expr
         splits, rows = partial.shape_expr[2], partial.shape_expr[3]
-        return launch(combine_kernel(geometry, device), (rows, kv_heads, batch), [seq, splits, rows])
+        return launch(combine_kernel(geometry, capability), (rows, kv_heads, batch), [seq, splits, rows])
 
     del describe_append, compile_append, describe_attend, tune_attend, compile_attend, describe_combine, compile_combine

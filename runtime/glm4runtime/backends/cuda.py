@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, installing
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
 
@@ -119,5 +119,5 @@ def open_cuda(extra: str) -> Cuda:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise UserError(f"cuda-python cannot be imported ({error}); pip install 'glm4export[{extra}]'") from None
+        raise UserError(f"cuda-python cannot be imported ({error}); {installing(extra)}") from None
     return Cuda(runtime)

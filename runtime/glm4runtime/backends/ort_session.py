@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime.backends.fork import refuse_in_children
-from glm4runtime.contract import BundleError, UserError
+from glm4runtime.contract import BundleError, UserError, installing
 
 ort.disable_telemetry_events()  # for where the user's own code imported it before us: see glm4runtime/__init__.py
 
@@ -23,7 +23,7 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",  # a plugin: a package of its own, which onnxruntime loads
 }
-_EXTRAS = {"cpu": "[cpu]", "cuda": "[gpu]", "tensorrt": "[gpu,tensorrt]"}
+_EXTRAS = {"cpu": ("cpu",), "cuda": ("gpu",), "tensorrt": ("gpu", "tensorrt")}
 
 
 def device_of(provider: str) -> str:
@@ -40,7 +40,7 @@ def require_provider(provider: str) -> None:
     if name not in available:
         raise UserError(
             f"{name} is not in the installed onnxruntime (it has {', '.join(available)}); "
-            f"pip install 'glm4export{_EXTRAS[provider]}'"
+            f"{installing(*_EXTRAS[provider])}"
         )
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "engine"]
 ENGINE: Provider = "engine"
 GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
-STEP_PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")  # of step graphs: ONNX Runtime's execution providers
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 _THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
 

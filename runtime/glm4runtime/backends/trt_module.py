@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, installing
 from glm4runtime.contract.engine_spec import FLAVOURS
 
 
@@ -19,7 +19,7 @@ def import_flavour(flavour: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != FLAVOURS[flavour]:
             raise
-        raise UserError(f"{FLAVOURS[flavour]} is not installed; pip install 'glm4export[{flavour}]'") from None
+        raise UserError(f"{FLAVOURS[flavour]} is not installed; {installing(flavour)}") from None
     except (ImportError, OSError) as error:  # its shared libraries
         raise UserError(f"{FLAVOURS[flavour]} cannot be loaded: {error}") from None
 

@@ -3,7 +3,8 @@
 The compiler writes it, the runtime reads it, and both import it from here. Standard library only.
 """
 
-from glm4runtime.contract.errors import BundleError, UserError
+from glm4runtime.contract.dtypes import DTYPE_BYTES, DTYPES, nbytes
+from glm4runtime.contract.errors import BundleError, UserError, installing
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file, refuse_pointer, sha256_of
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec, TokenIds, read_manifest
@@ -11,7 +12,6 @@ from glm4runtime.contract.names import (
     ATTENTION_MASK,
     CHAT_TEMPLATE,
     DECODE,
-    DTYPE_BYTES,
     FORMAT_VERSION,
     GEOMETRY,
     INPUT_IDS,
@@ -19,6 +19,7 @@ from glm4runtime.contract.names import (
     LOGITS,
     MANIFEST,
     POSITION_IDS,
+    PRECISIONS,
     PREFILL,
     STEP,
     TARGETS,
@@ -28,6 +29,9 @@ from glm4runtime.contract.names import (
     TOKENIZER_CONFIG,
     WEIGHTS,
     WRITE_INDICES,
+    GraphName,
+    Precision,
+    Target,
     graph_names,
     past_name,
     present_name,
@@ -37,6 +41,7 @@ __all__ = [
     "ATTENTION_MASK",
     "CHAT_TEMPLATE",
     "DECODE",
+    "DTYPES",
     "DTYPE_BYTES",
     "FORMAT_VERSION",
     "GEOMETRY",
@@ -45,6 +50,7 @@ __all__ = [
     "LOGIT_ROWS",
     "MANIFEST",
     "POSITION_IDS",
+    "PRECISIONS",
     "PREFILL",
     "SHA256",
     "SHA256_WORDS",
@@ -60,13 +66,18 @@ __all__ = [
     "CacheSpec",
     "FieldReader",
     "FileSpec",
+    "GraphName",
     "GraphSpec",
     "Manifest",
+    "Precision",
+    "Target",
     "TensorSpec",
     "TokenIds",
     "UserError",
     "check_file",
     "graph_names",
+    "installing",
+    "nbytes",
     "past_name",
     "present_name",
     "read_json",

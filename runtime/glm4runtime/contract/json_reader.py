@@ -6,9 +6,11 @@ import json
 import re
 import reprlib
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeVar
 
 from glm4runtime.contract.errors import BundleError
+
+Name = TypeVar("Name", bound=str)
 
 _REBUILD = "build the bundle again"
 _REPR = reprlib.Repr()
@@ -77,9 +79,9 @@ class FieldReader:
             raise self.error(f"{_name(key)} is {shown(value)}, expected {expected}")
         return value
 
-    def one_of(self, key: str, known: Collection[str]) -> str:
+    def one_of(self, key: str, known: Collection[Name]) -> Name:
         """A text that is one of ``known``."""
-        value: str = self(key, str)
+        value: Name = self(key, str)
         if value not in known:
             raise self.error(f"{_name(key)} {shown(value)} is not one of {', '.join(known)}")
         return value

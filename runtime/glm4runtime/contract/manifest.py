@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from glm4runtime.contract.dtypes import DTYPE_BYTES
 from glm4runtime.contract.errors import BundleError
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.names import (
-    DTYPE_BYTES,
     FORMAT_VERSION,
     GEOMETRY,
     MANIFEST,
@@ -21,6 +21,7 @@ from glm4runtime.contract.names import (
     TARGETS,
     TEXT_FILES,
     WEIGHTS,
+    Target,
     graph_names,
 )
 
@@ -83,7 +84,7 @@ class Manifest:
     producer_version: str
     family: str
     task: str
-    target: str
+    target: Target
     precision: str
     vocab_size: int
     config: Mapping[str, Any]  # the model's geometry, as the compiler read it

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+Target = Literal["cpu", "cuda", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+GraphName = Literal["prefill", "decode", "step"]
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
@@ -9,9 +15,11 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)  # what a session reads beside its graphs
-PREFILL = "prefill"
-DECODE = "decode"
-STEP = "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
+PREFILL: GraphName = "prefill"
+DECODE: GraphName = "decode"
+STEP: GraphName = (
+    "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
+)
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
@@ -20,18 +28,18 @@ WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row tha
 LOGIT_ROWS = "logit_rows"  # step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
 
-TENSORRT = "tensorrt"
-TARGETS = ("cpu", "cuda", TENSORRT)
+TENSORRT: Target = "tensorrt"
+TARGETS: tuple[Target, ...] = get_args(Target)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 #: The sizes in a manifest's ``config``, which has more.
 GEOMETRY = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim",
 )  # fmt: skip
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
-def graph_names(target: str) -> tuple[str, ...]:
+def graph_names(target: Target) -> tuple[GraphName, ...]:
     """The graphs that a bundle for ``target`` holds."""
     return (STEP,) if target == TENSORRT else (PREFILL, DECODE)
 

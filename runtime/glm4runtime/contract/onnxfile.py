@@ -11,42 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm4runtime.contract import BundleError, TensorSpec
+from glm4runtime.contract import DTYPES, BundleError, TensorSpec, nbytes
 
-FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16, E4M3, INT4 = 1, 2, 3, 6, 10, 16, 17, 22  # TensorProto.DataType
-_ITEM_BYTES = {FLOAT: 4, UINT8: 1, INT8: 1, 4: 2, 5: 2, INT32: 4, 7: 8, 9: 1, FLOAT16: 2, 11: 8, BFLOAT16: 2}
-_NAMES = {
-    FLOAT: "float32",
-    UINT8: "uint8",
-    INT8: "int8",
-    INT32: "int32",
-    7: "int64",
-    9: "bool",
-    FLOAT16: "float16",
-    BFLOAT16: "bfloat16",
-    E4M3: "float8_e4m3fn",
-    INT4: "int4",
-}
-_HALF_BYTE = (21, INT4)  # 21: uint4
+_NAMES = {dtype.number: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that a graph holds: ``dtype`` is TensorProto's number."""
+    """A tensor that a graph holds: ``dtype`` is a name, or TensorProto's number where no bundle stores such."""
 
-    dtype: int
+    dtype: str
     shape: tuple[int, ...]
 
     @property
-    def dtype_name(self) -> str:
-        """Its dtype in ONNX's spelling, lower case; its number where no bundle stores such."""
-        return _NAMES.get(self.dtype, str(self.dtype))
-
-    @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Its size in bytes; a byte a number where no bundle stores such."""
         count = math.prod(self.shape)
-        return (count + 1) // 2 if self.dtype in _HALF_BYTE else count * _ITEM_BYTES.get(self.dtype, 1)
+        return nbytes(self.dtype, count) if self.dtype in DTYPES else count
 
 
 @dataclass(frozen=True)
@@ -116,7 +97,7 @@ def _stored(data: bytes) -> tuple[str, Stored]:
             dtype = value
         elif number == 8 and isinstance(value, bytes):
             name = value.decode()
-    return name, Stored(dtype, tuple(shape))
+    return name, Stored(_name_of(dtype), tuple(shape))
 
 
 def _message(data: bytes) -> dict[int, bytes]:
@@ -137,7 +118,11 @@ def _end(data: bytes) -> TensorSpec:
                 assert isinstance(dim, bytes)
                 size = next((held for _, held in _fields(dim)), "")
                 dims.append(size.decode() if isinstance(size, bytes) else size)
-    return TensorSpec(info.get(1, b"").decode(), _NAMES.get(dtype, str(dtype)), tuple(dims))
+    return TensorSpec(info.get(1, b"").decode(), _name_of(dtype), tuple(dims))
+
+
+def _name_of(dtype: int) -> str:
+    return _NAMES.get(dtype, str(dtype))
 
 
 # Where tensors may be: for every kind of message, the kinds that its fields hold.

@@ -13,7 +13,7 @@ from typing import Any
 
 from glm4runtime.contract import CHAT_TEMPLATE, TOKENIZER_CONFIG, UserError
 from glm4runtime.text.answers import ToolCall, parse_tool_calls, split_answer, split_thought
-from glm4runtime.text.files import read_text_files, text_of
+from glm4runtime.text.files import text_of
 from glm4runtime.text.messages import check_all_shown, in_template_s_form
 from glm4runtime.text.template_process import TemplateProcess
 
@@ -40,17 +40,12 @@ class ChatTemplate:
         self._process = TemplateProcess(source)
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> ChatTemplate:
-        """Read a folder's chat_template.jinja, else the "chat_template" of its tokenizer_config.json.
-
-        Raises:
-            UserError: neither is there, or a file can't be read.
-        """
-        return cls.from_files(Path(path), read_text_files(Path(path)))
-
-    @classmethod
     def from_files(cls, folder: Path, files: Mapping[str, bytes], source: str | None = None) -> ChatTemplate:
-        """The same of files already read, by name; ``source``: a template in place of theirs."""
+        """The template of ``folder``, whose files are already read: chat_template.jinja, else tokenizer_config.json's.
+
+        files: their bytes by name. source: a template in place of theirs. Raises UserError where there is none, or a
+        file is not what it should be.
+        """
         config_file = folder / TOKENIZER_CONFIG
         config: Any = {}
         if TOKENIZER_CONFIG in files:

@@ -1,7 +1,4 @@
-"""One attention layer by the plugin's kernels, on torch tensors.
-
-Engines do not come through here; tests and ``tools/gpu_check.py`` do, in the order and with the sizes of an engine.
-"""
+"""One attention layer by the plugin's kernels, on torch tensors, in the order and with the sizes of an engine."""
 
 from __future__ import annotations
 
@@ -11,12 +8,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from glm4export.tensorrt.plugin import kernels
-from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, MAX_SPLITS, Geometry, Integers, split_sizes
-from glm4export.tensorrt.plugin.reference import Case
+from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, split_sizes
 from glm4export.tensorrt.plugin.tiles import Tile
 
+from .reference import Case
+
 Grid = tuple[int, int, int]
+
+
+class Integers:
+    """The launches' arithmetic with numbers."""
+
+    max = staticmethod(max)
+    min = staticmethod(min)
+    ShapeExpr = int
+
+    @staticmethod
+    def cdiv(first: int, second: int) -> int:
+        return -(-first // second)
 
 
 class Launcher(Protocol):
@@ -25,24 +34,6 @@ class Launcher(Protocol):
     tile: Tile
 
     def __call__(self, kernel: str, grid: Grid, arguments: Sequence[Tensor | int]) -> None: ...
-
-
-class Interpreted:
-    """Kernels under Triton's interpreter, on CPU tensors; needs TRITON_INTERPRET=1 before Triton is imported."""
-
-    def __init__(self, geometry: Geometry, tile: Tile) -> None:
-        self.tile = tile
-        sizes = {"NUM_HEADS": geometry.num_heads, "KV_HEADS": geometry.kv_heads, "HEAD_DIM": geometry.head_dim}
-        positional = {**sizes, "ROTARY_DIM": geometry.rotary_dim, "MAX_SEQ": geometry.max_seq}
-        blocks: dict[str, float] = {"SCALE": geometry.scale, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        self._constants: dict[str, dict[str, float]] = {
-            "append": {**positional, "BLOCK_M": APPEND_ROWS},
-            "attend": {**positional, **blocks},
-            "combine": {**sizes, "MAX_SPLITS": MAX_SPLITS},
-        }
-
-    def __call__(self, kernel: str, grid: Grid, arguments: Sequence[Tensor | int]) -> None:
-        getattr(kernels, kernel)[grid](*arguments, **self._constants[kernel])
 
 
 def attention(launch: Launcher, case: Case, *, programs: int) -> Tensor:

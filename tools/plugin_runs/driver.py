@@ -1,6 +1,6 @@
 """The kernels as TensorRT gets them, launched by the CUDA driver: PTX, and arguments in TensorRT's order.
 
-No more shared memory than a launch may have unasked. For ``tools/gpu_check.py``. Never run: docs/status.md.
+No more shared memory than a launch may have unasked. Never run: docs/status.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from glm4export.tensorrt.plugin.aot import append_kernel, attend_kernel, combine_kernel
 from glm4export.tensorrt.plugin.geometry import Geometry
-from glm4export.tensorrt.plugin.launch import Grid
 from glm4export.tensorrt.plugin.tiles import Tile
 from glm4runtime.contract import UserError
+
+from .launch import Grid
 
 
 class Driver:

@@ -1,0 +1,35 @@
+"""Traces kept from test to test: they compile one model in many ways, and tracing takes the longest.
+
+The compiler keeps none: a build traces each of its graphs once, and forty layers of them would stay in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import onnx_ir as ir
+import torch
+
+from glm4export.build import build
+from glm4export.graph.trace import trace
+from glm4graphs.config import Glm4Config
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+    return trace(config, graph, dtype=dtype, max_seq_len=max_seq_len)
+
+
+def kept_trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+    """As :func:`glm4export.graph.trace.trace`; a copy of what it gave last time."""
+    return _kept(config, graph, dtype, max_seq_len).clone()
+
+
+@contextmanager
+def kept_traces() -> Iterator[None]:
+    """Inside it, this process's builds keep their traces."""
+    with mock.patch.object(build, "trace", kept_trace):
+        yield
