@@ -24,7 +24,7 @@ class DynamicScaling:
     Rows in a cache keep the base of the run that wrote them, so no table holds what comes then.
     """
 
-    factor: float
+    factor: float  # without effect up to there
     rope_type: str = field(default="dynamic", init=False)
 
     def positions(self, max_position_embeddings: int) -> int:

@@ -23,12 +23,7 @@ def inverse_frequencies(config: Glm4Config) -> tuple[Tensor, float]:
     For :attr:`Glm4Config.max_positions` positions at most: beyond them some rope types go by each run's length.
     """
     theta, dim, scaling = config.rope.theta, config.rotary_dim, config.rope.scaling
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    if isinstance(scaling, DynamicScaling):
-        # 1 but for rounding, which Hugging Face's base has too
-        growth = scaling.factor * config.max_position_embeddings / config.max_position_embeddings - (scaling.factor - 1)
-        theta *= growth ** (dim / (dim - 2))
-    frequencies = theta**exponents
+    frequencies = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     match scaling:
         case YarnScaling():
             return _yarn(frequencies, theta, dim, scaling)

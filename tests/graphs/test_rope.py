@@ -47,7 +47,8 @@ ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 1.0},
     {"rope_type": "dynamic", "factor": 4.0},
-    {"rope_type": "dynamic", "factor": 1.1, "rope_theta": 5e5},  # 1.1 - 0.1 isn't 1: the base moves by a bit
+    {"rope_type": "dynamic", "factor": 1.1, "rope_theta": 5e5},
+    {"rope_type": "dynamic", "factor": 1000.3, "rope_theta": 12345.678},
     {"rope_type": "dynamic", "factor": 2, "partial_rotary_factor": 0.25},
     YARN,
     {**YARN, "factor": 8.0, "partial_rotary_factor": 1.0},
