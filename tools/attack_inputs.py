@@ -51,7 +51,15 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 96,
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.1}
+ORIGINAL = {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL, "attention_factor": 1.1}
+SCALINGS: tuple[dict[str, Any], ...] = (
+    YARN,
+    {"type": "linear", "factor": 2.0},
+    {"type": "dynamic", "factor": 2.0},
+    {"type": "longrope", **ORIGINAL, "short_factor": [1.5] * 8, "long_factor": [3.0] * 8},
+    {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
+)
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\r\n  forged: line"
@@ -129,10 +137,8 @@ def config_case(folder: Path, seed: str, compiles: bool) -> str:
 
     mutator, data = Mutator(seed), json.loads(json.dumps(CONFIG))
     rope = mutator.random.random()
-    if rope < 0.3:
-        data["rope_scaling"] = dict(YARN)
-    elif rope < 0.4:
-        data["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    if rope < 0.4:
+        data["rope_scaling"] = json.loads(json.dumps(mutator.random.choice(SCALINGS)))
     elif rope < 0.6:
         names = ("rope_theta", "partial_rotary_factor")
         data["rope_parameters"] = {"rope_type": "default", **{name: data.pop(name) for name in names}}

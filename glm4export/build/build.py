@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.graph.trace import trace
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
-from glm4export.sources.config import read_config, read_token_ids, sequence_limit
+from glm4export.sources.config import config_data, parse_config, read_token_ids, sequence_limit
 from glm4export.sources.sidefiles import check_side_files
 from glm4export.sources.tied import as_stored
 from glm4export.sources.turns import with_turn_tokens
@@ -81,7 +82,9 @@ def build(
     """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
     inputs = [location.folder, *([] if options.calibrate is None else [options.calibrate])]
     with new_bundle(out, inputs) as folder:  # first: an output that can't be written is told before any work
-        declared = read_config(location.folder / CONFIG)
+        config_file = location.folder / CONFIG
+        data = config_data(config_file, yarn=options.yarn_factor)
+        declared = parse_config(data, str(config_file))
         tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
         max_seq_len = sequence_limit(declared, options.max_seq_len)
         with stage("check"):
@@ -95,7 +98,7 @@ def build(
             note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
         if config != declared:
             note(
-                f"{location.folder / CONFIG} says tie_word_embeddings, but the stored {HEAD} differs from the "
+                f"{config_file} says tie_word_embeddings, but the stored {HEAD} differs from the "
                 "embedding: the stored head is used, as transformers does"
             )
         skeletons: dict[str, Skeleton] = {}
@@ -122,6 +125,8 @@ def build(
         for side in SIDE_FILES:
             if (location.folder / side).is_file():
                 shutil.copyfile(location.folder / side, folder / side)
+        if options.yarn_factor is not None:  # the model that was built, for verify and whoever else reads it
+            (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
             producer=PRODUCER,
             producer_version=version("glm4export"),

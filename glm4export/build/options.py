@@ -43,6 +43,7 @@ class BuildOptions:
     prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
     kv_cache: str | None = None  # fp32, fp16 or int8; None: the dtype that attention computes in
     calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
+    yarn_factor: float | None = None  # stretches plain rope, as --rope-scaling yarn does
     attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
 
     def __post_init__(self) -> None:

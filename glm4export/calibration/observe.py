@@ -7,7 +7,7 @@ calibration needs no second pass; see :mod:`glm4export.calibration.calibrate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from glm4export.terminal.progress import Progress
 from glm4export.weights.recipes import whole
 from glm4export.weights.storage import EMBEDDING, HEAD
 from glm4export.weights.write import windows
+from glm4graphs.activations import Gating
 from glm4graphs.attention import attention
 from glm4graphs.blocks import Attention, DecoderLayer, rms_norm
 from glm4graphs.config import Glm4Config
@@ -216,17 +217,17 @@ class _GateUp(nn.Module):
     ``gate_up_proj``'s output for all tokens would be the largest tensor of all, 755 MB at 32B; this is half of it.
     """
 
-    def __init__(self, linear: nn.Module, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, linear: nn.Module, gating: Gating) -> None:
         super().__init__()
         assert isinstance(linear, _Linear)
-        self.linear, self.activation = linear, activation
+        self.linear, self.gating = linear, gating
 
     def forward(self, x: Tensor) -> Tensor:
         run, name, (both, hidden) = self.linear.run, self.linear.name, self.linear.shape
         y = torch.empty(*x.shape[:-1], both // 2)
         for (first, last), _ in windows((both // 2, hidden)):
-            gate = self.activation(run.rows(name, x, (first, last)))
-            torch.mul(gate, run.rows(name, x, (both // 2 + first, both // 2 + last)), out=y[..., first:last])
+            gate, up = (run.rows(name, x, (start + first, start + last)) for start in (0, both // 2))
+            y[..., first:last] = self.gating(gate, up)
         return y
 
 
@@ -242,8 +243,8 @@ def _stream(module: nn.Module, run: _Run, prefix: str) -> nn.Module:
     module.load_state_dict(state, assign=True)
     if isinstance(module, DecoderLayer):
         module.set_submodule("self_attn", _OneByOne(module.self_attn, run))
-        linear, activation, down = module.mlp.gate_up_proj, module.mlp.activation, module.mlp.down_proj
-        module.set_submodule("mlp", nn.Sequential(_GateUp(linear, activation), down))
+        mlp = module.mlp
+        module.set_submodule("mlp", nn.Sequential(_GateUp(mlp.gate_up_proj, mlp.gating), mlp.down_proj))
     return module.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from glm4export.bundle.folder import check_output
@@ -14,7 +15,7 @@ from glm4export.commands.engine_options import (
     engine_lines,
     require_flavour,
 )
-from glm4runtime.contract import PRECISIONS, TARGETS
+from glm4runtime.contract import PRECISIONS, TARGETS, UserError
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
 CACHES = ("fp32", "fp16", "int8")
@@ -35,6 +36,15 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt and answer together (default: the model's limit)"
+    )
+    command.add_argument(
+        "--rope-scaling", choices=("yarn",), help="stretch plain rope for texts beyond the model's positions"
+    )
+    command.add_argument(
+        "--rope-factor",
+        type=float,
+        metavar="F",
+        help="how far --rope-scaling stretches it: GLM-4-0414's model cards advise 4 beyond 32768 tokens",
     )
     command.add_argument(
         "--attention",
@@ -78,6 +88,7 @@ def configure(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     require_flavour(arguments)
+    _check_rope(arguments)
     name = Path(arguments.model).resolve().name if arguments.model else "glm4-demo"
     out = arguments.output or Path(f"{name}-{arguments.precision}")
     inputs = (arguments.model, arguments.calibrate, arguments.timing_cache)
@@ -103,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         prefill_precision=arguments.prefill_precision,
         kv_cache=arguments.kv_cache,
         calibrate=arguments.calibrate,
+        yarn_factor=arguments.rope_factor,
         attention=arguments.attention,
     )
     builder = engine_builder(arguments, target)
@@ -120,3 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{out}: {what}, {size / 1e6:.1f} MB, {manifest.cache.max_seq_len} positions")
         print(*engine_lines([] if builder is None else builder.built), sep="\n", end="\n" * (builder is not None))
     return 0
+
+
+def _check_rope(arguments: argparse.Namespace) -> None:
+    scaling, factor = arguments.rope_scaling, arguments.rope_factor
+    if (scaling is None) != (factor is None):
+        raise UserError("--rope-scaling yarn and --rope-factor F go together; give both or neither")
+    if factor is not None and not 1 < factor < math.inf:
+        raise UserError(f"--rope-factor {factor} must be a number above 1: how far the positions are stretched")

@@ -5,34 +5,71 @@ A key that changes what the model computes is read or refused, never guessed: a 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glm4export.sources.config_keys import ConfigError, Keys
 from glm4export.sources.files import read_json
-from glm4graphs.config import Glm4Config, Rope, YarnScaling
-from glm4graphs.rope import inverse_frequencies, rotary_tables
-from glm4runtime.contract import TokenIds, UserError, shown
+from glm4export.sources.rope import MOST_POSITIONS, SPELLINGS, TOP_LEVEL, check_rotary, read_rope, with_yarn
+from glm4graphs.activations import ACTIVATIONS
+from glm4graphs.config import DynamicScaling, Glm4Config, LongropeScaling
+from glm4runtime.contract import TokenIds, shown
 
 ARCHITECTURE = "Glm4ForCausalLM"
-SUPPORTED_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
-SUPPORTED_ROPE = ("default", "linear", "yarn")
+MODEL_TYPE = "glm4"
 
-_LARGEST_SIZE = 2**31 - 1  # of a dim that kernels count with 32 bits
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_READ = frozenset(
+    (
+        *("architectures", "model_type", "quantization_config", *_SIZES, "max_position_embeddings", "head_dim"),
+        *("hidden_act", "rms_norm_eps", "attention_bias", "tie_word_embeddings", *SPELLINGS, *TOP_LEVEL),
+        *("eos_token_id", "pad_token_id", "bos_token_id"),
+    )
+)
+# What changes no number that a graph gives; docs/config.md says why, field by field.
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("attention_dropout", "classifier_dropout", "hidden_dropout", "initializer_range"),  # training
+        *("dtype", "torch_dtype", "transformers_version", "tokenizer_class", "auto_map", "name_or_path"),
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "attn_implementation"),
+        *("chunk_size_feed_forward", "is_encoder_decoder"),  # nothing in transformers' glm4 reads them
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("prefix", "sep_token_id", "decoder_start_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
+        *("torchscript", "use_bfloat16", "tf_legacy_loss", "is_decoder", "add_cross_attention", "tie_encoder_decoder"),
+        # sampling, which older releases wrote here; a session takes its own
+        *("do_sample", "max_length", "min_length", "max_new_tokens", "early_stopping", "num_beams", "num_beam_groups"),
+        *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty", "num_return_sequences"),
+        *("output_scores", "return_dict_in_generate", "remove_invalid_values", "bad_words_ids", "suppress_tokens"),
+        *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+        *("unsloth_version", "unsloth_fixed", "pretraining_tp"),  # notes of fine-tuning tools
+    )
+)
 _LARGEST_HEAD = 2**16  # a hundred times what attention kernels take
-_MOST_POSITIONS = 2**24  # the angle of a position is computed in float32, which holds no further whole number
-_FLOAT16 = torch.finfo(torch.float16)
+_LARGEST_EPS = torch.finfo(torch.float16).max
 
 
-class ConfigError(UserError):
-    """A config.json that is missing, malformed, or asks for something that can't be compiled."""
+def read_config(path: Path, *, yarn: float | None = None) -> Glm4Config:
+    """The model geometry of a checkpoint's config.json, with YaRN by a factor where one is given.
+
+    Raises ConfigError naming key, value and remedy.
+    """
+    return parse_config(config_data(path, yarn=yarn), str(path))
 
 
-def read_config(path: Path) -> Glm4Config:
-    """The model geometry of a checkpoint's config.json. Raises ConfigError naming key, value and remedy."""
-    return parse_config(_read_json(path), str(path))
+def config_data(path: Path, *, yarn: float | None = None) -> dict[str, Any]:
+    """config.json as it was parsed; with ``yarn`` as a checkpoint would say it. Raises ConfigError."""
+    data = _read_json(path)
+    return data if yarn is None else with_yarn(data, str(path), yarn)
 
 
 def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
@@ -42,43 +79,36 @@ def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
         raise ConfigError(f"{where}: architectures={shown(architectures)} is not supported; supported: {ARCHITECTURE}")
     if data.get("quantization_config") is not None:
         raise ConfigError(f"{where}: the checkpoint is already quantized; give the original bf16, fp16 or fp32 one")
-    key = _Keys(data, where)
+    _refuse_unknown(data, where)
+    key = Keys(data, where)
     act = key("hidden_act", str)
-    if act not in SUPPORTED_ACTIVATIONS:
-        raise ConfigError(
-            f"{where}: hidden_act={shown(act)} is not supported; supported: {', '.join(SUPPORTED_ACTIVATIONS)}"
-        )
-    sizes = {
-        name: key.positive(name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-    }
-    positions = key.positive("max_position_embeddings", most=_MOST_POSITIONS)
-    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if act not in ACTIVATIONS:
+        raise ConfigError(f"{where}: hidden_act={shown(act)} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    sizes = {name: key.positive(name) for name in _SIZES[:-1]}
+    positions = key.positive("max_position_embeddings", most=MOST_POSITIONS)
+    heads = sizes["num_attention_heads"]
+    # null is multi-head attention, as other models' configs write it; a missing key could mean transformers' default
+    kv_heads = key.positive("num_key_value_heads", default=heads if "num_key_value_heads" in data else None)
     if heads % kv_heads:
         raise ConfigError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    head_dim = key.positive("head_dim", default=sizes["hidden_size"] // heads, most=_LARGEST_HEAD)
     config = Glm4Config(
         **sizes,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=positions,
-        head_dim=key.positive("head_dim", default=sizes["hidden_size"] // heads, most=_LARGEST_HEAD),
+        head_dim=head_dim,
         hidden_act=act,
         rms_norm_eps=_eps(key),
         attention_bias=key("attention_bias", bool, default=True),
         tie_word_embeddings=key("tie_word_embeddings", bool, default=False),
-        rope=_rope(data, where, positions),
+        rope=read_rope(data, where, positions, head_dim),
     )
     if config.rotary_dim < 2 or config.rotary_dim % 2:
         raise ConfigError(
             f"{where}: head_dim={config.head_dim} and partial_rotary_factor={config.rope.partial_rotary_factor} give "
             f"{config.rotary_dim} rotary columns; an even number of at least 2 is needed"
         )
-    _check_rotary(config, where)
+    check_rotary(config, where)
     return config
 
 
@@ -88,10 +118,7 @@ def sequence_limit(config: Glm4Config, wanted: int | None) -> int:
     if wanted is None:
         return limit
     if not 1 <= wanted <= limit:
-        raise ConfigError(
-            f"--max-seq-len {wanted} is not in 1..{limit}, the model's positions; "
-            "for longer texts GLM-4's model cards ask for YaRN: add rope_scaling to config.json"
-        )
+        raise ConfigError(f"--max-seq-len {wanted} is not in 1..{limit}, {_why_no_longer(config)}")
     return wanted
 
 
@@ -107,7 +134,7 @@ def read_token_ids(folder: Path) -> TokenIds:
     eos = merged.get("eos_token_id")
     eos_ids: list[Any] = eos if isinstance(eos, list) and eos else [eos]
     pad, bos = merged.get("pad_token_id"), merged.get("bos_token_id")
-    vocab = _Keys(config, str(folder / "config.json")).positive("vocab_size")
+    vocab = Keys(config, str(folder / "config.json")).positive("vocab_size")
     optional = [(name, value) for name, value in (("pad_token_id", pad), ("bos_token_id", bos)) if value is not None]
     for name, value in (*(("eos_token_id", value) for value in eos_ids), *optional):
         if type(value) is not int or not 0 <= value < vocab:
@@ -115,147 +142,43 @@ def read_token_ids(folder: Path) -> TokenIds:
     return TokenIds(eos=tuple(eos_ids), pad=pad, bos=bos)
 
 
-def _rope(data: dict[str, Any], where: str, max_positions: int) -> Rope:
-    """Read both spellings: ``rope_parameters`` (transformers 5), or top-level keys with ``rope_scaling`` (older)."""
-    key = _Keys(_rope_keys(data, where), where)
-    if "partial_rotary_factor" not in key.data:
-        raise ConfigError(
-            f"{where}: partial_rotary_factor is given neither at the top level nor in rope_parameters; "
-            "GLM-4-0414 uses 0.5. Add it: a wrong factor is a wrong model"
+def _why_no_longer(config: Glm4Config) -> str:
+    scaling = config.rope.scaling
+    if isinstance(scaling, DynamicScaling | LongropeScaling):
+        return (
+            f"where rope_type={scaling.rope_type!r} is one table: for longer runs it goes by each run's length, while "
+            "the KV cache holds rows rotated for shorter ones"
         )
-    factor = key("partial_rotary_factor", float)
-    if not 0 < factor <= 1:
-        raise ConfigError(f"{where}: partial_rotary_factor={factor} is not in (0, 1]")
-    theta = key.above("rope_theta", 1)
-    kind = key.data.get("rope_type", "default")
-    if kind not in SUPPORTED_ROPE:
-        raise ConfigError(
-            f"{where}: rope_type={shown(kind)} is not supported; supported: {', '.join(SUPPORTED_ROPE)} "
-            "(GLM-4's model cards ask for yarn beyond 32768 tokens)"
-        )
-    if kind == "default":
-        return Rope(theta, factor)
-    if kind == "linear":
-        return Rope(theta, factor, linear_factor=key.above("factor", 0))
-    optional = {
-        name: key.above(name, 0)
-        for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        if name in key.data
-    }
-    yarn = YarnScaling(
-        factor=key.above("factor", 0),
-        original_max_position_embeddings=key.positive("original_max_position_embeddings", default=max_positions),
-        truncate=key("truncate", bool, default=True),
-        **optional,
+    if scaling is not None:
+        return f"the model's positions as rope_type={scaling.rope_type!r} stretches them"
+    return (
+        "the model's positions; for longer texts GLM-4's model cards ask for YaRN: --rope-scaling yarn --rope-factor 4"
     )
-    if not yarn.factor * yarn.original_max_position_embeddings <= _MOST_POSITIONS:
+
+
+def _refuse_unknown(data: dict[str, Any], where: str) -> None:
+    """Refuse a model of another type, and keys that may change numbers for a reader that knows them."""
+    if data.get("model_type") not in (None, MODEL_TYPE):
+        raise ConfigError(f"{where}: model_type={shown(data['model_type'])} is not supported; supported: {MODEL_TYPE}")
+    for name, value in data.items():
+        nothing = value is None or (isinstance(value, dict | list | str) and not value)
+        if nothing or name.startswith("_") or name in _READ or name in _WITHOUT_EFFECT:
+            continue
         raise ConfigError(
-            f"{where}: factor={yarn.factor} times original_max_position_embeddings="
-            f"{yarn.original_max_position_embeddings} is more than {_MOST_POSITIONS} positions"
+            f"{where}: {shown(name)[1:-1]}={shown(value)} is no field of Glm4Config, and may change what the model "
+            "computes; if it does not, take it out"
         )
-    return Rope(theta, factor, yarn=yarn)
 
 
-def _eps(key: _Keys) -> float:
+def _eps(key: Keys) -> float:
     """The norms' eps. Graphs hold it in float32; float16 kernels may round it to float16."""
     eps = key.above("rms_norm_eps", 0)
-    least, most = torch.finfo(torch.float32).tiny, _FLOAT16.max
+    least, most = torch.finfo(torch.float32).tiny, _LARGEST_EPS
     if not least <= eps <= most:
         raise ConfigError(
             f"{key.where}: rms_norm_eps={eps} is not in {least:.2g} to {most:.0f}, what a norm can compute with"
         )
     return eps
-
-
-def _check_rotary(config: Glm4Config, where: str) -> None:
-    """Refuse values whose rotary tables aren't finite, leave float16's range, or can't tell positions apart."""
-    rope = config.rope
-    values = {"rope_theta": rope.theta}
-    if rope.linear_factor != 1:
-        values["factor"] = rope.linear_factor
-    if rope.yarn is not None:
-        values |= {name: value for name, value in vars(rope.yarn).items() if value is not None}
-    given = ", ".join(f"{name}={value}" for name, value in values.items())
-    last = config.max_positions - 1
-    try:
-        inverse, scale = inverse_frequencies(config)
-        first_row, last_row = (
-            torch.cat(rotary_tables(config, row + 1, row), -1).to(torch.float16) for row in (0, last)
-        )
-    except (ArithmeticError, ValueError) as error:  # a logarithm of 0, an exponent beyond a float's
-        raise ConfigError(f"{where}: {given} can't be computed with ({error})") from None
-    finite = torch.isfinite(inverse) & (inverse > 0)
-    largest = float(inverse.max()) * last  # radians
-    if not finite.all():
-        found = f"give an inverse frequency of {float(inverse[~finite][0])}"
-    elif not _FLOAT16.tiny <= scale <= _FLOAT16.max:
-        found = f"scale cos and sin by {scale:.3g}, which float16 doesn't hold"
-    elif largest > _MOST_POSITIONS:
-        found = f"turn position {last} by {largest:.3g} radians, of which float32 holds no fraction"
-    elif last and torch.equal(first_row, last_row):
-        found = f"turn position {last} by {largest:.3g} radians, as good as none"
-    else:
-        return
-    raise ConfigError(f"{where}: {given} {found}; is it this model's config?")
-
-
-def _rope_keys(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The keys of both spellings together; a file may hold both, but they must not disagree."""
-    top = {name: data.get(name) for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")}
-    nested = {name: data.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
-    merged: dict[str, Any] = {}
-    for spelling, keys in (("top level", top), *nested.items()):
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{where}: {spelling}={shown(keys)} must be an object")
-        for key, value in keys.items():
-            name = "rope_type" if key == "type" else key
-            if value is not None and _differ(merged.setdefault(name, value), value):
-                raise ConfigError(
-                    f"{where}: {shown(name)[1:-1]} is given twice, as {shown(merged[name])} and as {shown(value)}; "
-                    "keep the right one"
-                )
-    return merged
-
-
-def _differ(one: Any, other: Any) -> bool:
-    try:
-        return bool(one != other)
-    except RecursionError:  # lists in lists in lists
-        return True
-
-
-class _Keys:
-    """Typed access to config keys that names the key, the value and the expected type in its errors."""
-
-    def __init__(self, data: dict[str, Any], where: str) -> None:
-        self.data = data
-        self.where = where
-
-    def __call__(self, name: str, kind: type, default: Any = None) -> Any:
-        value: Any = self.data.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{self.where}: key {name!r} is missing")
-        if kind is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise ConfigError(f"{self.where}: {name}={shown(value)} must be a {kind.__name__}")
-        return value
-
-    def positive(self, name: str, default: int | None = None, most: int = _LARGEST_SIZE) -> int:
-        value: int = self(name, int, default)
-        if value < 1:
-            raise ConfigError(f"{self.where}: {name}={shown(value)} must be at least 1")
-        if value > most:
-            raise ConfigError(f"{self.where}: {name}={shown(value)} must be at most {most}")
-        return value
-
-    def above(self, name: str, low: float) -> float:
-        value: float = self(name, float)
-        if not value > low:
-            raise ConfigError(f"{self.where}: {name}={value} must be above {low}")
-        return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def verify(
         raise UserError(f"steps={steps} must be at least 0")
     manifest = session.manifest
     source = _open_source(manifest, checkpoint)
-    config = read_config(source.folder / CONFIG)
+    config = read_config(session.folder / CONFIG)  # the checkpoint's own, or with the rope that the build was asked for
     runs, left_out = run_phases(session, prompts, steps, long)
     with tqdm(total=config.num_hidden_layers, desc="  reference", unit=" layers", leave=False, disable=None) as bar:
         wanted = reference_logits(config, source, [run.text for run in runs], bar.update)

@@ -7,26 +7,11 @@ A block's output passes a second RMSNorm before it joins the residual stream ("s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from glm4graphs.activations import ACTIVATIONS
 from glm4graphs.attention import attention
 from glm4graphs.config import Glm4Config
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": F.relu,
-}
 
 
 class Attention(nn.Module):
@@ -66,12 +51,12 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.gating = ACTIVATIONS[config.hidden_act]
         self.sizes = [config.intermediate_size, config.intermediate_size]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).split(self.sizes, dim=-1)
-        down: Tensor = self.down_proj(self.activation(gate) * up)
+        down: Tensor = self.down_proj(self.gating(gate, up))
         return down
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from glm4export.build.options import BuildOptions
 from glm4export.build.targets import detect_target
-from glm4export.sources.config import ConfigError, read_config, sequence_limit
 from glm4runtime import SamplingParams, UserError, load
 from glm4runtime.contract import read_manifest
 from tests.conftest import Build
@@ -77,17 +76,6 @@ def test_a_second_generation_takes_the_cache(build_bundle: Build) -> None:
     list(session.generate([8, 9], SamplingParams(max_new_tokens=3)))
     with pytest.raises(RuntimeError, match="another generation was started"):
         next(first)
-
-
-def test_sequence_limit_follows_positions_and_yarn(tmp_path: Path) -> None:
-    plain = read_config(checkpoints.save(checkpoints.random_model(), tmp_path / "plain") / "config.json")
-    assert sequence_limit(plain, None) == 64
-    assert sequence_limit(plain, 5) == 5
-    with pytest.raises(ConfigError, match=r"--max-seq-len 65 is not in 1\.\.64.*YaRN"):
-        sequence_limit(plain, 65)
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
-    yarn = checkpoints.random_model(rope_parameters={**rope, "partial_rotary_factor": 0.5})
-    assert sequence_limit(read_config(checkpoints.save(yarn, tmp_path / "yarn") / "config.json"), None) == 256
 
 
 def test_auto_target_is_cpu_without_a_gpu() -> None:

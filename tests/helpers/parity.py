@@ -38,9 +38,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "one layer": {"num_hidden_layers": 1},
     "three layers, odd sizes": {"num_hidden_layers": 3, "hidden_size": 72, "intermediate_size": 100, "vocab_size": 131},
     "four layers, other eps": {"num_hidden_layers": 4, "rms_norm_eps": 1.5625e-07},
-    "gelu": {"hidden_act": "gelu"},
-    "gelu tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "relu": {"hidden_act": "relu"},
     "yarn": {
         "rope_parameters": {
             **PARTIAL,
@@ -49,9 +46,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
             "factor": 4.0,
             "original_max_position_embeddings": 16,
         }
-    },
-    "linear rope, other theta": {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "partial_rotary_factor": 0.5, "factor": 2.0}
     },
 }
 

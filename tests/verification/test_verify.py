@@ -120,7 +120,7 @@ def test_yarn_left_out_of_the_far_rows_is_found(build_bundle: Build, tmp_path: P
     bundle, config = build_bundle(folder, precision="fp32", target="cpu"), read_config(folder / "config.json")
     arguments: dict[str, Any] = {"checkpoint": str(folder), "prompts": ["a fox"], "steps": 4, "long": True}
     assert not verify(load(bundle, prefill_chunk=12), **arguments).failures
-    plain = dataclasses.replace(config, rope=dataclasses.replace(config.rope, yarn=None))
+    plain = dataclasses.replace(config, rope=dataclasses.replace(config.rope, scaling=None))
     for name, values in zip(("cos", "sin"), rotary_tables(plain, 64), strict=True):
         rows = stored(bundle, f"model.rotary_{name}")
         rows[48:, : values.shape[1]] = values.numpy()[48:]

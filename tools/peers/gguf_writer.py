@@ -36,7 +36,7 @@ FILE_TYPES = {
 def write_gguf(folder: Path, out: Path, dtype: str = "bf16") -> None:
     """Write ``out``; it appears under its name only when it is whole."""
     config = read_config(folder / CONFIG)
-    if config.rope.yarn or config.rope.linear_factor != 1.0 or config.hidden_act != "silu":
+    if config.rope.scaling or config.hidden_act != "silu":
         raise SystemExit(f"{folder}: only plain rotary embedding and silu are written as GGUF here")
     checkpoint = Checkpoint.open(folder)
     checkpoint.check(config)
