@@ -15,7 +15,6 @@ from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 
 from glm4export.sources.config import parse_config
 from glm4graphs.activations import ACTIVATIONS
-from glm4graphs.geometries import GEOMETRIES
 from glm4graphs.graphs import GRAPHS, Graph
 from glm4graphs.rope import rotary_tables
 from glm4runtime import load
@@ -24,6 +23,7 @@ from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.models import Generated, generated, save, spelled
 from tests.helpers.parity import TOLERANCE, check_parity, reference
+from tools.geometries import GEOMETRIES
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
