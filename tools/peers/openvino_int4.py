@@ -9,9 +9,9 @@ in ``settings``.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import numpy as np
 
 from peers.protocol import Groups, needs, versions
 
-_TELEMETRY = "openvino_telemetry"  # sends an event on openvino's import; openvino does without it where it's missing
-sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+os.environ |= {"CI": "true", "NNCF_CI": "true"}  # or importing either sends an event, and leaves files under HOME
 with needs("pip install openvino, and optimum-intel to export"):
     import openvino as ov
     from openvino import opset13
@@ -41,9 +40,8 @@ def exported(checkpoint: Path, work: Path, variant: str) -> Path:
     folder = work / f"openvino-{variant}"
     if folder.is_dir():
         return folder
-    with needs(
-        f"exporting to {folder}, and only that, takes more: pip install optimum-intel nncf (in a venv of its own)"
-    ):
+    remedy = "pip install optimum-intel nncf (in a venv of its own, for --python openvino=VENV/bin/python)"
+    with needs(f"only exporting to {folder} takes it: {remedy}"):
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -42,7 +42,8 @@ def needs(remedy: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingPeer(f"{error.name} is not installed; {remedy}") from None
+        missing = f"{error.name} is not installed" if error.name else str(error)
+        raise MissingPeer(f"{missing}; {remedy}") from None
 
 
 class Engine(Protocol):

@@ -84,7 +84,7 @@ def markdown(found: Comparison) -> str:
     lines += _head("", *map(short, specs))
     lines += [_row(row, *(_median(values[spec]) for spec in specs)) for row, values in found.samples.items()]
     lines += ["", f"Medians of the rounds' ratios, and their range; less is better in {', '.join(LESS_IS_BETTER)}:"]
-    for bundle in found.bundles:
+    for bundle in found.bundles if found.others() else ():
         lines += ["", *_head(f"{short(bundle)} over", *map(short, found.others()))]
         for row, values in found.samples.items():
             lines.append(_row(row, *(_ratio(values[bundle], values[peer]) for peer in found.others())))
