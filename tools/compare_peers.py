@@ -2,12 +2,19 @@
 
     python tools/make_checkpoint.py out/slice --geometry glm-4-9b --layers 10
     glm4export build out/slice -o out/slice-int4 --precision int4 --head-bits 4 --max-seq-len 4096
-    python tools/compare_peers.py out/slice --bundle out/slice-int4 --peers llama.cpp:Q4_0 openvino:int4
+    python tools/compare_peers.py out/slice --bundle out/slice-int4 --peers llama.cpp:Q4_0 openvino:int4 \\
+        --report comparison.md
 
-Every round takes each length in turn, and at each length every peer in turn (the order rotates): a prefill of that many
-tokens, then decode steps behind it. Only one peer computes at a time; each waits in a process of its own. Printed are
-medians, and medians of the rounds' ratios, since machines are noisy. A peer whose packages are missing is skipped with
-the command that installs them; files made for peers (GGUF, OpenVINO IR) stay in the work folder for the next run.
+First every peer is opened alone, in turn, as often as --loads says: seconds to load (its packages imported before),
+seconds of the first prompt behind it, of the shortest length, and its share of memory (PSS) then. With all of them
+open, every round takes each length in turn, and at each length every peer in turn (the order rotates): a prefill of
+that many tokens, then decode steps behind it. Only one peer computes at a time; each waits in a process of its own.
+Printed are medians, and medians of the rounds' ratios, since machines are noisy. A peer whose packages are missing is
+skipped with the command that installs them; files made for peers (GGUF, OpenVINO IR) stay in the work folder for the
+next run.
+
+Every peer runs at its best settings, which the report lists, and all of them ask for huge pages
+(GLIBC_TUNABLES=glibc.malloc.hugetlb=1); ``llama.cpp:Q4_0@small-pages`` is the same peer without.
 """
 
 from __future__ import annotations
@@ -15,32 +22,56 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from peers.machine import cpu_seconds, machine
 from peers.protocol import Worker, interpreters
+from peers.report import LESS_IS_BETTER, Comparison, Samples, markdown, text
 
 PEERS = ("llama.cpp:Q4_0", "llama.cpp:Q4_0-pure", "openvino:int4")
-_BUSY = 0.1  # cores kept busy by other processes, past which a run is called into question
 _PAUSE = 0.3  # seconds between peers, for spinning threads to fall asleep
-Speeds = dict[str, dict[str, list[float]]]  # work -> peer -> tok/s of each round
 
 
-def open_workers(specs: list[str], arguments: argparse.Namespace, work: Path, context: int) -> dict[str, Worker]:
-    """The peers that can be had, in order, by name."""
-    options = ["--checkpoint", str(arguments.checkpoint.resolve()), "--work", str(work)]
-    options += ["--threads", str(arguments.threads), "--context", str(context)]
-    workers = Worker.open_all(specs, interpreters(arguments.python), options)
-    for spec, worker in workers.items():
-        told = worker.told
-        print(f"{spec}: {told['name']}, {told['files_bytes'] / 1e9:.2f} GB, loaded in {told['seconds']:.1f} s")
-    return workers
+class Opener:
+    """Opens workers for one checkpoint; ``specs`` are the peers that can be had, in order."""
+
+    def __init__(self, specs: list[str], arguments: argparse.Namespace, work: Path) -> None:
+        context = max(arguments.lengths) + arguments.steps
+        self._options = ["--checkpoint", str(arguments.checkpoint.resolve()), "--work", str(work)]
+        self._options += ["--threads", str(arguments.threads), "--context", str(context)]
+        self._pythons = interpreters(arguments.python)
+        self.specs = Worker.prepare(specs, self._pythons, self._options)
+
+    def open(self, spec: str) -> Worker | None:
+        """None where it fails; it isn't tried again."""
+        worker = Worker.open(spec, self._pythons, self._options)
+        if worker is None:
+            self.specs.remove(spec)
+        return worker
+
+
+def measure_loading(opener: Opener, prompt: list[int], rounds: int) -> Samples:
+    """Each peer alone: seconds to load, seconds of a first prompt, and memory behind it."""
+    samples: Samples = {row: {} for row in LESS_IS_BETTER}
+    for number in range(rounds):
+        names = list(opener.specs)
+        for offset in range(len(names)):
+            spec = names[(number + offset) % len(names)]
+            worker = opener.open(spec)
+            if worker is None:
+                continue
+            first = worker.ask("start", ids=prompt)["seconds"]
+            values = (worker.told["seconds"], first, worker.ask("memory")["pss_bytes"] / 2**30)
+            worker.close()
+            for row, value in zip(samples.values(), values, strict=True):
+                row.setdefault(spec, []).append(value)
+        print(f"loading {number + 1} of {rounds} done", file=sys.stderr, flush=True)
+    return samples
 
 
 def vocabulary(checkpoint: Path) -> int:
@@ -62,10 +93,10 @@ def same_model(workers: dict[str, Worker], ids: list[int]) -> dict[str, float]:
     return {spec: float(np.corrcoef(first, row)[0, 1]) for spec, row in logits.items()}
 
 
-def measure(workers: dict[str, Worker], arguments: argparse.Namespace, vocab: int) -> Speeds:
-    """All rounds; a line of progress for each on stderr."""
+def measure_speed(workers: dict[str, Worker], arguments: argparse.Namespace, vocab: int) -> Samples:
+    """Tokens per second of all rounds; a line of progress for each on stderr."""
     rng = np.random.default_rng(0)
-    speeds: Speeds = {}
+    speeds: Samples = {}
     names = list(workers)
     for number in range(arguments.rounds):
         for length in arguments.lengths:
@@ -73,8 +104,8 @@ def measure(workers: dict[str, Worker], arguments: argparse.Namespace, vocab: in
             for offset in range(len(names)):
                 spec = names[(number + offset) % len(names)]
                 for work, request, ids in (
-                    (f"prefill {length}", "start", prompt),
-                    (f"decode at {length}", "decode", answer),
+                    (f"prefill {length} (tok/s)", "start", prompt),
+                    (f"decode at {length} (tok/s)", "decode", answer),
                 ):
                     seconds = workers[spec].ask(request, ids=ids)["seconds"]
                     speeds.setdefault(work, {}).setdefault(spec, []).append(len(ids) / seconds)
@@ -88,37 +119,6 @@ def spent_elsewhere(workers: dict[str, Worker]) -> float:
     return cpu_seconds() - sum(cpu_seconds(worker.process.pid) for worker in workers.values())
 
 
-def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Median, smallest and largest ratio of the rounds."""
-    found = [our / their for our, their in zip(ours, theirs, strict=True)]
-    return statistics.median(found), min(found), max(found)
-
-
-def print_table(speeds: Speeds, resident: dict[str, int]) -> None:
-    """Median tok/s, a row for each work and a column for each peer; and the memory each had at the end."""
-    specs = list(resident)
-    width = max(16, *(len(_short(spec)) + 2 for spec in specs))
-    print("\ntok/s (median)  " + "".join(f"{_short(spec):>{width}}" for spec in specs))
-    for work, row in speeds.items():
-        print(f"{work:<16}" + "".join(f"{statistics.median(row[spec]):>{width}.2f}" for spec in specs))
-    print(f"{'resident GiB':<16}" + "".join(f"{size / 2**30:>{width}.2f}" for size in resident.values()))
-
-
-def print_ratios(speeds: Speeds, bundles: list[str], peers: list[str]) -> None:
-    """Each bundle's speed over each peer's: median of the rounds' ratios, and their range."""
-    for bundle in bundles:
-        print(f"\n{_short(bundle)} over")
-        for peer in peers:
-            for work, row in speeds.items():
-                median, low, high = ratios(row[bundle], row[peer])
-                print(f"  {_short(peer):<24}{work:<16}{median:>7.2f}x  ({low:.2f} to {high:.2f})")
-
-
-def _short(spec: str) -> str:
-    kind, _, variant = spec.partition(":")
-    return Path(variant).name if kind == "glm4export" else spec
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -127,13 +127,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for peers' files (default: CHECKPOINT-peers)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="default: 256 2048")
     parser.add_argument("--steps", type=int, default=32, help="decode steps at each length (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="of speed (default: %(default)s)")
+    parser.add_argument("--loads", type=int, default=3, help="rounds of loading (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument(
         "--python", nargs="*", default=[], metavar="KIND=PATH", help="another interpreter for a kind of peer"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers")
-    return parser.parse_args()
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write machine, settings and tables as Markdown")
+    arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.loads, arguments.steps, *arguments.lengths) < 1:
+        parser.error("rounds, loads, steps and lengths are counts from 1 on")
+    return arguments
 
 
 def main() -> None:
@@ -142,35 +147,37 @@ def main() -> None:
     facts = machine(arguments.threads)
     print(facts.describe())
     bundles = [f"glm4export:{bundle.resolve()}" for bundle in arguments.bundle]
-    context = max(arguments.lengths) + arguments.steps
-    workers = open_workers([*bundles, *arguments.peers], arguments, work, context)
-    if not workers:
+    opener = Opener([*bundles, *arguments.peers], arguments, work)
+    if not opener.specs:
         raise SystemExit("none of the peers can run here")
     vocab = vocabulary(arguments.checkpoint)
-    agreement = same_model(workers, list(range(100, 100 + min(64, vocab // 2))))
-    print(
-        "same model? correlation of logits with the first:", ", ".join(f"{value:.4f}" for value in agreement.values())
-    )
+    first = np.random.default_rng(1).integers(0, vocab, min(arguments.lengths)).tolist()
+    samples = measure_loading(opener, first, arguments.loads)
+    workers = {spec: worker for spec in list(opener.specs) if (worker := opener.open(spec))}
+    if not workers:
+        raise SystemExit("none of the peers can be opened here")
+    agreement = same_model(workers, first[:64])
     begin, busy = time.perf_counter(), spent_elsewhere(workers)
-    speeds = measure(workers, arguments, vocab)
+    samples |= measure_speed(workers, arguments, vocab)
     cores_busy = (spent_elsewhere(workers) - busy) / (time.perf_counter() - begin)
-    resident = {spec: worker.ask("memory")["resident_bytes"] for spec, worker in workers.items()}
+    found = Comparison(
+        command=shlex.join(["python", "tools/compare_peers.py", *sys.argv[1:]]),
+        machine=facts,
+        other_cores_busy=cores_busy,
+        bundles=[spec for spec in bundles if spec in workers],
+        peers={spec: worker.told | worker.ask("memory") for spec, worker in workers.items()},
+        logit_correlation=agreement,
+        loads=arguments.loads,
+        rounds=arguments.rounds,
+        samples={row: {spec: values[spec] for spec in workers} for row, values in samples.items()},
+    )
     for worker in workers.values():
         worker.close()
-    print_table(speeds, resident)
-    if cores_busy > _BUSY:
-        print(f"WARNING: other processes kept {cores_busy:.1f} cores busy meanwhile; these numbers mean little")
-    print_ratios(speeds, [s for s in bundles if s in workers], [s for s in workers if s not in bundles])
+    print("\n" + text(found))
     if arguments.json:
-        told = {spec: worker.told | {"resident_bytes": resident[spec]} for spec, worker in workers.items()}
-        found = {
-            "machine": asdict(facts),
-            "other_cores_busy": cores_busy,
-            "peers": told,
-            "logit_correlation": agreement,
-            "tokens_per_second": speeds,
-        }
-        arguments.json.write_text(json.dumps(found, indent=2))
+        arguments.json.write_text(json.dumps(found.as_json(), indent=2), encoding="utf-8")
+    if arguments.report:
+        arguments.report.write_text(markdown(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

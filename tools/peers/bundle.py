@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from glm4runtime import load
-from glm4runtime.contract import DECODE, LOGITS, WEIGHTS, past_name
-from peers.protocol import Groups
+from peers.protocol import Groups, needs
+
+with needs("pip install 'glm4export[cpu]'"):
+    from glm4runtime import load
+    from glm4runtime.contract import DECODE, LOGITS, WEIGHTS, past_name
 
 _GROUPS = {
     "embedding": re.compile(r"model\.embed_tokens\."),
@@ -19,18 +21,20 @@ _GROUPS = {
 
 
 class Bundle:
-    """One session; ``every`` runs the decode graph over a whole window with a cache of its own."""
+    """One session; ``every`` opens the decode graph by itself and runs a whole window with a cache of its own."""
 
     def __init__(self, folder: Path, threads: int, context: int) -> None:
-        import onnxruntime
-
+        with needs("pip install onnxruntime"):
+            import onnxruntime
         self._session = load(folder, threads=threads, max_seq_len=context)
+        self._folder, self._every = folder, None
         manifest = self._session.manifest
         self._runner = self._session.runner
         self.name = (
             f"glm4export {manifest.producer_version} (onnxruntime {onnxruntime.__version__}) {folder.name}, "
             f"{manifest.precision}"
         )
+        self.settings = f"{threads} threads"
         self.files_bytes = (folder / WEIGHTS).stat().st_size
         self.groups = _groups(folder / manifest.graphs[DECODE].file, manifest.config)
 
@@ -42,11 +46,16 @@ class Bundle:
         return self._runner.decode(token)
 
     def every(self, ids: np.ndarray) -> np.ndarray:
+        import onnxruntime
+
         cache, count = self._session.manifest.cache, len(ids)
+        if self._every is None:
+            path = self._folder / self._session.manifest.graphs[DECODE].file
+            self._every = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         empty = np.zeros((1, cache.kv_heads, count, cache.head_dim), cache.dtype)
         names = [past_name(layer, part) for layer in range(cache.layers) for part in ("key", "value")]
         feed = {"input_ids": ids[None], "attention_mask": np.ones((1, count), np.int64)}
-        (logits,) = self._runner.graphs[DECODE].run([LOGITS], feed | {name: empty.copy() for name in names})
+        (logits,) = self._every.run([LOGITS], feed | {name: empty.copy() for name in names})
         return np.asarray(logits)[0]
 
 

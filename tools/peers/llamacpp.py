@@ -8,17 +8,17 @@ the GGUF writer is proven with).
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from peers.protocol import Groups, MissingPeer
+from peers.protocol import Groups, needs
 
-try:
+with needs("CMAKE_ARGS='-DGGML_NATIVE=ON' pip install llama-cpp-python gguf (compiles llama.cpp)"):
+    import gguf
     import llama_cpp
-except ModuleNotFoundError:
-    raise MissingPeer("CMAKE_ARGS='-DGGML_NATIVE=ON' pip install llama-cpp-python gguf (compiles llama.cpp)") from None
 
 QUANTIZED = {
     "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
@@ -52,8 +52,8 @@ def gguf_file(checkpoint: Path, work: Path, variant: str, threads: int) -> Path:
         return path
     work.mkdir(parents=True, exist_ok=True)
     if base in WRITTEN:
-        from peers.gguf_writer import write_gguf
-
+        with needs(f"only writing {path} takes it: pip install 'glm4export[compile]' gguf"):
+            from peers.gguf_writer import write_gguf
         write_gguf(checkpoint, path, WRITTEN[base])
     else:
         _quantize(gguf_file(checkpoint, work, _SOURCE, threads), path, QUANTIZED[base], bool(pure), threads)
@@ -72,7 +72,10 @@ def _quantize(source: Path, path: Path, file_type: int, pure: bool, threads: int
 
 
 class LlamaCpp:
-    """One GGUF file and one sequence. The cache is f16, llama.cpp's default (f32 for the F32 variant)."""
+    """One GGUF file and one sequence; flash attention and weights repacked for the CPU, where it has kernels for them.
+
+    The cache is f16, llama.cpp's default (f32, and attention exact, for the F32 variant).
+    """
 
     def __init__(self, path: Path, threads: int, context: int, *, exact: bool = False) -> None:
         self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__}) {path.stem}"
@@ -80,12 +83,16 @@ class LlamaCpp:
         self.groups = _groups(path)
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        model_params.use_extra_bufts = True  # repacking
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = params.n_batch = -(-context // 256) * 256
         params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if exact:
             params.type_k = params.type_v = _GGML_F32
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        attention = "exact attention, cache f32" if exact else "flash attention, cache f16"
+        self.settings = f"{threads} threads, repacking, {attention}, built with {_kernels()}"
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, params)
@@ -132,10 +139,14 @@ class LlamaCpp:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (count if every else 1, self._vocab))
 
 
+def _kernels() -> str:
+    """The instruction sets that this build of llama.cpp uses, such as ``AVX2 AVX512 AVX512_VNNI REPACK``."""
+    told = llama_cpp.llama_print_system_info().decode()
+    return " ".join(re.findall(r"(\w+) = 1", told))
+
+
 def _groups(path: Path) -> Groups:
     """Stored bytes and parameters of the matrices, from the file's own table."""
-    import gguf
-
     groups = {"blocks": (0, 0), "head": (0, 0), "embedding": (0, 0)}
     kinds = {"blk": "blocks", "output": "head", "token_embd": "embedding"}
     for tensor in gguf.GGUFReader(path).tensors:

@@ -2,11 +2,14 @@
 
 Variants: ``int4`` (4-bit symmetric weights in groups of 128; optimum-intel keeps the embedding and the output head at
 8 bits) and ``int4-all`` (those at 4 bits too). The graph is cut so that only the last token's logits are computed, as
-OpenVINO GenAI does. Cache and activation formats are the CPU plugin's defaults.
+OpenVINO GenAI does. Activations are quantized in groups as wide as the weights', which the CPU plugin doesn't do by
+itself (groups of 32) and which makes prefill a third faster. Cache and inference formats are the plugin's choice, told
+in ``settings``.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from peers.protocol import Groups, MissingPeer, versions
+from peers.protocol import Groups, needs, versions
 
-try:
+os.environ |= {"CI": "true", "NNCF_CI": "true"}  # or importing either sends an event, and leaves files under HOME
+with needs("pip install openvino, and optimum-intel to export"):
     import openvino as ov
     from openvino import opset13
-except ModuleNotFoundError:
-    raise MissingPeer("pip install openvino, and optimum-intel to export") from None
 
+_GROUP_SIZE = 128  # of weights and activations
 VARIANTS = ("int4", "int4-all")
 _GROUPS = {
     "embedding": re.compile(r".*\bembed_tokens\.\w*weight"),
@@ -37,14 +40,14 @@ def exported(checkpoint: Path, work: Path, variant: str) -> Path:
     folder = work / f"openvino-{variant}"
     if folder.is_dir():
         return folder
-    try:
+    remedy = "pip install optimum-intel nncf (in a venv of its own, for --python openvino=VENV/bin/python)"
+    with needs(f"only exporting to {folder} takes it: {remedy}"):
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
-    except ModuleNotFoundError:
-        remedy = "pip install optimum-intel nncf (in a venv of its own, for --python openvino=VENV/bin/python)"
-        raise MissingPeer(remedy) from None
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    config = OVWeightQuantizationConfig(bits=4, sym=True, group_size=128, ratio=1.0, all_layers=variant == "int4-all")
+    config = OVWeightQuantizationConfig(
+        bits=4, sym=True, group_size=_GROUP_SIZE, ratio=1.0, all_layers=variant == "int4-all"
+    )
     model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, quantization_config=config)
     model.save_pretrained(partial)
     partial.rename(folder)
@@ -96,8 +99,21 @@ class OpenVino:
         if last_only:
             _keep_last_token(model)
         self._inputs = {name for value in model.inputs for name in value.get_names()}
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self._threads}
-        return self._core.compile_model(model, "CPU", settings).create_infer_request()
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self._threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_SIZE,
+        }
+        compiled = self._core.compile_model(model, "CPU", settings)
+        chosen = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        told = (f"{name.lower()} {_plain(compiled.get_property(name))}" for name in chosen)
+        self.settings = f"{self._threads} threads, {', '.join(told)}"
+        return compiled.create_infer_request()
+
+
+def _plain(value: Any) -> str:
+    return str(value.to_string() if isinstance(value, ov.Type) else value)
 
 
 def _keep_last_token(model: Any) -> None:

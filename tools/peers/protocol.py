@@ -3,17 +3,20 @@
 Each peer lives in its own process, so that thread pools, memory and package versions don't meet, and blocks on a read
 while another is measured. Requests: ``start`` (a prompt from an empty cache), ``decode`` (more tokens,
 one by one), ``every`` (a whole window's logits), ``memory``.
+
+A name is ``KIND:VARIANT``; with ``@small-pages`` behind it the worker runs without huge pages, which all others ask
+for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,16 +26,31 @@ import numpy as np
 
 TOOLS = Path(__file__).resolve().parent.parent
 Groups = Mapping[str, tuple[int, int]]  # "blocks", "head", "embedding": stored bytes and parameters
+SMALL_PAGES = "@small-pages"
+_HUGE_PAGES = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+}  # asks for transparent huge pages; read when a process starts
 
 
 class MissingPeer(Exception):
-    """A peer whose packages aren't installed; the message is the command that installs them."""
+    """A peer whose packages aren't installed; the message names what is missing and the command that installs it."""
+
+
+@contextmanager
+def needs(remedy: str) -> Iterator[None]:
+    """Around a peer's imports: a package that isn't there becomes a MissingPeer with ``remedy``."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed" if error.name else str(error)
+        raise MissingPeer(f"{missing}; {remedy}") from None
 
 
 class Engine(Protocol):
     """A model in memory with the cache of one sequence."""
 
     name: str  # runtime and version
+    settings: str  # what was chosen for it, its defaults left out
     files_bytes: int
     groups: Groups  # empty where the peer's format doesn't tell
 
@@ -53,8 +71,8 @@ def versions(*packages: str) -> str:
     """``name version`` of installed packages. Raises MissingPeer with the command that installs them."""
     try:
         return ", ".join(f"{package} {version(package)}" for package in packages)
-    except PackageNotFoundError:
-        raise MissingPeer(f"pip install {' '.join(packages)}") from None
+    except PackageNotFoundError as error:
+        raise MissingPeer(f"{error.name} is not installed; pip install {' '.join(packages)}") from None
 
 
 def interpreters(choices: Sequence[str]) -> dict[str, str]:
@@ -82,12 +100,18 @@ def serve(prepare: Callable[[], Callable[[], Engine]], *, only_prepare: bool = F
             return reply(prepared=True)
         begin = time.perf_counter()
         engine = open_engine()
-    except (MissingPeer, ModuleNotFoundError) as error:
+    except MissingPeer as error:
         return reply(missing=str(error))
     except Exception as error:  # whatever a peer raises is told to the comparison, which goes on without it
         return reply(error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - begin
-    reply(name=engine.name, seconds=seconds, files_bytes=engine.files_bytes, groups=dict(engine.groups))
+    reply(
+        name=engine.name,
+        settings=engine.settings,
+        seconds=seconds,
+        files_bytes=engine.files_bytes,
+        groups=dict(engine.groups),
+    )
     for line in sys.stdin:
         try:
             reply(**_answer(engine, json.loads(line)))
@@ -98,8 +122,7 @@ def serve(prepare: Callable[[], Callable[[], Engine]], *, only_prepare: bool = F
 
 def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, object]:
     if request["do"] == "memory":
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return {"resident_bytes": pages * resource.getpagesize()}
+        return memory()
     ids = np.array(request["ids"], np.int64)
     begin = time.perf_counter()
     if request["do"] == "every":
@@ -115,6 +138,16 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, object]:
     return {"seconds": seconds}
 
 
+def memory() -> dict[str, object]:
+    """This process's share of memory (PSS), and how much of what it allocated lies on huge pages; 0 without /proc."""
+    path, sizes = Path("/proc/self/smaps_rollup"), {}
+    if path.is_file():
+        for line in path.read_text().splitlines()[1:]:
+            name, size = line.split(":")
+            sizes[name] = int(size.split()[0]) * 1024
+    return {"pss_bytes": sizes.get("Pss", 0), "huge_bytes": sizes.get("AnonHugePages", 0)}
+
+
 @dataclass
 class Worker:
     """The comparison's end of one worker. ``told`` is what it said of itself when its model was ready."""
@@ -124,27 +157,35 @@ class Worker:
     told: dict[str, Any]
 
     @classmethod
-    def open_all(cls, specs: Sequence[str], pythons: Mapping[str, str], options: Sequence[str]) -> dict[str, Worker]:
-        """Workers with their models in memory, by name; a peer that can't be had gets a line on stderr instead.
+    def prepare(cls, specs: Sequence[str], pythons: Mapping[str, str], options: Sequence[str]) -> list[str]:
+        """Make the peers' files, one peer after another in processes that end: making them takes far more memory.
 
-        Files are made first, one peer after another in processes that end: making them takes far more memory.
+        Returned are the peers that can be had; each other gets a line on stderr.
         """
-        workers = {}
-        ready = [spec for spec in specs if cls._start(spec, pythons, [*options, "--only-prepare"], close=True)]
-        for spec in ready:
-            worker = cls._start(spec, pythons, options)
+        ready = []
+        for spec in specs:
+            worker = cls.open(spec, pythons, [*options, "--only-prepare"])
             if worker is not None:
-                workers[spec] = worker
-        return workers
+                worker.close()
+                ready.append(spec)
+        return ready
 
     @classmethod
-    def _start(
-        cls, spec: str, pythons: Mapping[str, str], options: Sequence[str], *, close: bool = False
-    ) -> Worker | None:
+    def open_all(cls, specs: Sequence[str], pythons: Mapping[str, str], options: Sequence[str]) -> dict[str, Worker]:
+        """Workers with their models in memory, by name; a peer that can't be had gets a line on stderr instead."""
+        opened = {spec: cls.open(spec, pythons, options) for spec in cls.prepare(specs, pythons, options)}
+        return {spec: worker for spec, worker in opened.items() if worker is not None}
+
+    @classmethod
+    def open(cls, spec: str, pythons: Mapping[str, str], options: Sequence[str]) -> Worker | None:
+        """One worker that has said of itself what it is; None, and a line on stderr, where it can't be had."""
         paths = [str(TOOLS), *(str(TOOLS.parent / part) for part in ("", "graphs", "runtime"))]
         known = os.environ.get("PYTHONPATH")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, known] if known else paths)}
-        command = [pythons.get(spec.partition(":")[0], sys.executable), "-m", "peers.worker", spec, *options]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, known] if known else paths)} | _HUGE_PAGES
+        peer = spec.removesuffix(SMALL_PAGES)
+        if peer != spec:
+            del environment["GLIBC_TUNABLES"]
+        command = [pythons.get(peer.partition(":")[0], sys.executable), "-m", "peers.worker", peer, *options]
         try:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -159,8 +200,6 @@ class Worker:
             print(f"{spec}: skipped: {error}", file=sys.stderr)
             worker.close()
             return None
-        if close:
-            worker.close()
         return worker
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
@@ -183,7 +222,7 @@ class Worker:
             raise RuntimeError(f"its process ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
-            raise RuntimeError(f"not installed; {answer['missing']}")
+            raise RuntimeError(answer["missing"])
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer

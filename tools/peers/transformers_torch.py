@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from peers.protocol import Groups, MissingPeer, versions
+from peers.protocol import Groups, needs, versions
 
-try:
+with needs("pip install torch~=2.13.0 transformers"):
     import torch
     import transformers
-except ModuleNotFoundError:
-    raise MissingPeer("pip install torch transformers") from None
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +25,7 @@ class Transformers:
         self._model = model.eval()
         self._cache = transformers.DynamicCache()
         self.name = f"{versions('transformers', 'torch')}, {dtype}"
+        self.settings = f"{threads} threads, attention {model.config._attn_implementation}"
         table, itemsize = self._model.lm_head.weight.numel(), DTYPES[dtype].itemsize
         counts = {
             "blocks": sum(p.numel() for p in self._model.model.layers.parameters() if p.dim() > 1),
