@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[int], None]  # told how many more bytes were read or written
+Progress = Callable[[int], None]  # told how many more bytes, or tokens, were dealt with
 
 
 def note(text: str) -> None:
@@ -48,3 +48,12 @@ def engine_line(name: str) -> Iterator[Callable[[str], None]]:
 
     with tqdm(bar_format=f"  build {name} {{desc}}{{elapsed}}", leave=False, disable=None) as line:
         yield lambda phase: line.set_description_str(f"{phase} ")
+
+
+@contextmanager
+def token_bar(total: int, what: str) -> Iterator[Progress]:
+    """A bar over ``total`` tokens with rate and time left."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" tokens", desc=f"  {what}", leave=False, disable=None) as bar:
+        yield bar.update

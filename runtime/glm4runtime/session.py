@@ -14,6 +14,7 @@ from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, re
 from glm4runtime.generation import Generation
 from glm4runtime.invariance import make_invariant
 from glm4runtime.sampling import SamplingParams
+from glm4runtime.scoring import Score, log_probabilities, score
 from glm4runtime.text.chat import ChatTemplate
 from glm4runtime.text.files import read_text_files
 from glm4runtime.text.stream import Stop, TextStream, split_stop, stop_items
@@ -206,6 +207,44 @@ class Session:
         prompt = self.template.render(messages, tools)
         return self.stream(prompt, params, lookup=lookup, stop=stop)
 
+    def loss(self, text: str | Sequence[int]) -> float:
+        """Mean negative log-probability of every token but the first, given all in front of it: nats per token.
+
+        text, or token ids: at least two tokens, of which the cache has room for all but the last; for more,
+        :mod:`glm4export.evaluation` has windows. Raises UserError for others.
+        """
+        self._require_open()
+        return -float(log_probabilities(self.runner, self._tokens(text))[0].mean())
+
+    def score(self, prompt: str | Sequence[int], continuations: Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
+        """How probable each continuation is behind a prompt, such as a reranker or a multiple-choice test asks.
+
+        Prompt and continuations are all texts, or all token ids. Of a text, those tokens count in which the whole
+        differs from the prompt alone: a word's end may make another token of its beginning. What the cache has of the
+        prompt isn't computed again. Raises UserError for an empty prompt or continuation, and where the cache has no
+        room.
+        """
+        self._require_open()
+        return [self._score(prompt, continuation) for continuation in continuations]
+
+    def _score(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Score:
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise UserError("score: prompt and continuations must be all texts, or all token ids")
+        given = list(self._tokens(prompt))
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            whole = self.tokenizer.encode(prompt + continuation)
+        else:
+            whole = [*given, *self._tokens(continuation)]
+        pairs = enumerate(zip(given, whole, strict=False))
+        first = next((at for at, (one, other) in pairs if one != other), len(given))
+        if first == 0 or first == len(whole):
+            missing = "the prompt" if not first else f"the continuation {continuation!r:.80}"
+            raise UserError(f"score: {missing} has no tokens; at least one of each is needed")
+        return score(self.runner, whole[:first], whole[first:])
+
+    def _tokens(self, text: str | Sequence[int]) -> Sequence[int]:
+        return self.tokenizer.encode(text) if isinstance(text, str) else text
+
     def _stops(self, stop: Stop) -> tuple[list[int], list[str]]:
         wants_text = any(isinstance(item, str) for item in stop_items(stop))
         return split_stop(stop, self.tokenizer if wants_text else None, self.manifest.vocab_size)
@@ -214,6 +253,6 @@ class Session:
         self, prompt: str | Sequence[int], params: SamplingParams | None, lookup: int, stop: Sequence[int]
     ) -> Generation:
         self._require_open()
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._tokens(prompt)
         eos = (*self.manifest.tokens.eos, *stop)
         return Generation(self.runner, tokens, params or SamplingParams(), eos, lookup=lookup)
