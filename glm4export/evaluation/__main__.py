@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from lm_eval.__main__ import cli_evaluate
+import sys
 
-import glm4export.evaluation.harness  # noqa: F401 registers the model
+from glm4runtime.contract import installing
 
 if __name__ == "__main__":
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import glm4export.evaluation.harness  # noqa: F401 registers the model
+    except ModuleNotFoundError as error:
+        sys.exit(f"glm4export: error: {error.name} is not installed; {installing('harness')}")
     cli_evaluate()
