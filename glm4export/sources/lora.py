@@ -71,13 +71,13 @@ class Adapter:
         return f"{self.folder}: the adapter names {shown(base)} as its model, and is merged into {here}"
 
 
-def open_adapter(text: str, *, token: str | None = None) -> Adapter:
+def open_adapter(text: str, *, token: str | None = None, commit: str | None = None) -> Adapter:
     """Find and open what ``--lora DIR[:SCALE]`` names, as checkpoints are found.
 
     Raises UserError for a scale that merges nothing or isn't a number, and as :meth:`Adapter.open`.
     """
     name, scale = _parse(text)
-    return Adapter.open(locate_files(name, [ADAPTER, WEIGHTS], token=token), scale)
+    return Adapter.open(locate_files(name, [ADAPTER, WEIGHTS], revision=commit, token=token), scale)
 
 
 def _parse(text: str) -> tuple[str, float]:
@@ -118,32 +118,30 @@ def recorded(source: Mapping[str, str], given: Sequence[str]) -> list[Adapter]:
 
     Raises AdapterError where those that are given are others, and where they're needed and none are.
     """
-    count = sum(key.startswith(_RECORD) and key.endswith(".scale") for key in source)
+    entries: dict[str, dict[str, str]] = {}
+    for key, value in source.items():
+        if key.startswith(_RECORD):
+            number, _, fact = key.removeprefix(_RECORD).partition(".")
+            entries.setdefault(number, {})[fact] = value
+    count, built = len(entries), "the bundle was built without LoRA adapters"
     if not count and not given:
         return []
-    entries = [
-        {key.removeprefix(at): value for key, value in source.items() if key.startswith(at)}
-        for at in (f"{_RECORD}{number}." for number in range(1, count + 1))
-    ]
-    scales = ", ".join(entry["scale"] for entry in entries)
-    built = (
-        f"the bundle was built with {count} LoRA adapter{'s' * (count > 1)} (scale {scales})"
-        if count
-        else ("the bundle was built without LoRA adapters")
-    )
+    wanted = [entries[number] for number in sorted(entries, key=lambda text: (len(text), text))]
+    if count:
+        scales = ", ".join(entry.get("scale", "?") for entry in wanted)
+        built = f"the bundle was built with {count} LoRA adapter{'s' * (count > 1)} (scale {scales})"
     if given:
         adapters = [open_adapter(text) for text in given]
-    elif all("repo_id" in entry for entry in entries):
-        places = [locate_files(e["repo_id"], [ADAPTER, WEIGHTS], revision=e["commit"]) for e in entries]
-        adapters = [Adapter.open(place, float(e["scale"])) for place, e in zip(places, entries, strict=True)]
+    elif all({"repo_id", "commit", "scale"} <= entry.keys() for entry in wanted):
+        adapters = [open_adapter(f"{e['repo_id']}:{e['scale']}", commit=e["commit"]) for e in wanted]
     else:
         raise AdapterError(f"{built} from a local folder; name each with --lora DIR[:SCALE], in the order of the build")
     if len(adapters) != count:
-        raise AdapterError(f"{built}, and --lora is given {len(adapters)} times")
-    for adapter, entry in zip(adapters, entries, strict=True):
-        for key, found in adapter.facts().items():
-            if found != entry.get(key):
-                raise AdapterError(f"{adapter.folder}: {key} is {found}; {built}, of {entry.get(key)} in this place")
+        raise AdapterError(f"{built}; --lora names {len(adapters)}")
+    for adapter, entry in zip(adapters, wanted, strict=True):
+        for fact, found in adapter.facts().items():
+            if found != entry.get(fact):
+                raise AdapterError(f"{adapter.folder}: {fact} is {found}; {built}, of {entry.get(fact)} in this place")
     return adapters
 
 

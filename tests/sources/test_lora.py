@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from transformers import Glm4Model
 
 from glm4export.sources.checkpoint import Checkpoint, Location
 from glm4export.sources.config import read_config
-from glm4export.sources.lora import Adapter, merged, source_of
+from glm4export.sources.lora import Adapter, merged, recorded, source_of
 from glm4export.sources.tied import as_stored
 from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError
@@ -103,7 +104,7 @@ def random_config(choice: random.Random, biased: bool) -> dict[str, Any]:
 def test_one_adapter_of_any_kind(biased: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     model = checkpoints.random_model(attention_bias=biased).to(dtype)
     folder = checkpoints.save(model, tmp_path / "base")
-    for seed in range(12):
+    for seed in range(8):
         config = random_config(random.Random(f"{seed} {dtype} {biased}"), biased)
         stored = torch.bfloat16 if seed % 3 == 0 else None
         adapter = adapters.train(model, tmp_path / f"adapter{seed}", seed, stored, **config)
@@ -198,3 +199,25 @@ def test_what_a_manifest_keeps_of_adapters(tmp_path: Path) -> None:
     base = Checkpoint.open(folder)
     assert merged(base, [opened]).fingerprint() == base.fingerprint()
     assert merged(base, []) is base
+
+
+def test_a_bundle_tells_its_adapters_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fetched by commit, in their order, ten and more; a manifest that lies is told."""
+    model = checkpoints.random_model()
+    folders = [adapters.train(model, tmp_path / str(n), n, r=1, target_modules=["q_proj"]) for n in range(2)]
+
+    def download(repo_id: str, revision: str, **options: Any) -> str:
+        assert revision == "commit"
+        return str(folders[int(repo_id[-1])])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    places = [Location(folders[n % 2], {"repo_id": f"org/name{n % 2}", "commit": "commit"}) for n in range(12)]
+    source = source_of([Adapter.open(place, 1.0 + n) for n, place in enumerate(places)])
+    found = recorded({"fingerprint": "x", **source}, [])
+    assert [(adapter.folder, adapter.scale) for adapter in found] == [(folders[n % 2], 1.0 + n) for n in range(12)]
+    with pytest.raises(UserError, match=r"weights_sha256 is \w+; the bundle was built with 12 .* of 0 in this place"):
+        recorded({**source, "lora.3.weights_sha256": "0"}, [])
+    with pytest.raises(UserError, match="'twice' is not a scale"):
+        recorded({**source, "lora.3.scale": "twice"}, [])
+    with pytest.raises(UserError, match=r"from a local folder; name each with --lora"):
+        recorded({"lora.2.scale": "1.0"}, [])
