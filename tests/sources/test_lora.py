@@ -188,6 +188,21 @@ def test_an_embedding_that_is_saved_beside_its_matrices(tmp_path: Path) -> None:
         merged(Checkpoint.open(folder), open_adapters((adapter, 0.5)))
 
 
+def test_a_tied_embedding_that_is_saved_whole_is_the_head_too(tmp_path: Path) -> None:
+    """As save_embedding_layers=True leaves it: peft loads it into the one tensor."""
+    model = checkpoints.random_model(tie_word_embeddings=True)
+    folder = checkpoints.save(model, tmp_path / "base")
+    adapter = adapters.train(model, tmp_path / "adapter", r=3, target_modules=["q_proj"])
+    embedding = model.get_input_embeddings().weight.detach() * 1.5
+    tensors = load_file(adapter / adapters.WEIGHTS)
+    save_file({**tensors, "base_model.model.model.embed_tokens.weight": embedding}, adapter / adapters.WEIGHTS)
+    theirs = adapters.merge(model, [(adapter, 1.0)]).state_dict()
+    ours = merged(Checkpoint.open(folder), open_adapters((adapter, 1.0)))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(theirs[name], embedding) and torch.equal(ours.read(name, whole((96, 64))), embedding)
+    assert as_stored(read_config(folder / "config.json"), ours).tie_word_embeddings
+
+
 def test_what_a_manifest_keeps_of_adapters(tmp_path: Path) -> None:
     model = checkpoints.random_model()
     folder = checkpoints.save(model, tmp_path / "base")
