@@ -28,6 +28,7 @@ from glm4export.graph.trace import trace
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config import config_data, parse_config, read_token_ids, sequence_limit
+from glm4export.sources.lora import Adapter, merged, source_of
 from glm4export.sources.sidefiles import check_side_files
 from glm4export.sources.tied import as_stored
 from glm4export.sources.turns import with_turn_tokens
@@ -77,10 +78,21 @@ class Engines(Protocol):
 
 
 def build(
-    location: Location, out: Path, options: BuildOptions, *, stage: Stage, bar: Bar, engines: Engines | None = None
+    location: Location,
+    out: Path,
+    options: BuildOptions,
+    *,
+    stage: Stage,
+    bar: Bar,
+    adapters: Sequence[Adapter] = (),
+    engines: Engines | None = None,
 ) -> Manifest:
-    """Compile a checkpoint into the bundle ``out``. Raises UserError; leaves an earlier bundle alone when it fails."""
-    inputs = [location.folder, *([] if options.calibrate is None else [options.calibrate])]
+    """Compile a checkpoint, with LoRA adapters merged in their order, into the bundle ``out``.
+
+    Raises UserError; leaves an earlier bundle alone when it fails.
+    """
+    inputs = [location.folder, *(adapter.folder for adapter in adapters)]
+    inputs += [] if options.calibrate is None else [options.calibrate]
     with new_bundle(out, inputs) as folder:  # first: an output that can't be written is told before any work
         config_file = location.folder / CONFIG
         data = config_data(config_file, yarn=options.yarn_factor)
@@ -88,18 +100,23 @@ def build(
         tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
         max_seq_len = sequence_limit(declared, options.max_seq_len)
         with stage("check"):
-            checkpoint = Checkpoint.open(location.folder)
-            checkpoint.check(declared)
+            base = Checkpoint.open(location.folder)
+            base.check(declared)
+            checkpoint = merged(base, adapters)
             check_side_files(location.folder)
             config = as_stored(declared, checkpoint)
             scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+        for adapter in adapters:
+            if told := adapter.other_base(location):
+                note(told)
         if added:
             names = ", ".join(f"{text} ({token})" for text, token in added.items())
             note(f"{location.folder}: eos_token_id lacks {names}: others' turns, so the bundle stops on them too")
         if config != declared:
+            found = f"the stored {HEAD} differs" if HEAD in base.tensors else "an adapter makes the head differ"
             note(
-                f"{config_file} says tie_word_embeddings, but the stored {HEAD} differs from the "
-                "embedding: the stored head is used, as transformers does"
+                f"{config_file} says tie_word_embeddings, but {found} from the embedding: "
+                f"{'the stored head' if HEAD in base.tensors else 'a head of its own'} is used, as transformers does"
             )
         skeletons: dict[str, Skeleton] = {}
         for name in graph_names(options.target):
@@ -136,7 +153,7 @@ def build(
             precision=options.precision,
             vocab_size=config.vocab_size,
             config=dataclasses.asdict(config),
-            source={**location.source, "fingerprint": checkpoint.fingerprint()},
+            source={**location.source, "fingerprint": checkpoint.fingerprint(), **source_of(adapters)},
             tokens=tokens,
             cache=CacheSpec(
                 layers=config.num_hidden_layers,

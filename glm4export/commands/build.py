@@ -66,6 +66,13 @@ def configure(command: argparse.ArgumentParser) -> None:
         help="text like the model's use: gives an int8 cache and fp8 activations their scales, and int8 and int4 "
         "weights that are closer to fp32, in a slower build",
     )
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="merge a LoRA adapter in peft's layout, a folder or hub id; several are merged in their order",
+    )
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
         "--block-size", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale (default: 128)"
@@ -98,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4export.build.options import BuildOptions
     from glm4export.build.targets import detect_target
     from glm4export.sources.checkpoint import locate
+    from glm4export.sources.lora import open_adapter
     from glm4export.terminal.progress import byte_bar, note, stage
 
     location = locate(arguments.model, revision=arguments.revision, token=arguments.token)
@@ -118,7 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
     )
     builder = engine_builder(arguments, target)
-    manifest = build(location, out, options, stage=stage, bar=byte_bar, engines=builder)
+    adapters = [open_adapter(text, token=arguments.token) for text in arguments.lora]
+    manifest = build(location, out, options, stage=stage, bar=byte_bar, adapters=adapters, engines=builder)
     if "tokenizer.json" not in manifest.files:
         note(f"{location.folder}: no tokenizer.json; the bundle takes and gives token ids, not text")
     size = sum(spec.size for spec in manifest.files.values())

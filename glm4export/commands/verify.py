@@ -17,6 +17,13 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint", metavar="MODEL", help="what it was built from; needed where that was a local folder"
     )
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:SCALE]",
+        help="a LoRA adapter it was built with; needed where that was a local folder, in the order of the build",
+    )
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="instead of the built-in ones")
     command.add_argument(
         "--steps", type=int, default=32, metavar="N", help="decode steps per prompt (default: %(default)s)"
@@ -50,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = verify.verify(
             session,
             checkpoint=arguments.checkpoint,
+            adapters=arguments.lora,
             prompts=arguments.prompt,
             steps=arguments.steps,
             long=arguments.long,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -67,15 +67,23 @@ def locate(
     """
     if model is None:
         return Location(Path(str(resources.files("glm4export") / "demo")), {"embedded": "glm4export.demo"})
+    patterns = [*SIDE_FILES, ADAPTER, *((_INDEX, "model*.safetensors") if weights else ())]
+    return _no_adapter(locate_files(model, patterns, revision=revision, token=token))
+
+
+def locate_files(
+    model: str, patterns: Sequence[str], *, revision: str | None = None, token: str | None = None
+) -> Location:
+    """Find a local folder, or a hub id's files of those names. Raises CheckpointError as :func:`locate`."""
     try:
         folder = Path(model).expanduser()
         if folder.is_dir():
-            return _no_adapter(Location(folder, {}))
+            return Location(folder, {})
         exists = folder.exists()
-    except (OSError, RuntimeError) as error:  # a name too long for the file system, or ~ of an unknown user
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of an unknown user, a null character
         raise CheckpointError(f"{model}: {_first_line(error)}") from None
     if _HUB_ID.fullmatch(model) and not exists:
-        return _no_adapter(_download(model, revision, token, weights))
+        return _download(model, patterns, revision, token)
     raise CheckpointError(f"{model}: no such folder, and not a hub id such as zai-org/GLM-4-9B-0414")
 
 
@@ -96,7 +104,7 @@ class Checkpoint:
         files = [folder / name for name in sorted(set(placed.values()) or {_SINGLE})]
         found: dict[str, list[StoredTensor]] = {}
         for file in files:
-            for name, tensor in _header(file):
+            for name, tensor in stored_tensors(file):
                 found.setdefault(name, []).append(tensor)
         if placed:
             _check_index(folder / _INDEX, placed, found)
@@ -126,7 +134,10 @@ class Checkpoint:
         """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError."""
         shapes = {name: stored.shape for name, stored in self.tensors.items() if not _NEVER_STORED.fullmatch(name)}
         if adapter := next((name for name in shapes if ".lora_" in name), None):
-            raise CheckpointError(f"{self.folder}: {shown(adapter)} is a LoRA adapter's; {_merging(self.folder)}")
+            raise CheckpointError(
+                f"{self.folder}: {shown(adapter)} is a LoRA adapter's, not merged; save what its merge_and_unload() "
+                "returns, or the adapter apart with its save_pretrained(), and give it with --lora"
+            )
         if problem := wrapped(shapes) or mismatches(shapes, config):
             raise CheckpointError(f"{self.folder}: {problem}{self._unread()}")
 
@@ -148,19 +159,16 @@ class Checkpoint:
 def _no_adapter(location: Location) -> Location:
     folder = location.folder
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), not a model; {_merging(folder)}")
+        raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), not a model; {_with_base(folder)}")
     return location
 
 
-def _merging(folder: Path) -> str:
-    return (
-        "merge it into its base model and build what that gives: "
-        f"`peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(...)`, "
-        "with the base model's tokenizer beside it"
-    )
+def _with_base(folder: Path) -> str:
+    return f"build the model that it was made for, with `--lora {folder}`"
 
 
-def _header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """What a safetensors file's header says. Raises CheckpointError for a damaged file and for other dtypes."""
     refuse_pointer(file)
     try:
         with safe_open(file, framework="pt") as shard:
@@ -182,7 +190,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if single.is_file():
             return {}
         if (folder / ADAPTER).is_file():
-            raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), without weights; {_merging(folder)}")
+            raise CheckpointError(f"{folder}: a LoRA adapter ({ADAPTER}), without weights; {_with_base(folder)}")
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
         raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} found{hint}")
@@ -235,15 +243,14 @@ def _check_index(index: Path, placed: Mapping[str, str], found: Mapping[str, lis
         )
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, weights: bool) -> Location:
+def _download(repo_id: str, patterns: Sequence[str], revision: str | None, token: str | None) -> Location:
     """Fetch the files a build needs through huggingface_hub, which shows progress and resumes."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*SIDE_FILES, ADAPTER, *((_INDEX, "model*.safetensors") if weights else ())]
     at = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{at}: not in the local hub cache, and the hub can't be reached; "

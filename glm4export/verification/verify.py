@@ -12,6 +12,7 @@ from tqdm import tqdm
 from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
+from glm4export.sources.lora import merged, recorded
 from glm4export.verification.phases import PHASES, Run, run_phases
 from glm4runtime.contract import Manifest, UserError
 from glm4runtime.session import Session
@@ -99,6 +100,7 @@ def verify(
     session: Session,
     *,
     checkpoint: str | None = None,
+    adapters: Sequence[str] = (),
     prompts: Sequence[str] = (),
     steps: int = 32,
     long: bool = False,
@@ -106,14 +108,15 @@ def verify(
 ) -> Report:
     """Run the bundle greedily over several texts and compare every logit with the fp32 reference's.
 
-    checkpoint: folder or hub id; needed where the bundle doesn't say where it came from. steps: decode
-    steps per prompt. long: also fill the cache to its last row; as slow as prefilling that many tokens in fp32.
+    checkpoint: folder or hub id; needed where the bundle doesn't say where it came from. adapters: those merged into
+    it, each DIR[:SCALE], where it doesn't say where they came from. steps: decode steps per prompt. long: also fill the
+    cache to its last row; as slow as prefilling that many tokens in fp32.
     Raises UserError where the checkpoint isn't the one that the bundle was built from.
     """
     if steps < 0:
         raise UserError(f"steps={steps} must be at least 0")
     manifest = session.manifest
-    source = _open_source(manifest, checkpoint)
+    source = _open_source(manifest, checkpoint, adapters)
     config = read_config(session.folder / CONFIG)  # the checkpoint's own, or with the rope that the build was asked for
     runs, left_out = run_phases(session, prompts, steps, long)
     with tqdm(total=config.num_hidden_layers, desc="  reference", unit=" layers", leave=False, disable=None) as bar:
@@ -157,7 +160,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _open_source(manifest: Manifest, given: str | None) -> Checkpoint:
+def _open_source(manifest: Manifest, given: str | None, adapters: Sequence[str]) -> Checkpoint:
     source = manifest.source
     if given is not None:
         folder = locate(given).folder
@@ -170,7 +173,7 @@ def _open_source(manifest: Manifest, given: str | None) -> Checkpoint:
     checkpoint = Checkpoint.open(folder)
     if checkpoint.fingerprint() != source.get("fingerprint"):
         raise UserError(f"{folder}: not the checkpoint that this bundle was built from (config or tensors differ)")
-    return checkpoint
+    return merged(checkpoint, recorded(source, adapters))
 
 
 def _phases(runs: Sequence[Run], wanted: Sequence[np.ndarray]) -> Iterator[Phase]:

@@ -137,9 +137,8 @@ def test_names_and_values_with_escape_codes_are_shown_without(fails: Fails, mine
 def test_a_lora_folder_is_no_model(command: list[str], fails: Fails, mine: Path) -> None:
     (mine / "config.json").rename(mine / "adapter_config.json")
     message = fails(*command, mine)
-    assert message.startswith(
-        f"{mine}: a LoRA adapter (adapter_config.json), not a model; merge it into its base model"
-    )
+    why = "not a model; build the model that it was made for, with `--lora"
+    assert message.startswith(f"{mine}: a LoRA adapter (adapter_config.json), {why} {mine}`")
 
 
 def test_build_of_a_tokenizer_that_panics(fails: Fails, mine: Path, tmp_path: Path) -> None:

@@ -195,33 +195,24 @@ def test_a_prefix_of_every_name_is_named(prefix: str, message: str, mine: Path) 
     assert str(caught.value).startswith(f"{mine}: every tensor's name begins with `{shown}`; {message}")
 
 
-MERGE = (
-    "merge it into its base model and build what that gives: `peft.AutoPeftModelForCausalLM.from_pretrained('{}')"
-    ".merge_and_unload().save_pretrained(...)`, with the base model's tokenizer beside it"
-)
-
-
-def test_a_lora_folder_is_told_how_to_merge(mine: Path) -> None:
+def test_a_lora_folder_is_told_from_a_model(mine: Path) -> None:
     (mine / "model.safetensors").rename(mine / "adapter_model.safetensors")
     (mine / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError) as without_weights:
         Checkpoint.open(mine)
-    assert str(without_weights.value) == (
-        f"{mine}: a LoRA adapter (adapter_config.json), without weights; {MERGE.format(mine)}"
-    )
+    remedy = f"build the model that it was made for, with `--lora {mine}`"
+    assert str(without_weights.value) == f"{mine}: a LoRA adapter (adapter_config.json), without weights; {remedy}"
     (mine / "config.json").unlink()
     with pytest.raises(CheckpointError) as without_config:
         locate(str(mine))
-    assert str(without_config.value) == (
-        f"{mine}: a LoRA adapter (adapter_config.json), not a model; {MERGE.format(mine)}"
-    )
+    assert str(without_config.value) == f"{mine}: a LoRA adapter (adapter_config.json), not a model; {remedy}"
 
 
 def test_unmerged_lora_weights_are_told(mine: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     change(mine, **{name.replace(".", "__"): torch.zeros(8, 64)})
     with pytest.raises(
-        CheckpointError, match=r": '.*lora_A\.weight' is a LoRA adapter's; merge it into its base model"
+        CheckpointError, match=r": '.*lora_A\.weight' is a LoRA adapter's, not merged; save what its merge_and_unload"
     ):
         Checkpoint.open(mine).check(read_config(mine / "config.json"))
 
@@ -564,7 +555,7 @@ def test_a_lora_adapter_on_the_hub_is_told(hub_server: type[Hub], mine: Path) ->
     (mine / "adapter_config.json").write_text("{}")
     (mine / "config.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"a LoRA adapter \(adapter_config\.json\), not a model; merge it into its"
+        CheckpointError, match=r"a LoRA adapter \(adapter_config\.json\), not a model; build the model that"
     ):
         locate("org/name", weights=False)
 
