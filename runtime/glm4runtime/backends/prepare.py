@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime import signals
+from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import WEIGHTS, BundleError, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
 from glm4runtime.folder.layout import PREPARED, PREPARED_NOTE, prepared_strangers, read_prepared_note
 from glm4runtime.folder.scratch import locked, scratch_folder, sweep
@@ -179,17 +179,7 @@ def _save(source: Path, target: Path) -> None:
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", _MIN_BYTES)
-    failed: list[Exception] = []
-
-    def open_session() -> None:
-        try:
-            ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own classes
-            failed.append(error)
-
-    # a thread of its own: one long call, behind which a signal would wait in the main thread
-    thread = threading.Thread(target=open_session, daemon=True)
-    thread.start()
-    thread.join()
-    if failed:
-        raise UserError(f"{source}: onnxruntime cannot prepare it: {failed[0]}")
+    try:
+        side_by_side([lambda: ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])])
+    except Exception as error:  # onnxruntime's own classes
+        raise UserError(f"{source}: onnxruntime cannot prepare it: {error}") from None
