@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -103,7 +104,7 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         steps[1, context] = _time_steps(_one_sequence(session), partial(runner.rewind, context), what)
         through[1, context] = runner.step_graph if isinstance(runner, OrtRunner) else STEP
         runner.rewind(context)
-    peak, proportional = process_memory()
+    memory = process_memory()
     for batch in what.batches:
         if batch > 1 and isinstance(runner, OrtRunner):
             context = what.contexts[0]
@@ -133,8 +134,7 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         workload=work,
         prefill=tuple(_prefill(tokens, *runs, work, limits) for tokens, runs in prefills.items()),
         decode=tuple(_decode(*at, through[at], runs, work, limits) for at, runs in sorted(steps.items())),
-        peak_rss_bytes=peak,
-        pss_bytes=proportional,
+        **dataclasses.asdict(memory),
     )
 
 

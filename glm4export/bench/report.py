@@ -92,6 +92,8 @@ class Report:
     decode: tuple[Decode, ...]
     peak_rss_bytes: int  # of the process with one sequence, before batches and limits are measured
     pss_bytes: int
+    anonymous_bytes: int
+    huge_page_bytes: int  # of the anonymous ones
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -125,6 +127,8 @@ def table(report: Report) -> str:
         lines += ["", f"noisy: runs of the same work took up to {most:.1f}x as long as others; is the machine busy?"]
     peak, proportional = report.peak_rss_bytes / 1e9, report.pss_bytes / 1e9
     lines += ["", f"memory   {peak:.2f} GB at most, {proportional:.2f} GB as a share (PSS), with one sequence"]
+    share = 100 * report.huge_page_bytes / max(1, report.anonymous_bytes)
+    lines.append(f"         {share:.0f}% of its own pages are huge ones (the kernel's setting: {machine.huge_pages})")
     if limits is None:
         return "\n".join([*lines, f"limits   measured on cpu only, not on {report.provider}"])
     read, int8, fp32 = limits.read_bytes_per_second, limits.int8_ops_per_second, limits.fp32_ops_per_second
