@@ -54,7 +54,7 @@ def matmul_peak(kind: str) -> float:
     """Operations a second of onnxruntime's ``int8`` (unsigned by signed, exact sums) or ``fp32`` matmul, all cores."""
     import onnxruntime as ort
 
-    from glm4export.bench.matmul_model import matmul_model
+    from glm4runtime.backends.matmul_model import matmul_model
 
     rows, depth, columns = _MATMUL
     weight = np.ones((depth, columns), np.int8 if kind == "int8" else np.float32)

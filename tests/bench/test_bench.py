@@ -20,10 +20,10 @@ from glm4export.bench import measure as bench
 from glm4export.bench import plot
 from glm4export.bench import report as bench_report
 from glm4export.bench.limits import Limits
-from glm4export.bench.matmul_model import matmul_model
 from glm4export.bench.workload import Workload, linear_weights, workload
 from glm4runtime import BundleError, load
 from glm4runtime.backends import ort as ort_runner
+from glm4runtime.backends.matmul_model import matmul_model
 from glm4runtime.contract import DECODE, PREFILL, read_manifest
 from glm4runtime.contract.onnxfile import read_graph
 from tests.conftest import Build

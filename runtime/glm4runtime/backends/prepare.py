@@ -18,6 +18,7 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime import signals
+from glm4runtime.backends.int8_range import use_eight_bits
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import WEIGHTS, BundleError, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
 from glm4runtime.folder.layout import PREPARED, PREPARED_NOTE, prepared_strangers, read_prepared_note
@@ -179,6 +180,7 @@ def _save(source: Path, target: Path) -> None:
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", _MIN_BYTES)
+    use_eight_bits(options)
     try:
         side_by_side([lambda: ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])])
     except Exception as error:  # onnxruntime's own classes

@@ -28,6 +28,9 @@ WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row tha
 LOGIT_ROWS = "logit_rows"  # prefill and step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
 
+ACTIVATION_STEP = "rows/inverse_levels"  # initializers of int8 prefill: 1 / the levels of an activation,
+ACTIVATION_ZERO = "rows/zero_point"  # and the uint8 that stands for 0.0
+
 TENSORRT: Target = "tensorrt"
 TARGETS: tuple[Target, ...] = get_args(Target)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -1,4 +1,4 @@
-"""Write a one-node ONNX model without the ``onnx`` package: benchmarks run where bundles run.
+"""Write a one-node ONNX model without the ``onnx`` package, to find out how this machine multiplies.
 
 Field numbers and encoding: see :mod:`glm4runtime.contract.onnxfile`, which reads.
 """
