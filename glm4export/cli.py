@@ -20,7 +20,7 @@ COMMANDS = {
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
     "perplexity": "score a text: perplexity, loss, bits per byte",
     "inspect": "show what a bundle holds, or what a model will take before it is built",
-    "prepare": "save a bundle's weights as this machine's kernels want them: one copy in memory",
+    "prepare": "save a bundle's weights as this machine's kernels want them: one copy for several processes",
     "bench": "measure speed and memory beside this machine's limits",
 }
 

@@ -1,8 +1,9 @@
 """Weights as this machine's kernels want them, saved once and mapped by every session: one copy in memory.
 
-ONNX Runtime repacks weights when it opens a graph, on the heap, once per session: prefill and decode hold two copies of
-what is one file. :func:`prepare` saves the repacked weights instead. Both graphs then map the same file, and so do all
-processes on the machine. What was saved fits one CPU and one onnxruntime release; for another it's passed over.
+ONNX Runtime repacks weights when it opens a graph, on the heap, once per session. :func:`prepare` saves the repacked
+weights instead, and all processes on the machine map the same file: it's for several workers, since a single session
+holds one copy anyway, on huge pages, which a mapped file isn't on. What was saved fits one CPU and one onnxruntime
+release; for another it's passed over.
 """
 
 from __future__ import annotations
