@@ -58,7 +58,7 @@ def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
 
 def _weighted(graph: Graph) -> Counter[tuple[str, ...]]:
     """The operators that read stored numbers, with the names of what they read; int64 ones are shapes and indices."""
-    numbers = {name for name, stored in graph.stored.items() if stored.dtype_name != "int64"}
+    numbers = {name for name, stored in graph.stored.items() if stored.dtype != "int64"}
     read = ((node.domain, node.op, *(name for name in node.inputs if name in numbers)) for node in graph.nodes)
     return Counter(node for node in read if len(node) > 2)
 
