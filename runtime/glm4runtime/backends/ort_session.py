@@ -62,6 +62,7 @@ def open_session(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider == "cpu":
         use_eight_bits(settings)
+        settings.add_session_config_entry("session.prepack.enable_parallel", "1")  # weights repacked by all threads
     chosen: Any = [(name, dict(options or {}))]
     if provider == "tensorrt":
         chosen.append(NAMES["cuda"])  # nodes that TensorRT leaves
