@@ -13,7 +13,7 @@ def main() -> NoReturn:
     from glm4export import cli
 
     try:
-        status = cli.main()
+        status = cli.main(own_process=True)
     except SystemExit as error:  # argparse's
         status = error.code if isinstance(error.code, int) else 0
     signals.leave(status)

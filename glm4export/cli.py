@@ -20,25 +20,30 @@ COMMANDS = {
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
     "perplexity": "score a text: perplexity, loss, bits per byte",
     "inspect": "show what a bundle holds, or what a model will take before it is built",
-    "prepare": "save a bundle's weights as this machine's kernels want them: one copy in memory",
+    "prepare": "save a bundle's weights as this machine's kernels want them: one copy for several processes",
     "bench": "measure speed and memory beside this machine's limits",
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds), 2 (the user's mistake), 130.
 
+    own_process: there is nothing in this process but the command, which may then start again with huge pages.
     SIGHUP, SIGINT and SIGTERM end the process, with 128 and their number; see :mod:`glm4runtime.signals`.
     """
     streams.prepare()
     with signals.handled():
-        return _run(argv)
+        return _run(argv, own_process)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, own_process: bool) -> int:
     try:
         try:
             arguments = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+            if own_process and arguments.opens_session:
+                from glm4export.huge_pages import start_with_huge_pages
+
+                start_with_huge_pages()
             status: int = arguments.run(arguments)
             return status
         finally:
@@ -85,8 +90,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name in argv:
             module = import_module(f"glm4export.commands.{name}")
             command.epilog = module.EXAMPLE
+            command.set_defaults(run=module.run, opens_session=False)
             module.configure(command)
-            command.set_defaults(run=module.run)
     return parser
 
 

@@ -30,12 +30,13 @@ class Machine:
     last_level_cache: int | None  # None where the system doesn't tell
     memory: int
     memory_available: int
+    huge_pages: str | None  # :func:`huge_pages`
 
 
 def describe() -> Machine:
     """This machine, without measuring anything."""
     total, available = memory_bytes()
-    return Machine(cpu_name(), cpu_features(), cores(), last_level_cache(), total, available)
+    return Machine(cpu_name(), cpu_features(), cores(), last_level_cache(), total, available, huge_pages())
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -85,12 +86,29 @@ def last_level_cache() -> int | None:
     return max((int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=None)
 
 
-def process_memory() -> tuple[int, int]:
-    """Peak resident and present proportional set size (shared pages divided by their users) of this process, bytes."""
-    status = dict(line.split(":", 1) for line in _text(_PROC / "self/status").splitlines() if ":" in line)
-    rollup = dict(line.split(":", 1) for line in _text(_PROC / "self/smaps_rollup").splitlines() if ":" in line)
-    peak, proportional = (fields.get(name, "0 kB").split()[0] for fields, name in ((status, "VmHWM"), (rollup, "Pss")))
-    return int(peak) * 1024, int(proportional) * 1024
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What this process has of the memory, in bytes."""
+
+    peak_rss_bytes: int
+    pss_bytes: int  # pages that processes share count in part
+    anonymous_bytes: int  # that no file is behind: repacked weights, cache, activations
+    huge_page_bytes: int  # of those, in huge pages
+
+
+def process_memory() -> ProcessMemory:
+    """This process's memory, as it is now."""
+    fields: dict[str, str] = {}
+    for name in ("status", "smaps_rollup"):
+        fields |= dict(line.split(":", 1) for line in _text(_PROC / "self" / name).splitlines() if ":" in line)
+    kilobytes = (fields.get(name, "0 kB").split()[0] for name in ("VmHWM", "Pss", "Anonymous", "AnonHugePages"))
+    return ProcessMemory(*(1024 * int(value) for value in kilobytes))
+
+
+def huge_pages() -> str | None:
+    """When the kernel gives out transparent huge pages: ``always``, ``madvise`` (to who asks), ``never``, or None."""
+    words = _text(Path("/sys/kernel/mm/transparent_hugepage/enabled")).split()
+    return next((word[1:-1] for word in words if word.startswith("[")), None)
 
 
 def _cpuinfo() -> dict[str, str]:

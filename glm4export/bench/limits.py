@@ -14,6 +14,7 @@ from glm4export.machine import cores, memory_bytes
 
 _SECONDS = 1.0  # spent on each measured limit, at least
 _ARRAY_BYTES = 1 << 29  # read for the bandwidth, unless memory is short
+_BLOCK = 128  # weights that share a scale
 _MATMUL = (512, 2048, 2048)  # M, K, N of the peak: a prefill chunk against a weight that is too large for L2
 
 
@@ -51,16 +52,23 @@ def read_bandwidth() -> float:
 
 
 def matmul_peak(kind: str) -> float:
-    """Operations a second of onnxruntime's ``int8`` (unsigned by signed, exact sums) or ``fp32`` matmul, all cores."""
+    """Operations a second of one of onnxruntime's matmuls, on all cores.
+
+    kind: ``int8`` (unsigned by signed, exact sums), ``int4`` (weights in blocks of 128, activations in int8), ``fp32``.
+    """
     import onnxruntime as ort
 
-    from glm4export.bench.matmul_model import matmul_model
+    from glm4runtime.backends.matmul_model import int4_model, matmul_model
 
     rows, depth, columns = _MATMUL
-    weight = np.ones((depth, columns), np.int8 if kind == "int8" else np.float32)
+    if kind == "int4":
+        packed = np.full((columns, depth // _BLOCK, _BLOCK // 2), 0x99, np.uint8)
+        model = int4_model(packed, np.ones(columns * depth // _BLOCK, np.float32))
+    else:
+        model = matmul_model(np.ones((depth, columns), np.int8 if kind == "int8" else np.float32))
     options = ort.SessionOptions()
     options.intra_op_num_threads = cores()
-    session = ort.InferenceSession(matmul_model(weight), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = {"A": np.ones((rows, depth), np.uint8 if kind == "int8" else np.float32)}
     return 2 * rows * depth * columns / _best(lambda: session.run(None, feeds))
 

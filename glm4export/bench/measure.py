@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -19,10 +20,11 @@ from glm4runtime.backends.cache import Buffer
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.contract import (
     ATTENTION_MASK,
-    DECODE,
     INPUT_IDS,
+    LOGIT_ROWS,
     LOGITS,
     PREFILL,
+    STEP,
     Manifest,
     UserError,
     past_name,
@@ -95,24 +97,24 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
     prefills = {tokens: _time_prefill(session, ids[:tokens], what.repeats) for tokens in what.prefill}
     runner.rewind()
     steps: dict[tuple[int, int], list[float]] = {}
-    through: dict[tuple[int, int], str] = {}  # graphs of batches; one sequence takes the decode graph
+    through: dict[tuple[int, int], str] = {}  # the graph that computed
     for context in what.contexts:
         _note(f"decode at {context} tokens")
         runner.prefill(ids[runner.length : context])
         steps[1, context] = _time_steps(_one_sequence(session), partial(runner.rewind, context), what)
+        through[1, context] = runner.step_graph if isinstance(runner, OrtRunner) else STEP
         runner.rewind(context)
-    peak, proportional = process_memory()
+    memory = process_memory()
     for batch in what.batches:
         if batch > 1 and isinstance(runner, OrtRunner):
             context = what.contexts[0]
             _note(f"decode of {batch} sequences at {context} tokens")
-            graphs = (DECODE,) if work.prefill == work.decode else (DECODE, PREFILL)
             rows = BatchDecoder(runner, batch, context + what.steps)
             runs = {}
-            for graph in graphs:
+            for graph in runner.graphs:
                 rows.use(graph)
                 runs[graph] = _time_steps(rows.step, partial(rows.rewind, context), what)
-            graph = min(graphs, key=lambda graph: statistics.median(runs[graph]))
+            graph = min(runs, key=lambda graph: statistics.median(runs[graph]))
             steps[batch, context], through[batch, context] = runs[graph], graph
             del rows
     _note("limits of this machine")
@@ -131,17 +133,16 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
         limits=limits,
         workload=work,
         prefill=tuple(_prefill(tokens, *runs, work, limits) for tokens, runs in prefills.items()),
-        decode=tuple(_decode(*at, through.get(at, DECODE), runs, work, limits) for at, runs in sorted(steps.items())),
-        peak_rss_bytes=peak,
-        pss_bytes=proportional,
+        decode=tuple(_decode(*at, through[at], runs, work, limits) for at, runs in sorted(steps.items())),
+        **dataclasses.asdict(memory),
     )
 
 
 class BatchDecoder:
     """Greedy steps of several sequences of one length, each with its own cache.
 
-    Either graph computes them: prefill's gives the logits of each row's last token, which is its only one. The cache
-    holds ones instead of a text's keys and values, which takes as long.
+    Any graph that the runner has open computes them. The cache holds ones instead of a text's keys and values, which
+    takes as long.
     """
 
     def __init__(self, runner: OrtRunner, batch: int, capacity: int) -> None:
@@ -158,8 +159,10 @@ class BatchDecoder:
         self._mask = Buffer((batch, capacity), "int64", device)
         self._mask.write(np.ones((batch, capacity), np.int64))
         self._logits = Buffer((batch, 1, vocab), "float32", "cpu")
+        self._first = Buffer((batch, 1), "int64", device)
+        self._first.write(np.zeros((batch, 1), np.int64))
         self._graphs = runner.graphs
-        self.use(DECODE)
+        self.use(runner.step_graph)
 
     def use(self, graph: str) -> None:
         """Compute with the graph of that name from now on."""
@@ -170,6 +173,8 @@ class BatchDecoder:
             buffer.bind_output(self._binding, present_name(layer, part))
         self._tokens.bind_input(self._binding, INPUT_IDS)
         self._logits.bind_output(self._binding, LOGITS)
+        if graph == PREFILL:
+            self._first.bind_input(self._binding, LOGIT_ROWS)
 
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` tokens of every sequence."""

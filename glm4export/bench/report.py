@@ -11,7 +11,6 @@ from typing import Any
 from glm4export.bench.limits import Limits
 from glm4export.bench.workload import Workload
 from glm4export.machine import Machine
-from glm4runtime.contract import PREFILL
 
 _NOISY = 1.5  # slowest over fastest run of the same work, past which a reader is warned
 
@@ -60,7 +59,8 @@ class Prefill:
 class Decode:
     """Steps of ``batch`` sequences, each with ``context`` tokens before the first step; greedy.
 
-    graph: ``decode``, or ``prefill`` where that was faster: its formats may be better at many rows.
+    graph: the one that computed them: of those that are open, the fastest, since formats differ in what they do best at
+    many rows.
     """
 
     batch: int
@@ -92,6 +92,8 @@ class Report:
     decode: tuple[Decode, ...]
     peak_rss_bytes: int  # of the process with one sequence, before batches and limits are measured
     pss_bytes: int
+    anonymous_bytes: int
+    huge_page_bytes: int  # of the anonymous ones
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -118,13 +120,15 @@ def table(report: Report) -> str:
     for step in report.decode:
         name, seconds = f"{step.batch} × {step.context}", _time(step.seconds_per_step.median)
         percent, size = _percent(step.bandwidth_percent), f"{step.bytes / 1e6:.1f} MB"
-        through = "  by the prefill graph" if step.graph == PREFILL else ""
+        through = f"  by the {step.graph} graph" if step.graph != report.decode[0].graph else ""
         lines.append(f"{name:>15}{_rates(step.tokens_per_second)}{seconds:>12}{percent:>12}{size:>13}{through}")
     spreads = [run.seconds for run in report.prefill] + [run.seconds_per_step for run in report.decode]
     if (most := max(spread.high / spread.low for spread in spreads)) > _NOISY:
         lines += ["", f"noisy: runs of the same work took up to {most:.1f}x as long as others; is the machine busy?"]
     peak, proportional = report.peak_rss_bytes / 1e9, report.pss_bytes / 1e9
     lines += ["", f"memory   {peak:.2f} GB at most, {proportional:.2f} GB as a share (PSS), with one sequence"]
+    share = 100 * report.huge_page_bytes / max(1, report.anonymous_bytes)
+    lines.append(f"         {share:.0f}% of its own pages are huge ones (the kernel's setting: {machine.huge_pages})")
     if limits is None:
         return "\n".join([*lines, f"limits   measured on cpu only, not on {report.provider}"])
     read, int8, fp32 = limits.read_bytes_per_second, limits.int8_ops_per_second, limits.fp32_ops_per_second

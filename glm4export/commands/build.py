@@ -82,8 +82,9 @@ def configure(command: argparse.ArgumentParser) -> None:
     quantized.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16, help="default: 16")
     quantized.add_argument(
         "--prefill-precision",
-        choices=("int8",),
-        help="weights of its own for prefill, faster and more accurate than int4's, in more memory (cpu)",
+        choices=("int8", "auto"),
+        help="int8: weights of its own for prefill, more accurate than int4's and on most machines faster, in more "
+        "memory (cpu); auto: where this machine's kernel for it is faster, measured once",
     )
     add_engine_options(command, may_skip=True)
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -110,6 +111,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     location = locate(arguments.model, revision=arguments.revision, token=arguments.token)
     target = detect_target() if arguments.target == "auto" else arguments.target
+    prefill = arguments.prefill_precision
+    if prefill == "auto":
+        prefill, why = _choose_prefill(arguments.precision, target)
+        note(why)
     options = BuildOptions(
         arguments.precision,
         target,
@@ -119,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         symmetric=not arguments.asymmetric,
         head_bits=arguments.head_bits,
         embedding_bits=arguments.embedding_bits,
-        prefill_precision=arguments.prefill_precision,
+        prefill_precision=prefill,
         kv_cache=arguments.kv_cache,
         calibrate=arguments.calibrate,
         yarn_factor=arguments.rope_factor,
@@ -149,3 +154,16 @@ def _check_rope(arguments: argparse.Namespace) -> None:
         raise UserError("--rope-scaling yarn and --rope-factor F go together; give both or neither")
     if factor is not None and not 1 < factor < math.inf:
         raise UserError(f"--rope-factor {factor} must be a number above 1: how far the positions are stretched")
+
+
+def _choose_prefill(precision: str, target: str) -> tuple[str | None, str]:
+    """What ``--prefill-precision auto`` comes to on this machine, and a line that says why."""
+    from glm4export.bench.kernels import kernel_speeds
+
+    if target != "cpu" or precision not in ("int8", "int4"):
+        return None, "--prefill-precision auto: the weights of the precision, which has no others for prefill"
+    speeds = kernel_speeds()
+    figures = f"{speeds.int8 / 1e9:.0f} GOP/s against {speeds.int4 / 1e9:.0f} of weights in blocks on this machine"
+    if speeds.rows_are_faster:
+        return "int8", f"--prefill-precision auto: int8, {figures}"
+    return None, f"--prefill-precision auto: the precision's own weights, since int8 has {figures}"

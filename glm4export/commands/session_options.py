@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def add_session_options(command: argparse.ArgumentParser) -> None:
-    """Options of commands that open a bundle."""
+    """Options of commands that open a bundle, and that they do."""
+    command.set_defaults(opens_session=True)
     command.add_argument(
         "--provider",
         choices=PROVIDERS,

@@ -71,7 +71,6 @@ def _cache_dims(config: Glm4Config) -> Dims:
 
 _TOKENS: dict[str, Dims] = {INPUT_IDS: ("batch", "seq"), ATTENTION_MASK: ("batch", "total_seq")}
 SIGNATURES: dict[GraphName, Signature] = {
-    PREFILL: Signature(_TOKENS, (LOGITS,)),
+    **dict.fromkeys((PREFILL, STEP), Signature({**_TOKENS, LOGIT_ROWS: ("batch", "rows")}, (LOGITS,))),
     DECODE: Signature(_TOKENS, (LOGITS,)),
-    STEP: Signature({**_TOKENS, LOGIT_ROWS: ("batch", "rows")}, (LOGITS,)),
 }

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from glm4export.inspection.estimate import estimate
-from glm4export.machine import memory_bytes
+from glm4export.machine import huge_pages, memory_bytes
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, CheckpointError, Location
 from glm4export.sources.config import read_config
 from glm4export.sources.tied import as_stored
@@ -45,6 +45,7 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
         },
         "engines": [_engine(spec, cache.layers) for spec in read_engine_specs(folder)],
         "graphs": {name: _graph(folder / spec.file) for name, spec in manifest.graphs.items()},
+        "huge_pages": huge_pages(),
         "files": {name: {"size": spec.size, "sha256": spec.sha256} for name, spec in manifest.files.items()},
     }
 
@@ -65,10 +66,17 @@ def text(facts: dict[str, Any]) -> str:
     for name, graph in facts["graphs"].items():
         nodes = ", ".join(f"{count} {kind}" for kind, count in graph["nodes"].items())
         lines.append(f"  {name:<10} {_bytes(graph['weight_bytes'])} of weights; {nodes}")
+    lines.append(f"  memory     {_PAGES.get(facts['huge_pages'], 'no huge pages on this machine')}")
     for engine in facts["engines"]:
         lines += _engine_lines(engine)
     lines += [f"  {_bytes(spec['size']):>10}  {name}" for name, spec in facts["files"].items()]
     return "\n".join(lines)
+
+
+_PAGES = {
+    "always": "in huge pages on this machine",
+    "madvise": "in huge pages on this machine, for which commands ask, and programs by load(huge_pages=True)",
+}
 
 
 def inspect_model(location: Location, target: Target) -> dict[str, Any]:

@@ -5,7 +5,8 @@ The nodes around each matmul cost under 2% of it: one QuantizeLinear behind a di
 MatMulIntegerToFloat, which applies the channels' scales inside the kernel; the row's scale is multiplied in after.
 
 Activations take 7 bits, 1 to 127 around 64, on any machine: without VNNI, kernels add two products in 16 bits, which
-255 * 127 * 2 would saturate and 127 * 127 * 2 does not.
+255 * 127 * 2 would saturate and 127 * 127 * 2 does not. Where kernels don't, the runtime replaces both constants and
+rounds to 8 bits (:mod:`glm4runtime.backends.int8_range`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from glm4export.passes.counted import Counts, counts, layers_linears
 from glm4export.passes.lower_attention_gqa import CONTRIB
 from glm4export.weights.recipes import Recipe, RowQuantizedPart
 from glm4export.weights.storage import HEAD
+from glm4runtime.contract import ACTIVATION_STEP, ACTIVATION_ZERO
 
 _ZERO_POINT = 64
 _LEVELS = 63
@@ -41,13 +43,13 @@ class _Constants:
 
     def __init__(self, skeleton: Skeleton) -> None:
         def constant(name: str, value: float | list[int], dtype: ir.DataType) -> ir.Value:
-            return skeleton.constant(f"rows/{name}", ir.tensor(value, dtype=dtype))
+            return skeleton.constant(name, ir.tensor(value, dtype=dtype))
 
-        self.last_axis = constant("last_axis", [-1], ir.DataType.INT64)
-        self.one = constant("one", 1.0, ir.DataType.FLOAT)
-        self.inverse_levels = constant("inverse_levels", 1 / _LEVELS, ir.DataType.FLOAT)
-        self.tiny = constant("tiny", 1e-30, ir.DataType.FLOAT)  # a row of zeros: 0 / tiny, not 0 / 0
-        self.zero_point = constant("zero_point", _ZERO_POINT, ir.DataType.UINT8)
+        self.last_axis = constant("rows/last_axis", [-1], ir.DataType.INT64)
+        self.one = constant("rows/one", 1.0, ir.DataType.FLOAT)
+        self.inverse_levels = constant(ACTIVATION_STEP, 1 / _LEVELS, ir.DataType.FLOAT)
+        self.tiny = constant("rows/tiny", 1e-30, ir.DataType.FLOAT)  # a row of zeros: 0 / tiny, not 0 / 0
+        self.zero_point = constant(ACTIVATION_ZERO, _ZERO_POINT, ir.DataType.UINT8)
 
 
 def _quantize_activation(

@@ -20,20 +20,14 @@ Rows = Callable[[Inputs], Tensor | None]  # int64 [batch, rows], indices into se
 
 
 def every_row(inputs: Inputs) -> None:
-    """Decode: the logits of every position given, one token a step, or several to verify drafts."""
-
-
-def last_row(inputs: Inputs) -> Tensor:
-    """Prefill of a prompt, or a chunk of one: each row's last real token. Rows are right-padded; the mask has them."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    past = mask.shape[1] - ids.shape[1]
-    return mask.sum(1, keepdim=True) - 1 - past
+    """The logits of every position given, as runtimes that know the ecosystem's names expect."""
 
 
 def chosen_rows(inputs: Inputs) -> Tensor:
-    """Both phases in one graph, as a TensorRT engine holds the weights of each graph it is made of.
+    """All phases in one graph, whose weights are then in memory once.
 
-    Prefill asks for the last row's logits only, decode for its one row's, the verification of drafts for every row's.
+    A prompt asks for its last row's logits only, a decode step for its one row's, the verification of drafts for every
+    row's.
     """
     return inputs["logit_rows"]
 
@@ -60,7 +54,7 @@ class Graph(nn.Module):
 
 
 GRAPHS: dict[str, tuple[Rows, type[CausalLMHead]]] = {
-    "prefill": (last_row, CausalLMHead),
+    "prefill": (chosen_rows, CausalLMHead),
     "decode": (every_row, CausalLMHead),
     "step": (chosen_rows, CausalLMHead),
 }

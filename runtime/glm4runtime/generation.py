@@ -54,7 +54,7 @@ class Generation(Iterator[int]):
 
     @property
     def lookup(self) -> Counts:
-        """Runs of the decode graph so far, and guesses."""
+        """Runs of steps so far, and guesses."""
         return self._lookup.counts
 
     def __next__(self) -> int:

@@ -77,7 +77,7 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class Counts:
-    """``runs`` of the decode graph were made, with ``drafted`` guesses in them, of which ``accepted`` proved right."""
+    """``runs`` of steps were made, with ``drafted`` guesses in them, of which ``accepted`` proved right."""
 
     runs: int = 0
     drafted: int = 0
@@ -86,7 +86,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of the decode graph: its draft, and how many of its tokens are in the text."""
+    """A run of steps: its draft, and how many of its tokens are in the text."""
 
     draft: tuple[int, ...] = ()
     accepted: int = 0

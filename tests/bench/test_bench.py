@@ -15,15 +15,17 @@ import onnxruntime as ort
 import pytest
 
 from glm4export import cli, machine
+from glm4export.bench import kernels, plot
 from glm4export.bench import limits as bench_limits
 from glm4export.bench import measure as bench
-from glm4export.bench import plot
 from glm4export.bench import report as bench_report
+from glm4export.bench.kernels import KernelSpeeds
 from glm4export.bench.limits import Limits
-from glm4export.bench.matmul_model import matmul_model
 from glm4export.bench.workload import Workload, linear_weights, workload
 from glm4runtime import BundleError, load
-from glm4runtime.contract import read_manifest
+from glm4runtime.backends import ort as ort_runner
+from glm4runtime.backends.matmul_model import int4_model, matmul_model
+from glm4runtime.contract import DECODE, PREFILL, read_manifest
 from glm4runtime.contract.onnxfile import read_graph
 from tests.conftest import Build
 from tests.helpers import checkpoints
@@ -175,7 +177,10 @@ def test_operations_are_those_of_the_linears(bundles: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("graph", ["decode", "prefill"])
-def test_batches_compute_what_one_sequence_does(graph: str, bundles: dict[str, Path]) -> None:
+def test_batches_compute_what_one_sequence_does(
+    graph: str, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_runner, "graphs_to_open", lambda *_: (PREFILL, DECODE))
     session = load(bundles["fp32"])
     runner = session.runner
     for buffer in runner._cache._buffers.values():
@@ -435,3 +440,60 @@ def test_cpu(system: Callable[..., None]) -> None:
     system(**{"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd asimddp\n"})
     assert machine.cpu_features() == ("asimd", "asimddp")
     assert machine.cpu_name()
+
+
+def test_kernel_speeds_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = {"int4": 3e11, "int8": 7e11}
+    monkeypatch.setattr(kernels, "matmul_peak", measured.pop)
+    assert kernels.kernel_speeds() == kernels.kernel_speeds() == KernelSpeeds(3e11, 7e11)
+    (kept,) = tmp_path.rglob("*.json")
+    assert KernelSpeeds(3e11, 7e11).rows_are_faster and not KernelSpeeds(3e11, 3.5e11).rows_are_faster
+    for damage in ("", "[]", '{"int4": "x", "int8": 1}', '{"int4": 1}', '{"int4": 0, "int8": 1}'):
+        kept.write_text(damage)
+        measured |= {"int4": 1e11, "int8": 2e11}
+        assert kernels.kernel_speeds() == KernelSpeeds(1e11, 2e11)
+    kept.unlink()
+    kept.parent.rmdir()
+    kept.parent.write_text("in the way")
+    measured |= {"int4": 1e11, "int8": 2e11}
+    assert kernels.kernel_speeds() == KernelSpeeds(1e11, 2e11)
+
+
+def test_the_int4_kernel_multiplies() -> None:
+    """Against numpy: 2 and -3 as 4-bit values around 8, in blocks of 32 with scales of their own."""
+    packed = np.full((5, 2, 16), 0xAA, np.uint8)
+    packed[:, 1] = 0x55
+    scales = np.arange(1, 11, dtype=np.float32)
+    model = int4_model(packed, scales)
+    (found,) = ort.InferenceSession(model).run(None, {"A": np.ones((3, 64), np.float32)})
+    wanted = 32 * (2 * scales[0::2] - 3 * scales[1::2])
+    np.testing.assert_allclose(found, np.broadcast_to(wanted, (3, 5)), rtol=1e-3)
+    onnx.checker.check_model(onnx.load_from_string(matmul_model(np.ones((4, 4), np.float32))))
+
+
+@pytest.mark.parametrize(
+    ("speeds", "argv", "prefill", "told"),
+    [
+        ((3e11, 7e11), ["--precision", "int4"], "int8", "auto: int8, 700 GOP/s against 300 of weights in blocks"),
+        ((3e11, 3e11), ["--precision", "int4"], "int4", "since int8 has 300 GOP/s against 300 of weights in blocks"),
+        ((3e11, 7e11), ["--precision", "fp32"], "fp32", "which has no others for prefill"),
+    ],
+)
+def test_prefill_precision_auto(
+    speeds: tuple[float, float],
+    argv: list[str],
+    prefill: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(kernels, "kernel_speeds", lambda: KernelSpeeds(*speeds))
+    folder = checkpoints.save(checkpoints.random_model(), tmp_path / "checkpoint")
+    out = tmp_path / "bundle"
+    build = ["build", str(folder), "-o", str(out), "--target", "cpu", "--prefill-precision", "auto", *argv]
+    assert cli.main(build) == 0
+    assert told in capsys.readouterr().err
+    operators = {node.op for node in read_graph(out / "prefill.onnx").nodes}
+    assert ("MatMulIntegerToFloat" in operators) == (prefill == "int8")

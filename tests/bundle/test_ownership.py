@@ -87,7 +87,7 @@ def test_a_file_where_a_folder_is_listed_and_the_reverse(out: Path) -> None:
     [
         ('{"name": "my web app", "icons": []}', r"a bundle of ours \(manifest.json: key 'format_version' is missing\)"),
         ("[]", r"a bundle of ours \(manifest.json: expected an object, found list\)"),
-        ('{"format_version": 2}', r"a bundle of ours \(manifest.json: bundle format 2, this version reads format 1\)"),
+        ('{"format_version": 3}', r"a bundle of ours \(manifest.json: bundle format 3, this version reads format 2\)"),
         ("\udcff", r"a bundle of ours \('utf-8' codec can't decode byte .*\)"),
     ],
 )

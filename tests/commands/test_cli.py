@@ -378,8 +378,8 @@ def test_bundles_that_are_none(command: list[str], fails: Fails, bundle: Path, t
     assert re.search(r"weights\.bin: \d+ bytes, the manifest says \d+; copy or build the bundle again", message(bundle))
     (bundle / "weights.bin").unlink()
     assert "weights.bin: missing; the manifest lists it." in message(bundle)
-    edit(bundle / MANIFEST, format_version=2)
-    assert "bundle format 2, this version reads format 1; upgrade glm4export" in message(bundle)
+    edit(bundle / MANIFEST, format_version=3)
+    assert "bundle format 3, this version reads format 2; upgrade glm4export" in message(bundle)
     (bundle / MANIFEST).write_text("{")
     assert "manifest.json: not valid JSON" in message(bundle)
 

@@ -120,7 +120,8 @@ def test_ragged_batches_and_buffers_of_their_own(build_bundle: Build, text: Path
         mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
         session = ort.InferenceSession(bundle / f"{graph}.onnx")
         outputs = ["logits", *(present_name(*name) for name in names)]
-        logits, *present = session.run(outputs, {"input_ids": np.array(ids), "attention_mask": mask, **past})
+        last = {"logit_rows": np.array(lengths)[:, None] - 1} if graph == "prefill" else {}
+        logits, *present = session.run(outputs, {"input_ids": np.array(ids), "attention_mask": mask, **last, **past})
         past.update({past_name(*name): value for name, value in zip(names, present, strict=True)})
         return np.asarray(logits[:, -1])
 
@@ -166,6 +167,7 @@ def test_prefill_holds_one_layers_float_copy_at_a_time(demo: dict[str, Path], tm
     names = [(layer, part) for layer in range(spec.layers) for part in ("key", "value")]
     feed: dict[str, np.ndarray] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 9), np.int64)}
     shape = (1, spec.kv_heads, 16, spec.head_dim)
+    feed["logit_rows"] = np.array([[2]])
     session.run(None, {**feed, **{past_name(*name): np.ones(shape, np.int8) for name in names}})
     events = json.loads(Path(session.end_profiling()).read_text())
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]

@@ -67,8 +67,10 @@ def test_decode_graph_gives_every_position_and_takes_ragged_batches(build_bundle
 
     prefill, decode = (ort.InferenceSession(bundle / f"{name}.onnx") for name in ("prefill", "decode"))
     outputs = ["logits", *(present for _, present in names)]
-    logits, *presents = prefill.run(outputs, {"input_ids": ids, "attention_mask": mask, **cache})
-    every, *_ = decode.run(outputs, {"input_ids": ids, "attention_mask": mask, **cache})
+    last = (lengths - 1)[:, None]
+    feed = {"input_ids": ids, "attention_mask": mask, **cache}
+    logits, *presents = prefill.run(outputs, {**feed, "logit_rows": last})
+    every, *_ = decode.run(outputs, feed)
     assert logits.shape == (3, 1, 96) and every.shape == (3, 5, 96)
     for row, prompt in enumerate(prompts):
         wanted = reference(model, prompt)

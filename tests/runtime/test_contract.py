@@ -100,8 +100,8 @@ def test_names_and_sizes() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", FORMAT_VERSION + 1, r"bundle format 2, this version reads format 1; upgrade glm4export"),
-        ("format_version", 0, r"bundle format 0, this version reads format 1; build the bundle again"),
+        ("format_version", FORMAT_VERSION + 1, r"bundle format 3, this version reads format 2; upgrade glm4export"),
+        ("format_version", 1, r"bundle format 1, this version reads format 2; build the bundle again"),
         ("format_version", ..., r"key 'format_version' is missing; build the bundle again"),
         ("format_version", "1", r"format_version is '1', expected int"),
         ("format_version", True, r"format_version is True, expected int"),

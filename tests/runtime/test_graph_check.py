@@ -59,10 +59,10 @@ def put(path: str, value: Any) -> Change:
         (put("cache/head_dim", 32), r"the manifest's cache is float32 \['batch', 2, 2048, 32\]"),
         (put("cache/dtype", "int8"), r"the manifest's cache is int8 \['batch', 2, 2048, 64\]"),
         (put("vocab_size", 10**12), r"its logits are \[2048\] wide, the manifest's vocab_size is 1000000000000"),
-        (put("graphs/prefill/inputs/2/dims/1", 4), r"its input is 'past_key_values\.0\.key' float32 \['batch', 2, "
+        (put("graphs/prefill/inputs/3/dims/1", 4), r"its input is 'past_key_values\.0\.key' float32 \['batch', 2, "
          r".*, the manifest says 'past_key_values\.0\.key' float32 \['batch', 4, "),
         (put("graphs/prefill/outputs/0/name", "x"), "its output is 'logits' .*, the manifest says 'x' "),
-        (lambda m: m["graphs"]["prefill"]["inputs"].pop(), "it has 10 inputs, the manifest lists 9"),
+        (lambda m: m["graphs"]["prefill"]["inputs"].pop(), "it has 11 inputs, the manifest lists 10"),
     ],
 )  # fmt: skip
 def test_sizes_that_are_not_the_graphs(what: Change, message: str, bundle: Path) -> None:

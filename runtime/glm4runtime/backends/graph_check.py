@@ -1,15 +1,18 @@
-"""Check a bundle's graph files against its manifest, before anything is opened or allocated.
+"""Check a bundle's graph files against its manifest, before anything is opened or allocated, and choose among them.
 
 A manifest's sizes decide how much memory is taken; the graphs' are the ones that fit the weights.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from glm4runtime.contract import (
+    DECODE,
     LOGITS,
+    PREFILL,
     BundleError,
     CacheSpec,
     Manifest,
@@ -40,6 +43,24 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
         for file in sorted(graph.files):
             if (Path(spec.file).parent / file).as_posix() not in manifest.files:
                 raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
+
+
+def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Of a bundle's prefill and decode graphs, those that a session needs: the first for prompts, the last for steps.
+
+    Prefill computes whichever rows of logits are asked for, and so everything. Only where decode has other kernels or
+    weights is it needed as well: beside int8 prefill, and on a CPU with an int8 cache, over which prompts attend to a
+    wider copy. Raises BundleError where a graph can't be read.
+    """
+    prefill, decode = (read_graph(folder / manifest.graphs[name].file) for name in (PREFILL, DECODE))
+    return (PREFILL,) if _weighted(prefill) == _weighted(decode) else (PREFILL, DECODE)
+
+
+def _weighted(graph: Graph) -> Counter[tuple[str, ...]]:
+    """The operators that read stored numbers, with the names of what they read; int64 ones are shapes and indices."""
+    numbers = {name for name, stored in graph.stored.items() if stored.dtype != "int64"}
+    read = ((node.domain, node.op, *(name for name in node.inputs if name in numbers)) for node in graph.nodes)
+    return Counter(node for node in read if len(node) > 2)
 
 
 def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -> None:

@@ -1,18 +1,24 @@
-"""Prefill and decode graphs in ONNX Runtime, over one cache, everything bound once."""
+"""Prefill and decode graphs in ONNX Runtime, over one cache, everything bound once.
+
+The prefill graph computes steps too, and is the only one that is opened where decode has the same weights and kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from glm4runtime.backends.cache import Buffer, Cache
+from glm4runtime.backends.graph_check import graphs_to_open
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
 from glm4runtime.backends.runner import MAX_RUN, Runner
-from glm4runtime.contract import ATTENTION_MASK, DECODE, INPUT_IDS, LOGITS, PREFILL, Manifest
+from glm4runtime.backends.side_by_side import side_by_side
+from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest
 
 
 class OrtRunner(Runner):
@@ -28,7 +34,7 @@ class OrtRunner(Runner):
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
     ) -> None:
-        """Open both graphs and allocate the cache; arguments as :func:`glm4runtime.load`'s.
+        """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
@@ -41,15 +47,23 @@ class OrtRunner(Runner):
         self._token = Buffer((1, 1), "int64", device)
         self._draft = Buffer((1, MAX_RUN), "int64", device)
         self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory
-        self._prefill, self._decode = (
-            _open_graph(folder, manifest, name, provider, threads) for name in (PREFILL, DECODE)
-        )
+        self._rows = Buffer((1, MAX_RUN), "int64", device)  # a run's rows in order: all of a draft's, a step's one
+        self._rows.write(np.arange(MAX_RUN)[None])
+        self._last = Buffer((1, 1), "int64", device)
+        names = graphs_to_open(folder, manifest)
+        calls = [_opening(folder, manifest, name, provider, threads) for name in names]
+        self._graphs = dict(zip(names, side_by_side(calls), strict=True))
+        self._prefill, self._decode = self._graphs[PREFILL], self._graphs[self.step_graph]
         self._prefill_binding, self._decode_binding = self._prefill.io_binding(), self._decode.io_binding()
         self._verify_binding = self._decode.io_binding()
         for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
             self._cache.bind(binding)
             self._logits.bind_output(binding, LOGITS, (1, 1, manifest.vocab_size))
         self._token.bind_input(self._decode_binding, INPUT_IDS)
+        self._last.bind_input(self._prefill_binding, LOGIT_ROWS)
+        self._chooses = self.step_graph == PREFILL
+        if self._chooses:
+            self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
 
     @property
@@ -62,18 +76,26 @@ class OrtRunner(Runner):
 
     @property
     def graphs(self) -> dict[str, Any]:
-        """The onnxruntime sessions of both graphs by name, for runs over a cache of one's own."""
-        return {PREFILL: self._prefill, DECODE: self._decode}
+        """The onnxruntime sessions of the graphs that are open, by name, for runs over a cache of one's own."""
+        return self._graphs
+
+    @property
+    def step_graph(self) -> str:
+        """The name of the graph that computes steps and drafts: ``decode`` where both are open."""
+        return list(self._graphs)[-1]
 
     def _release(self) -> None:
-        del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode
+        del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         del self._cache, self._mask, self._prompt, self._token, self._draft, self._logits, self._row
+        del self._rows, self._last
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
         self._prompt.host[0, :count] = ids
         self._prompt.upload()
         self._prompt.bind_input(binding, INPUT_IDS, (1, count))
+        self._last.host[0, 0] = count - 1 - padding
+        self._last.upload()
         mask = self._mask
         if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
             mask = Buffer((1, count), "int64", self.device)
@@ -95,13 +117,15 @@ class OrtRunner(Runner):
         self._draft.upload()
         self._draft.bind_input(binding, INPUT_IDS, (1, count))
         self._mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        if self._chooses:
+            self._rows.bind_input(binding, LOGIT_ROWS, (1, count))
         self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
         self._decode.run_with_iobinding(binding)
         rows: np.ndarray = self._logits.array[0, :count]
         return rows
 
 
-def _open_graph(folder: Path, manifest: Manifest, graph: str, provider: str, threads: int) -> Any:
+def _opening(folder: Path, manifest: Manifest, graph: str, provider: str, threads: int) -> Callable[[], Any]:
     prepared = prepared_graph(folder, manifest, graph) if provider == "cpu" else None
     path = prepared or folder / manifest.graphs[graph].file
-    return open_session(path, provider, threads, optimized=prepared is not None)
+    return partial(open_session, path, provider, threads, optimized=prepared is not None)

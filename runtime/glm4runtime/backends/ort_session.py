@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime.backends.fork import refuse_in_children
+from glm4runtime.backends.int8_range import use_eight_bits
 from glm4runtime.contract import BundleError, UserError, installing
 
 ort.disable_telemetry_events()  # for where the user's own code imported it before us: see glm4runtime/__init__.py
@@ -59,6 +60,9 @@ def open_session(
     settings.intra_op_num_threads = threads
     # A worker that spins between two sessions' runs takes a core from the next one: 5% of a decode step on two cores.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if provider == "cpu":
+        use_eight_bits(settings)
+        settings.add_session_config_entry("session.prepack.enable_parallel", "1")  # weights repacked by all threads
     chosen: Any = [(name, dict(options or {}))]
     if provider == "tensorrt":
         chosen.append(NAMES["cuda"])  # nodes that TensorRT leaves

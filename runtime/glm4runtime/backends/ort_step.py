@@ -7,6 +7,7 @@ its rows of the mask whole, ``max_seq_len`` bytes per row, since ONNX Runtime of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.runner import MAX_RUN, Runner
+from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.backends.step import RunInputs, Staircase, cache_shapes, fill_band, input_shapes
 from glm4runtime.contract import ATTENTION_MASK, LOGITS, STEP, CacheSpec, Manifest
 from glm4runtime.folder.layout import ORT_CACHES
@@ -43,7 +45,8 @@ class OrtStepRunner(Runner):
         device = self.device = device_of(provider)
         longest = max(self.prefill_chunk, min(MAX_RUN, manifest.cache.max_seq_len))
         options = provider_options(folder, manifest.cache, provider, longest)
-        self._step = open_session(folder / manifest.graphs[STEP].file, provider, threads, options=options)
+        path = folder / manifest.graphs[STEP].file
+        (self._step,) = side_by_side([partial(open_session, path, provider, threads, options=options)])
         self._cache = Cache(manifest.cache, manifest.cache.max_seq_len, device)
         if device != "cpu":
             self._cache.clear()

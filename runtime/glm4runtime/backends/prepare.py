@@ -1,8 +1,9 @@
 """Weights as this machine's kernels want them, saved once and mapped by every session: one copy in memory.
 
-ONNX Runtime repacks weights when it opens a graph, on the heap, once per session: prefill and decode hold two copies of
-what is one file. :func:`prepare` saves the repacked weights instead. Both graphs then map the same file, and so do all
-processes on the machine. What was saved fits one CPU and one onnxruntime release; for another it's passed over.
+ONNX Runtime repacks weights when it opens a graph, on the heap, once per session. :func:`prepare` saves the repacked
+weights instead, and all processes on the machine map the same file: it's for several workers, since a single session
+holds one copy anyway, on huge pages, which a mapped file isn't on. What was saved fits one CPU and one onnxruntime
+release; for another it's passed over.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime import signals
+from glm4runtime.backends.int8_range import use_eight_bits
+from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import WEIGHTS, BundleError, FieldReader, FileSpec, Manifest, UserError, check_file, sha256_of
 from glm4runtime.folder.layout import PREPARED, PREPARED_NOTE, prepared_strangers, read_prepared_note
 from glm4runtime.folder.scratch import locked, scratch_folder, sweep
@@ -179,17 +181,8 @@ def _save(source: Path, target: Path) -> None:
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", _MIN_BYTES)
-    failed: list[Exception] = []
-
-    def open_session() -> None:
-        try:
-            ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own classes
-            failed.append(error)
-
-    # a thread of its own: one long call, behind which a signal would wait in the main thread
-    thread = threading.Thread(target=open_session, daemon=True)
-    thread.start()
-    thread.join()
-    if failed:
-        raise UserError(f"{source}: onnxruntime cannot prepare it: {failed[0]}")
+    use_eight_bits(options)
+    try:
+        side_by_side([lambda: ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])])
+    except Exception as error:  # onnxruntime's own classes
+        raise UserError(f"{source}: onnxruntime cannot prepare it: {error}") from None

@@ -33,6 +33,7 @@ def require_settings(
     prefill_chunk: Any = 512,
     check_hashes: Any = False,
     invariant: Any = False,
+    huge_pages: Any = False,
 ) -> None:
     """Raise UserError for arguments of :func:`glm4runtime.load` that fit no bundle on this machine."""
     if provider is not None and provider not in PROVIDERS:
@@ -47,7 +48,7 @@ def require_settings(
             f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
             "0 lets ONNX Runtime choose"
         )
-    for name, value in (("check_hashes", check_hashes), ("invariant", invariant)):
+    for name, value in (("check_hashes", check_hashes), ("invariant", invariant), ("huge_pages", huge_pages)):
         if not isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not True or False")
 

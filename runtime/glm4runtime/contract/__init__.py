@@ -9,6 +9,8 @@ from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_fil
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec, TokenIds, read_manifest
 from glm4runtime.contract.names import (
+    ACTIVATION_STEP,
+    ACTIVATION_ZERO,
     ATTENTION_MASK,
     CHAT_TEMPLATE,
     DECODE,
@@ -38,6 +40,8 @@ from glm4runtime.contract.names import (
 )
 
 __all__ = [
+    "ACTIVATION_STEP",
+    "ACTIVATION_ZERO",
     "ATTENTION_MASK",
     "CHAT_TEMPLATE",
     "DECODE",

@@ -8,7 +8,7 @@ Target = Literal["cpu", "cuda", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 GraphName = Literal["prefill", "decode", "step"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: prefill graphs gave the last row's logits only
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
@@ -25,8 +25,11 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
 POSITION_IDS = "position_ids"  # step graphs: int64 [batch, seq]
 WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row that a sequence's first new token takes
-LOGIT_ROWS = "logit_rows"  # step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
+LOGIT_ROWS = "logit_rows"  # prefill and step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
+
+ACTIVATION_STEP = "rows/inverse_levels"  # initializers of int8 prefill: 1 / the levels of an activation,
+ACTIVATION_ZERO = "rows/zero_point"  # and the uint8 that stands for 0.0
 
 TENSORRT: Target = "tensorrt"
 TARGETS: tuple[Target, ...] = get_args(Target)
