@@ -53,10 +53,8 @@ def described(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> str:
         block = f" in blocks of {formats.block}, {'symmetric' if formats.symmetric else 'asymmetric'}"
         text += f"; {kept} of {len(linears)} weights keep their own numbers, stored{block}"
     if formats is not None and kept < len(linears):
-        text += (
-            f"; {len(linears) - kept} are dequantized and quantized again, to {options.precision}, which loses more: "
-            "--precision int8 or fp16 loses less"
-        )
+        text += f"; {len(linears) - kept} are dequantized and quantized again, to {options.precision}"
+        text += ", which loses more: --precision int8 or fp16 loses less" if formats.linear_bits == 4 else ""
     ordered = sum(checkpoint.is_permuted(name) for name in linears)
     if ordered:
         text += f"; in {ordered} act-order leaves columns of a group apart, which no kernel here takes"

@@ -190,7 +190,8 @@ def stored_tensors(
                 kind = view.get_dtype()
                 if kind not in dtypes:
                     supported = ", ".join(dtypes)
-                    raise CheckpointError(f"{file}: {printable(name)} has dtype {kind}; supported: {supported}")
+                    hint = "; if it is quantized, config.json lacks its quantization_config" if kind == "I32" else ""
+                    raise CheckpointError(f"{file}: {printable(name)} has dtype {kind}; supported: {supported}{hint}")
                 yield name, StoredTensor(file, tuple(view.get_shape()), dtypes[kind])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({_first_line(error)}); fetch the file again") from None

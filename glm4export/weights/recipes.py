@@ -382,17 +382,15 @@ def _quantized(
     expr: Expr, reader: Tensors, rows: tuple[int, int], ready: _Ready, search: Callable[[Tensor], Quantized]
 ) -> Quantized:
     """Rows of an expression, as they came quantized where they did, else by a search on their values."""
-    if isinstance(reader, Prequantized) and isinstance(expr, Concat):
-        parts = [_quantized(part, reader, inside, ready, search) for part, inside in expr.rows_of_parts(rows)]
-        return joined(parts)
-    given = _given(expr, reader, rows, ready) if isinstance(reader, Prequantized) else None
-    return given or search(expr.read(reader, (rows, (0, expr.shape[1]))))
+    if isinstance(expr, Concat):
+        return joined([_quantized(part, reader, inside, ready, search) for part, inside in expr.rows_of_parts(rows)])
+    return _given(expr, reader, rows, ready) or search(expr.read(reader, (rows, (0, expr.shape[1]))))
 
 
-def _given(expr: Expr, reader: Prequantized, rows: tuple[int, int], ready: _Ready) -> Quantized | None:
+def _given(expr: Expr, reader: Tensors, rows: tuple[int, int], ready: _Ready) -> Quantized | None:
     """Rows of one checkpoint tensor, or of one that is scaled, where it came quantized."""
     if isinstance(expr, Source):
-        return ready(reader, expr.name, rows)
+        return ready(reader, expr.name, rows) if isinstance(reader, Prequantized) else None
     if isinstance(expr, Scale):
         given = _given(expr.of, reader, rows, ready)
         if given is not None:

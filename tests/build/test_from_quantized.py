@@ -16,6 +16,7 @@ from transformers import Glm4ForCausalLM
 from glm4export.build.options import BuildOptions
 from glm4export.sources.config import ConfigError
 from glm4export.verification.verify import verify
+from glm4export.weights.fp16 import BRANCH_SCALE
 from glm4runtime import load
 from glm4runtime.contract import UserError
 from tests.conftest import Build
@@ -25,6 +26,7 @@ from tests.helpers.logits import every_logit, exact_logits
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 96, 20)]
+GATE_UP = "model.layers.1.mlp.gate_up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QKV = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
 BY_ROWS = {"num_bits": 8, "strategy": "channel"}
@@ -125,13 +127,13 @@ OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "larger blocks": (
         {},
         {"precision": "int4", "block_size": 64},
-        "12 are dequantized and quantized again, to int4, which loses more",
+        "12 are dequantized and quantized again, to int4, which loses more: --precision int8 or fp16 loses less",
     ),
     "fewer bits": ({"bits": 8}, {"precision": "int4"}, "12 are dequantized and quantized again, to int4"),
     "act-order": (
         {"shuffled": True},
         {"precision": "int8"},
-        "in 12 act-order leaves columns of a group apart, which no kernel here takes",
+        "12 are dequantized and quantized again, to int8; in 12 act-order leaves columns of a group apart, which no",
     ),
 }
 
@@ -169,11 +171,14 @@ def test_tensorrt_takes_symmetric_blocks_and_rows(build_bundle: Build, tmp_path:
     np.testing.assert_array_equal(stored[f"{DOWN}.int8"], exact)
 
     model = checkpoints.random_model(**WIDE)
-    down = quantized.rounded(model.get_parameter(DOWN).detach().clone(), 4, 64)
+    down, gate_up = (quantized.rounded(model.get_parameter(name).detach().clone(), 4, 64) for name in (DOWN, GATE_UP))
     folder = quantized.save_gptq(model, tmp_path / "int4", group=64)
     stored = initializers(build_bundle(folder, precision="int4", target="tensorrt", max_seq_len=64), "step")
     np.testing.assert_array_equal(stored[f"{DOWN}.int4"].astype(np.int8), (down.q - 8).T.numpy())
     np.testing.assert_array_equal(stored[f"{DOWN}.int4_scales"].reshape(-1, 128), down.scales.T.numpy())
+    np.testing.assert_array_equal(stored[f"{GATE_UP}.int4"].astype(np.int8), (gate_up.q - 8).T.numpy())
+    gate_up.scales[256:] *= BRANCH_SCALE  # of the up half, to keep fp16 finite
+    np.testing.assert_array_equal(stored[f"{GATE_UP}.int4_scales"], gate_up.scales.T.numpy())
 
 
 def test_fp8_weights_stay_what_they_are(build_bundle: Build, text: Path, tmp_path: Path) -> None:

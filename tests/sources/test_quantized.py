@@ -266,6 +266,14 @@ def test_the_ledger_lists_what_stands_for_weights_at_once(mine: Path) -> None:
         assert line in str(error.value), line
 
 
+def test_a_weight_shape_that_is_not_the_weights_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    quantized.save_compressed(checkpoints.random_model(), tmp_path, INT4)
+    change(tmp_path, **{part("weight_shape"): torch.tensor([64, 120])})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(DOWN)}: weight_shape is \[64, 120\], expected \[64, 128\]"):
+        opened(tmp_path)
+
+
 def test_a_truncated_file_is_named(mine: Path) -> None:
     file = mine / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -301,7 +309,9 @@ def test_a_linear_that_lies_there_as_it_is_needs_no_word_of_the_config(mine: Pat
     change(mine, **{part(suffix): None for suffix in ("qweight", "qzeros", "scales", "g_idx")})
     weight = torch.randn(64, 128)
     change(mine, **{part("weight"): weight})
-    quantized.say(mine, {**quantized.GPTQ, "sym": False, "dynamic": {"-:.*(a+)+$": {}}, "meta": {"by": "gptqmodel"}})
+    quantized.say(
+        mine, {**quantized.GPTQ, "sym": False, "dynamic": {"-:.*(a+)+$": {}}, "meta": {"quantizer": "gptqmodel:7.7.0"}}
+    )
     checkpoint = opened(mine)
     assert len(checkpoint.linears) == 11
     assert torch.equal(checkpoint.read(f"{DOWN}.weight", whole((64, 128))), weight)
@@ -314,7 +324,7 @@ def test_layers_quantized_by_rules_of_their_own_are_told_by_their_shapes(mine: P
     with pytest.raises(CheckpointError, match=r"mis-shaped .*down_proj\.qweight: \[32, 64\], expected \[16, 64\]"):
         opened(mine)
     rules = {r"+:.*\.1\.mlp\.down.*": {"bits": 8, "group_size": 64}}
-    quantized.say(mine, {**quantized.GPTQ, "dynamic": rules, "meta": {"by": "gptqmodel"}})
+    quantized.say(mine, {**quantized.GPTQ, "dynamic": rules, "meta": {"quantizer": "gptqmodel:7.7.0"}})
     assert torch.equal(opened(mine).read(f"{DOWN}.weight", whole((64, 128))), of.weight)
 
 
@@ -326,7 +336,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("said", "message"), CONTRADICTIONS, ids=range(len(CONTRADICTIONS)))
 def test_tensors_that_contradict_the_config_are_refused(said: dict[str, Any], message: str, mine: Path) -> None:
-    quantized.say(mine, {**said, "meta": {"by": "gptqmodel"}})
+    quantized.say(mine, {**said, "meta": {"quantizer": "gptqmodel:7.7.0"}})
     with pytest.raises(CheckpointError, match=message):
         opened(mine)
 
@@ -343,6 +353,14 @@ def test_a_checkpoint_that_says_it_is_quantized_and_is_not(tmp_path: Path) -> No
     quantized.say(tmp_path, quantized.GPTQ)
     with pytest.raises(CheckpointError, match="says that weights are quantized, and none is; remove it"):
         opened(tmp_path)
+
+
+def test_a_quantized_checkpoint_whose_config_does_not_say_so(mine: Path) -> None:
+    config = json.loads((mine / "config.json").read_text())
+    del config["quantization_config"]
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has dtype I32; .*; if it is quantized, config\.json lacks its quant"):
+        open_checkpoint(mine)
 
 
 def groups(weights: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -91,6 +91,8 @@ class QuantizedCheckpoint(Checkpoint):
         rows, columns = window
         linear = self.linears[name]
         layout, read, width = linear.layout, self._reader(linear), linear.shape[1]
+        if problems := self._problems(linear.module, layout, linear.shape)[2]:
+            raise CheckpointError(f"{self.folder}: {problems[0]}")
         try:
             codes = layout.codes(read, rows, columns)
             scales, zeros = layout.scales(read, rows, width), layout.zeros(read, rows, width)

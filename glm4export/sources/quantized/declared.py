@@ -143,7 +143,10 @@ def _gptq(keys: _Keys) -> Declared:
     keys.one_of("pack_dtype", ("int32", "torch.int32"), "int32")
     keys.one_of("data_type", ("int",), "int")
     act_order = keys.one_of("desc_act", (True, False), False)
-    borrows = "gptqmodel" in str(keys.data.get("meta") or {})
+    meta = keys.data.get("meta")
+    quantizers = meta.get("quantizer") if isinstance(meta, dict) else None
+    quantizers = quantizers if isinstance(quantizers, list) else [quantizers]
+    borrows = any(isinstance(name, str) and name.startswith("gptqmodel") for name in quantizers)
     dynamic = keys.data.get("dynamic") or {}
     base = {"bits": keys.data.get("bits"), "group_size": keys.data.get("group_size", 128)}
     layouts = []
