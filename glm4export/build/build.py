@@ -109,7 +109,7 @@ def build(
             config = as_stored(declared, checkpoint)
             scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         if isinstance(base, QuantizedCheckpoint) and adapters:
-            note(f"{base.folder}: quantized already; adapters are merged into its dequantized weights, which are new ones")
+            note(f"{base.folder}: quantized already; adapters are merged into its dequantized weights")
         elif isinstance(base, QuantizedCheckpoint):
             options = suited(options, base)
             note(described(options, base))

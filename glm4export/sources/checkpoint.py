@@ -178,9 +178,7 @@ def _with_base(folder: Path) -> str:
     return f"build the model that it was made for, with `--lora {folder}`"
 
 
-def stored_tensors(
-    file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES
-) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> Iterator[tuple[str, StoredTensor]]:
     """What a safetensors file's header says. Raises CheckpointError for a damaged file and for other dtypes."""
     refuse_pointer(file)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ from onnx import numpy_helper
 from torch import Tensor
 from transformers import Glm4ForCausalLM
 
+from glm4export.build.build import build
 from glm4export.build.options import BuildOptions
+from glm4export.sources.checkpoint import Location
 from glm4export.sources.config import ConfigError
+from glm4export.sources.lora import open_adapter
 from glm4export.verification.verify import verify
 from glm4export.weights.fp16 import BRANCH_SCALE
 from glm4runtime import load
 from glm4runtime.contract import UserError
 from tests.conftest import Build
-from tests.helpers import checkpoints, quantized
+from tests.helpers import adapters, checkpoints, quantized
 from tests.helpers.heldout import HELDOUT
 from tests.helpers.logits import every_logit, exact_logits
 
@@ -221,6 +226,23 @@ def test_verify_compares_with_the_dequantized_weights(build_bundle: Build, tmp_p
     bundle = build_bundle(folder, precision="fp32", target="cpu")
     report = verify(load(bundle), checkpoint=str(folder), steps=4)
     assert not report.failures and max(phase.max_abs for phase in report.phases) < 1e-4
+
+
+def test_an_adapter_is_merged_into_the_dequantized_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No integers of the checkpoint's are handed over then, which know nothing of the adapter."""
+    model = checkpoints.random_model()
+    folder = quantized.save_gptq(model, tmp_path / "model")
+    trained = adapters.train(model, tmp_path / "adapter", r=4, target_modules=["down_proj", "q_proj"])
+    adapter, silent = open_adapter(str(trained)), {"stage": lambda name: nullcontext(), "bar": no_bar}
+    options = BuildOptions(precision="fp32", target="cpu")
+    build(Location(folder, {}), tmp_path / "out", options, adapters=[adapter], **silent)
+    assert "quantized already; adapters are merged into its dequantized weights\n" in capsys.readouterr().err
+    wanted = logits(adapters.merge(model, [(trained, 1.0)]))
+    assert np.abs(every_logit(tmp_path / "out", [TOKENS])[0] - wanted).max() <= 2e-5
+
+
+def no_bar(*size_and_name: object) -> nullcontext[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
 
 
 def test_options_given_outright_are_kept() -> None:

@@ -19,10 +19,11 @@ from transformers import Glm4ForCausalLM
 from glm4export.sources.checkpoint import CheckpointError
 from glm4export.sources.config import ConfigError, read_config
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
-from glm4export.weights.quantize import Scheme, dequantize
+from glm4export.weights.quantize import Scheme
 from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError
 from tests.helpers import checkpoints, quantized
+from tests.helpers.dequantize import dequantize
 
 GOLDEN = Path(__file__).parent / "data/gptqmodel.safetensors"
 K_PROJ = "model.layers.0.self_attn.k_proj"
