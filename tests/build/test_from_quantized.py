@@ -164,7 +164,7 @@ def test_small_blocks_share_a_groups_scale(build_bundle: Build, tmp_path: Path) 
     assert np.abs(exact_logits(bundle, TOKENS) - logits(model, halves=True)).max() <= 1e-4
 
 
-def test_tensorrt_takes_symmetric_blocks_and_rows(build_bundle: Build, tmp_path: Path) -> None:
+def test_tensorrt_takes_int8_rows(build_bundle: Build, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     model = checkpoints.random_model(**WIDE)
     scales = (model.get_parameter(DOWN).detach().abs().amax(1) / 127.5).bfloat16()
@@ -175,6 +175,8 @@ def test_tensorrt_takes_symmetric_blocks_and_rows(build_bundle: Build, tmp_path:
     exact = (meant / scales.float()[:, None]).round().T.numpy()
     np.testing.assert_array_equal(stored[f"{DOWN}.int8"], exact)
 
+
+def test_tensorrt_takes_symmetric_blocks(build_bundle: Build, tmp_path: Path) -> None:
     model = checkpoints.random_model(**WIDE)
     down, gate_up = (quantized.rounded(model.get_parameter(name).detach().clone(), 4, 64) for name in (DOWN, GATE_UP))
     folder = quantized.save_gptq(model, tmp_path / "int4", group=64)

@@ -19,6 +19,7 @@ from transformers import Glm4ForCausalLM
 from glm4export.sources.checkpoint import CheckpointError
 from glm4export.sources.config import ConfigError, read_config
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
+from glm4export.sources.quantized.declared import parse_quantization
 from glm4export.weights.quantize import Scheme
 from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError
@@ -444,3 +445,35 @@ def test_quantization_that_is_not_read_is_refused_by_name(name: str, mine: Path)
         open_checkpoint(mine)
     assert isinstance(error.value, UserError)
     assert str(mine / "config.json") in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 200) | st.sampled_from(["group", "int", "float", "", "gemm", 1.5]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "-:a", "bits"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+WEIGHTS = st.dictionaries(st.sampled_from([*INT4, "symmetric", "actorder", "dynamic", "zeta"]), JSON)
+GROUP = st.dictionaries(st.sampled_from(["weights", "targets", "format", "input_activations"]), JSON | WEIGHTS)
+SAID = st.one_of(
+    st.fixed_dictionaries({"x": JSON}).flatmap(
+        lambda x: st.sampled_from([*quantized.GPTQ, "dynamic", "meta", "format"]).map(
+            lambda key: {**quantized.GPTQ, key: x["x"]}
+        )
+    ),
+    st.fixed_dictionaries({"x": JSON}).flatmap(
+        lambda x: st.sampled_from([*quantized.AWQ, "backend"]).map(lambda key: {**quantized.AWQ, key: x["x"]})
+    ),
+    st.dictionaries(st.sampled_from("ab"), JSON | GROUP).map(lambda found: groups(INT4, config_groups=found)),
+    JSON,
+)
+
+
+@given(said=SAID)
+@settings(max_examples=300, deadline=None)
+def test_any_quantization_config_is_read_or_refused(said: object) -> None:
+    try:
+        assert parse_quantization(said, "config.json").layouts
+    except ConfigError as error:
+        assert str(error).startswith("config.json: quantization_config")
