@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from glm4export.build.from_quantized import described, suited
 from glm4export.build.options import BuildOptions
 from glm4export.bundle.folder import PRODUCER, new_bundle, require_space
 from glm4export.bundle.genai import FILE as GENAI_CONFIG
@@ -29,6 +30,7 @@ from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config import config_data, parse_config, read_token_ids, sequence_limit
 from glm4export.sources.lora import Adapter, merged, source_of
+from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
 from glm4export.sources.sidefiles import check_side_files
 from glm4export.sources.tied import as_stored
 from glm4export.sources.turns import with_turn_tokens
@@ -100,12 +102,17 @@ def build(
         tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
         max_seq_len = sequence_limit(declared, options.max_seq_len)
         with stage("check"):
-            base = Checkpoint.open(location.folder)
+            base = open_checkpoint(location.folder)
             base.check(declared)
             checkpoint = merged(base, adapters)
             check_side_files(location.folder)
             config = as_stored(declared, checkpoint)
             scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
+        if isinstance(base, QuantizedCheckpoint) and adapters:
+            note(f"{base.folder}: quantized already; adapters are merged into its dequantized weights")
+        elif isinstance(base, QuantizedCheckpoint):
+            options = suited(options, base)
+            note(described(options, base))
         for adapter in adapters:
             if told := adapter.other_base(location):
                 note(told)
@@ -200,8 +207,8 @@ def _reader(
     sequences = token_sequences(text, checkpoint.folder)
 
     def scheme_for(name: str) -> Scheme | None:
-        if formats is None:  # the text is for the cache alone
-            return None
+        if formats is None or (isinstance(checkpoint, QuantizedCheckpoint) and name in checkpoint.linears):
+            return None  # the text is for the cache alone
         stored = HEAD if name == EMBEDDING else name  # a tied head's data is the embedding's
         return formats.scheme(stored, checkpoint.tensors[name].shape[1])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from glm4export.weights.quantize import BLOCKS
 from glm4export.weights.storage import Formats
 from glm4runtime.contract import TENSORRT, Precision, Target, UserError
 
@@ -36,8 +37,8 @@ class BuildOptions:
     target: Target = "cpu"
     max_seq_len: int | None = None
     simplify: bool = True
-    block_size: int = 128
-    symmetric: bool = True
+    block_size: int | None = None  # None: a quantized checkpoint's, else 128
+    symmetric: bool | None = None  # None: as a quantized checkpoint is, else True
     head_bits: int = 8
     embedding_bits: int = 16
     prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
@@ -81,7 +82,7 @@ class BuildOptions:
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""
-        if not self.symmetric:
+        if self.symmetric is False:
             raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
         if self.embedding_bits != 16:
             raise UserError(
@@ -139,4 +140,5 @@ class BuildOptions:
             return None
         bits = 4 if self.precision == "int4" else 8
         qdq = self.target == TENSORRT
-        return Formats(bits, self.head_bits, self.embedding_bits, self.block_size, self.symmetric, qdq)
+        block, symmetric = self.block_size or BLOCKS[0], self.symmetric is not False
+        return Formats(bits, self.head_bits, self.embedding_bits, block, symmetric, qdq)

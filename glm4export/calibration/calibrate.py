@@ -22,7 +22,7 @@ from glm4export.calibration.observe import Observation, observe
 from glm4export.sources.checkpoint import Checkpoint, StoredTensor
 from glm4export.terminal.progress import Progress
 from glm4export.weights.quantize import Quantized, Scheme
-from glm4export.weights.recipes import Window
+from glm4export.weights.recipes import Prequantized, Window
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 
@@ -96,10 +96,18 @@ class Calibrated:
         return self.checkpoint.read(name, window)
 
     def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
-        """As :meth:`Calibration.quantized`, where the name was calibrated by that scheme."""
-        if self.calibration.schemes.get(name) != scheme:
+        """As :meth:`Calibration.quantized`, where the name was calibrated by that scheme; else as the checkpoint's."""
+        if self.calibration.schemes.get(name) == scheme:
+            return self.calibration.quantized(name, rows)
+        return self.checkpoint.quantized(name, scheme, rows) if isinstance(self.checkpoint, Prequantized) else None
+
+    def quantized_rows(
+        self, name: str, dtype: str, scale_dtype: torch.dtype, rows: tuple[int, int]
+    ) -> Quantized | None:
+        """As the checkpoint's, where it has quantized tensors."""
+        if not isinstance(self.checkpoint, Prequantized):
             return None
-        return self.calibration.quantized(name, rows)
+        return self.checkpoint.quantized_rows(name, dtype, scale_dtype, rows)
 
     def cache_scales(self, layer: int, part: str) -> Tensor:
         """As :meth:`Observation.cache_scales`."""

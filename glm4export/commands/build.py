@@ -75,9 +75,16 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
-        "--block-size", type=int, choices=(32, 64, 128), default=128, help="weights that share a scale (default: 128)"
+        "--block-size",
+        type=int,
+        choices=(32, 64, 128),
+        help="weights that share a scale (default: a quantized checkpoint's, else 128)",
     )
-    quantized.add_argument("--asymmetric", action="store_true", help="a zero point beside each block's scale")
+    quantized.add_argument(
+        "--asymmetric",
+        action="store_true",
+        help="a zero point beside each block's scale (default: where a quantized checkpoint has them)",
+    )
     quantized.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=8, help="lm_head (default: 8)")
     quantized.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16, help="default: 16")
     quantized.add_argument(
@@ -121,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_seq_len,
         simplify=not arguments.no_simplify,
         block_size=arguments.block_size,
-        symmetric=not arguments.asymmetric,
+        symmetric=False if arguments.asymmetric else None,
         head_bits=arguments.head_bits,
         embedding_bits=arguments.embedding_bits,
         prefill_precision=prefill,

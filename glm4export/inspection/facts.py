@@ -12,8 +12,9 @@ import onnx
 
 from glm4export.inspection.estimate import estimate
 from glm4export.machine import huge_pages, memory_bytes
-from glm4export.sources.checkpoint import CONFIG, Checkpoint, CheckpointError, Location
+from glm4export.sources.checkpoint import CONFIG, CheckpointError, Location
 from glm4export.sources.config import read_config
+from glm4export.sources.quantized.checkpoint import open_checkpoint, read_quantization
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.backends.graph_check import require_graphs
@@ -83,9 +84,10 @@ def inspect_model(location: Location, target: Target) -> dict[str, Any]:
     """A checkpoint's facts as JSON-ready values, from its config; see :mod:`glm4export.inspection.estimate`."""
     total, _ = memory_bytes()
     config = read_config(location.folder / CONFIG)
+    read_quantization(location.folder)  # refuses what a build would
     if config.tie_word_embeddings:
         with suppress(CheckpointError):  # its weights aren't here: it is what its config says
-            config = as_stored(config, Checkpoint.open(location.folder))
+            config = as_stored(config, open_checkpoint(location.folder))
     return estimate(config, target, total)
 
 

@@ -31,6 +31,14 @@ SIDE_FILES = (CONFIG, "generation_config.json", *TEXT_FILES)
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED_DTYPES = {
+    **_DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 _MAPPED_BYTES = 1 << 26  # of a file's pages touched before they're unmapped
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEVER_STORED = re.compile(r"model\.rotary_emb\.inv_freq")  # a buffer that some transformers releases saved
@@ -95,8 +103,8 @@ class Checkpoint:
         self.tensors = tensors
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the headers of every shard.
+    def open(cls, folder: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> Checkpoint:
+        """Read the headers of every shard, whose tensors have those dtypes (by safetensors' names).
 
         Raises CheckpointError for missing, damaged or pickled files, and for shards that their index contradicts.
         """
@@ -104,7 +112,7 @@ class Checkpoint:
         files = [folder / name for name in sorted(set(placed.values()) or {_SINGLE})]
         found: dict[str, list[StoredTensor]] = {}
         for file in files:
-            for name, tensor in stored_tensors(file):
+            for name, tensor in stored_tensors(file, dtypes):
                 found.setdefault(name, []).append(tensor)
         if placed:
             _check_index(folder / _INDEX, placed, found)
@@ -138,8 +146,11 @@ class Checkpoint:
                 f"{self.folder}: {shown(adapter)} is a LoRA adapter's, not merged; save what its merge_and_unload() "
                 "returns, or the adapter apart with its save_pretrained(), and give it with --lora"
             )
-        if problem := wrapped(shapes) or mismatches(shapes, config):
+        if problem := wrapped(shapes) or self._mismatches(shapes, config):
             raise CheckpointError(f"{self.folder}: {problem}{self._unread()}")
+
+    def _mismatches(self, shapes: Mapping[str, tuple[int, ...]], config: Glm4Config) -> str | None:
+        return mismatches(shapes, config)
 
     def _unread(self) -> str:
         """A line about safetensors files of the folder that aren't this checkpoint's, if there are any."""
@@ -167,7 +178,7 @@ def _with_base(folder: Path) -> str:
     return f"build the model that it was made for, with `--lora {folder}`"
 
 
-def stored_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> Iterator[tuple[str, StoredTensor]]:
     """What a safetensors file's header says. Raises CheckpointError for a damaged file and for other dtypes."""
     refuse_pointer(file)
     try:
@@ -175,10 +186,11 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             for name in shard.keys():  # noqa: SIM118, not a mapping
                 view = shard.get_slice(name)
                 kind = view.get_dtype()
-                if kind not in _DTYPES:
-                    supported = ", ".join(_DTYPES)
-                    raise CheckpointError(f"{file}: {printable(name)} has dtype {kind}; supported: {supported}")
-                yield name, StoredTensor(file, tuple(view.get_shape()), _DTYPES[kind])
+                if kind not in dtypes:
+                    supported = ", ".join(dtypes)
+                    hint = "; if it is quantized, config.json lacks its quantization_config" if kind == "I32" else ""
+                    raise CheckpointError(f"{file}: {printable(name)} has dtype {kind}; supported: {supported}{hint}")
+                yield name, StoredTensor(file, tuple(view.get_shape()), dtypes[kind])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({_first_line(error)}); fetch the file again") from None
 

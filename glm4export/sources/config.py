@@ -77,8 +77,6 @@ def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
     architectures = data.get("architectures") or []
     if architectures != [ARCHITECTURE]:
         raise ConfigError(f"{where}: architectures={shown(architectures)} is not supported; supported: {ARCHITECTURE}")
-    if data.get("quantization_config") is not None:
-        raise ConfigError(f"{where}: the checkpoint is already quantized; give the original bf16, fp16 or fp32 one")
     _refuse_unknown(data, where)
     key = Keys(data, where)
     act = key("hidden_act", str)

@@ -6,7 +6,7 @@ Arithmetic on names and shapes: a config may speak of more layers than a list of
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 from glm4export.terminal.errors import MOST_LINES, listed, printable
@@ -53,20 +53,36 @@ def expected_tensors(config: Glm4Config) -> Iterator[tuple[str, Shape]]:
     yield from outer.items()
 
 
-def mismatches(found: Mapping[str, Shape], config: Glm4Config) -> str | None:
-    """How the tensors that are there differ from the config's: a heading and a line for each of the first; or None."""
+def expected_shape(name: str, config: Glm4Config) -> Shape | None:
+    """The shape that a tensor of this geometry has; None for one that it hasn't."""
+    return _expected_shape(name, config, *tensor_shapes(config))
+
+
+def mismatches(
+    found: Mapping[str, Shape],
+    config: Glm4Config,
+    missing_parts: Sequence[str] = (),
+    misshaped_parts: Sequence[str] = (),
+) -> str | None:
+    """How the tensors that are there differ from the config's: a heading and a line for each of the first; or None.
+
+    A weight that several tensors stand for is found in its own name and shape; what is wrong with them comes in lines.
+    """
     optional = {HEAD} if config.tie_word_embeddings else set()
     outer, layer = tensor_shapes(config)
     expected = {name: shape for name in found if (shape := _expected_shape(name, config, outer, layer))}
     absent = (item for item in expected_tensors(config) if item[0] not in found and item[0] not in optional)
     count = len(outer) + config.num_hidden_layers * len(layer) - len(optional - found.keys()) - len(expected)
     missing = [f"missing {name} {list(shape)}" for name, shape in islice(absent, min(count, MOST_LINES))]
+    missing += missing_parts
+    count += len(missing_parts)
     unexpected = [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
     misshaped = [
         f"mis-shaped {name}: {list(found[name])}, expected {list(expected[name])}"
         for name in sorted(expected)
         if found[name] != expected[name]
     ]
+    misshaped += misshaped_parts
     counted = [(missing, count), (unexpected, len(unexpected)), (misshaped, len(misshaped))]
     counted = [(lines, number) for lines, number in counted if number]
     if not counted:

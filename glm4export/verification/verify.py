@@ -13,6 +13,7 @@ from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.sources.lora import merged, recorded
+from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.verification.phases import PHASES, Run, run_phases
 from glm4runtime.contract import Manifest, UserError
 from glm4runtime.session import Session
@@ -170,7 +171,7 @@ def _open_source(manifest: Manifest, given: str | None, adapters: Sequence[str])
         folder = locate(source["repo_id"], revision=source["commit"]).folder
     else:
         raise UserError("the bundle was built from a local folder; name it with --checkpoint FOLDER")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     if checkpoint.fingerprint() != source.get("fingerprint"):
         raise UserError(f"{folder}: not the checkpoint that this bundle was built from (config or tensors differ)")
     return merged(checkpoint, recorded(source, adapters))

@@ -54,15 +54,26 @@ class Tensors(Protocol):
 
 
 @runtime_checkable
+class Prequantized(Protocol):
+    """Stored tensors of which some come quantized: by calibration, or by whoever made the checkpoint."""
+
+    def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
+        """Those rows in blocks by that scheme; None where they didn't come so."""
+        ...
+
+    def quantized_rows(
+        self, name: str, dtype: str, scale_dtype: torch.dtype, rows: tuple[int, int]
+    ) -> Quantized | None:
+        """Those rows in int8 or float8_e4m3fn [rows, columns] with a scale each [rows]; None as above."""
+        ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """What a text told of a model, beside its tensors: see :mod:`glm4export.calibration.calibrate`."""
 
     def input_reach(self, name: str) -> float:
         """The largest magnitude that the input of the linear with that weight had in calibration."""
-        ...
-
-    def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
-        """Those rows as calibration quantized them; None where it didn't, or by another scheme."""
         ...
 
     def cache_scales(self, layer: int, part: str) -> Tensor:
@@ -223,8 +234,14 @@ class QuantizedPart:
 
     def quantize(self, reader: Tensors, rows: tuple[int, int]) -> Quantized:
         """All parts of some rows."""
-        ready = _calibrated(self.of, reader, self.scheme, rows)
-        return ready or quantize(self.of.read(reader, (rows, (0, self.of.shape[1]))), self.scheme)
+
+        def ready(given: Prequantized, name: str, inside: tuple[int, int]) -> Quantized | None:
+            return given.quantized(name, self.scheme, inside)
+
+        def search(weight: Tensor) -> Quantized:
+            return quantize(weight, self.scheme)
+
+        return _quantized(self.of, reader, rows, ready, search)
 
     def pick(self, quantized: Quantized) -> Tensor:
         """This part's tensor, in the layout of rows."""
@@ -265,10 +282,16 @@ class RowQuantizedPart:
 
     def transposed(self, reader: Tensors, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """int8 data [columns, rows] and float32 scales [rows] of some rows."""
-        weight = self.of.read(reader, (rows, (0, self.of.shape[1])))
-        quantizer = quantize_rows if self.dtype == "int8" else quantize_rows_fp8
-        data, scales = quantizer(weight, scale_dtype=self.scale_dtype)
-        return data.view(torch.int8).T, scales
+
+        def ready(given: Prequantized, name: str, inside: tuple[int, int]) -> Quantized | None:
+            return given.quantized_rows(name, self.dtype, self.scale_dtype, inside)
+
+        def search(weight: Tensor) -> Quantized:
+            quantizer = quantize_rows if self.dtype == "int8" else quantize_rows_fp8
+            return Quantized(*quantizer(weight, scale_dtype=self.scale_dtype), None)
+
+        quantized = _quantized(self.of, reader, rows, ready, search)
+        return quantized.data.view(torch.int8).T, quantized.scales
 
     def read(self, reader: Tensors, window: Window) -> Tensor:
         data, scales = self.transposed(reader, window[-1])
@@ -352,20 +375,28 @@ def _measured(reader: Tensors) -> Measured:
     return reader
 
 
-def _calibrated(expr: Expr, reader: Tensors, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
-    """Rows of an expression over matrices that calibration has quantized; None where it hasn't."""
-    if isinstance(expr, Source):
-        return reader.quantized(expr.name, scheme, rows) if isinstance(reader, Measured) else None
+_Ready = Callable[[Prequantized, str, tuple[int, int]], Quantized | None]
+
+
+def _quantized(
+    expr: Expr, reader: Tensors, rows: tuple[int, int], ready: _Ready, search: Callable[[Tensor], Quantized]
+) -> Quantized:
+    """Rows of an expression, as they came quantized where they did, else by a search on their values."""
     if isinstance(expr, Concat):
-        parts = [_calibrated(part, reader, scheme, inside) for part, inside in expr.rows_of_parts(rows)]
-        ready = [part for part in parts if part is not None]
-        return joined(ready) if len(ready) == len(parts) else None
-    if isinstance(expr, Scale) and (inner := _calibrated(expr.of, reader, scheme, rows)) is not None:
-        inner.scales[max(expr.start - rows[0], 0) :] *= expr.factor  # exact: a power of two
-        return inner
+        return joined([_quantized(part, reader, inside, ready, search) for part, inside in expr.rows_of_parts(rows)])
+    return _given(expr, reader, rows, ready) or search(expr.read(reader, (rows, (0, expr.shape[1]))))
+
+
+def _given(expr: Expr, reader: Tensors, rows: tuple[int, int], ready: _Ready) -> Quantized | None:
+    """Rows of one checkpoint tensor, or of one that is scaled, where it came quantized."""
+    if isinstance(expr, Source):
+        return ready(reader, expr.name, rows) if isinstance(reader, Prequantized) else None
     if isinstance(expr, Scale):
-        return None
-    raise InternalError(f"recipe {expr}: what calibration quantized can't be found below a {type(expr).__name__}")
+        given = _given(expr.of, reader, rows, ready)
+        if given is not None:
+            given.scales[max(expr.start - rows[0], 0) :] *= expr.factor  # exact: a power of two
+        return given
+    raise InternalError(f"recipe {expr}: what came quantized can't be found below a {type(expr).__name__}")
 
 
 def map_sources(expr: Expr, change: Callable[[Source], Expr]) -> Expr:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from transformers import Glm4ForCausalLM
@@ -19,13 +17,13 @@ from glm4export.sources.config import read_config
 from glm4export.verification.verify import kl_divergence, verify
 from glm4export.weights.quantize import Scheme, quantize
 from glm4runtime import Session, load
-from glm4runtime.contract import UserError, past_name, read_manifest
+from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.text.tokenizer import Tokenizer
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.demo import DEMO, PROMPTS
 from tests.helpers.dequantize import dequantize
-from tests.helpers.logits import every_logit
+from tests.helpers.logits import every_logit, exact_logits
 
 LAYERS = 2
 
@@ -43,20 +41,6 @@ def dequantized(model: Glm4ForCausalLM, bits: int, head_bits: int, embedding_bit
                 scheme = Scheme(width, block, symmetric, torch.float16)
                 tensor.copy_(dequantize(quantize(tensor, scheme), scheme))
     return model
-
-
-def exact_logits(bundle: Path, tokens: list[int]) -> np.ndarray:
-    """The decode graph's logits with MatMulNBits computing in fp32 instead of rounding activations to int8."""
-    model = ir.load(bundle / "decode.onnx")
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-    ir.save(model, bundle / "exact.onnx")
-    cache = read_manifest(bundle).cache
-    shape = (1, cache.kv_heads, len(tokens), cache.head_dim)
-    past = {past_name(i, part): np.zeros(shape, np.float32) for i in range(cache.layers) for part in ("key", "value")}
-    feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
-    return np.asarray(ort.InferenceSession(bundle / "exact.onnx").run(["logits"], feed)[0][0])
 
 
 FORMATS = {

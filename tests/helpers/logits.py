@@ -1,4 +1,4 @@
-"""Shared by tests: every_logit."""
+"""Shared by tests: every_logit, exact_logits."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def every_logit(bundle: Path, texts: list[list[int]], *, strict: bool = False) -
     if strict:
         path.unlink()  # others look at the bundle too
     return np.asarray(logits)
+
+
+def exact_logits(bundle: Path, tokens: list[int]) -> np.ndarray:
+    """The decode graph's logits with MatMulNBits computing in fp32 instead of rounding activations to int8."""
+    model = ir.load(bundle / "decode.onnx")
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    ir.save(model, bundle / "exact.onnx")
+    cache = read_manifest(bundle).cache
+    shape = (1, cache.kv_heads, len(tokens), cache.head_dim)
+    past = {past_name(i, part): np.zeros(shape, np.float32) for i in range(cache.layers) for part in ("key", "value")}
+    feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64), **past}
+    return np.asarray(ort.InferenceSession(bundle / "exact.onnx").run(["logits"], feed)[0][0])

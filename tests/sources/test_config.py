@@ -151,7 +151,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for name in ("prelu", "xielu", "geglu", "")  # the first two have weights of their own
     ),
     ({"hidden_act": 1}, r"hidden_act=1 must be a str"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized; give the original bf16, fp16 or fp32"),
     ({"num_key_value_heads": 3}, r"num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ({"num_key_value_heads": 0}, r"num_key_value_heads=0 must be at least 1"),
     ({"num_hidden_layers": -1}, r"num_hidden_layers=-1 must be at least 1"),

@@ -51,9 +51,6 @@ class Tensors(dict[str, Tensor]):
         self.largest = max(self.largest, data.numel())
         return data
 
-    def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> None:
-        return None
-
     def source(self, tensor: Tensor) -> Source:
         name = f"t{len(self)}"
         self[name] = tensor
@@ -200,7 +197,7 @@ def test_an_expression_that_nobody_knows_is_an_error() -> None:
     ):
         map_sources(Transpose(Concat((strange,))), lambda leaf: leaf)
     scheme = Scheme(4, 32, True, torch.float16)
-    with pytest.raises(InternalError, match=r"unheard\(a\): what calibration quantized can't be found below a Unheard"):
+    with pytest.raises(InternalError, match=r"unheard\(a\): what came quantized can't be found below a Unheard"):
         QuantizedPart(Concat((strange,)), scheme, "data").read(Tensors(), ((0, 2), (0, 1)))
 
 
