@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 EXAMPLE = "example: glm4export classify glm-4-9b-sentiment texts.txt -o labels.jsonl"
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         spans = encoder.manifest.task == TOKEN_CLASSIFICATION
         for first, window in windows(arguments):
             if spans:
-                for found in encoder.classify_tokens(window, progress=progress, first=first):
+                for found in encoder.classify_tokens(cast(list[str], window), progress=progress, first=first):
                     write({"spans": [dataclasses.asdict(span) for span in found]})
             else:
                 for label in encoder.classify(window, progress=progress, first=first):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from glm4runtime import signals
-from glm4runtime.backends.providers import STEP_PROVIDERS
+from glm4runtime.backends.providers import PROVIDERS
 from glm4runtime.contract import UserError, shown
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
         help="each line is a JSON string, a list of token ids, or an object with one of them (default for FILE.jsonl)",
     )
     command.add_argument("--field", default="text", metavar="NAME", help="of the object, default: %(default)s")
-    command.add_argument("--provider", choices=STEP_PROVIDERS, help="default: the bundle's target")
+    command.add_argument("--provider", choices=PROVIDERS, help="default: the bundle's target")
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a text (default: the bundle's)")
     command.add_argument("--truncate", action="store_true", help="cut longer texts at their end")

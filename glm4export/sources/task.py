@@ -42,7 +42,8 @@ def read_task(
 ) -> Task:
     """The task of a config.json that :func:`parse_config` took, or the one that is wanted of it, with its labels.
 
-    Labels are read as transformers does. Raises ConfigError naming key, value and remedy; UserError where the options don't fit the task.
+    Labels are read as transformers does. Raises ConfigError naming key, value and remedy; UserError where the options
+    don't fit the task.
     """
     name = ARCHITECTURES[data["architectures"][0]] if wanted == "auto" else wanted
     if (pooling or normalize) and name != FEATURES:

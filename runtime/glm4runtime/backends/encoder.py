@@ -9,8 +9,9 @@ import numpy as np
 from glm4runtime.backends.graph_check import require_graphs
 from glm4runtime.backends.ort_session import open_session, require_provider
 from glm4runtime.backends.providers import (
+    ENGINE,
     GRAPH_PROVIDERS,
-    STEP_PROVIDERS,
+    PROVIDERS,
     default_provider,
     require_settings,
 )
@@ -28,11 +29,11 @@ class EncoderRunner:
         """
         require_settings(provider=provider, threads=threads)
         chosen = provider or default_provider(manifest)
-        known = STEP_PROVIDERS if manifest.target == TENSORRT else GRAPH_PROVIDERS
+        known = [name for name in PROVIDERS if name != ENGINE] if manifest.target == TENSORRT else GRAPH_PROVIDERS
         if chosen not in known:
             raise UserError(
-                f"{folder}: provider {chosen!r} doesn't run a bundle for {manifest.target} and "
-                f"{manifest.task}; give one of {', '.join(known)}"
+                f"{folder}: provider {chosen!r} doesn't run a bundle for {manifest.target} and {manifest.task} here; "
+                f"give one of {', '.join(known)}"
             )
         require_graphs(folder, manifest)
         require_provider(chosen)

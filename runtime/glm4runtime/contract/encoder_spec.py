@@ -14,13 +14,14 @@ from glm4runtime.contract.names import (
     SENTENCE_EMBEDDING,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
+    TaskName,
 )
 
 POOLINGS = ("last", "mean")
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = PROBLEM_TYPES = (
     "single_label_classification", "multi_label_classification", "regression",
 )  # fmt: skip
-REMEDY = {  # by task: what runs a bundle of that kind
+REMEDY: dict[TaskName, str] = {  # by task: what runs a bundle of that kind
     CAUSAL_LM: "open it with glm4runtime.load; on the command line `generate` runs it",
     FEATURES: "open it with glm4runtime.load_encoder; on the command line `embed` runs it",
     SEQUENCE_CLASSIFICATION: "open it with glm4runtime.load_encoder; on the command line `classify` runs it",
@@ -58,6 +59,6 @@ def encoder_output(task: str, pooling: str | None) -> str:
     return SENTENCE_EMBEDDING if pooling else LAST_HIDDEN_STATE
 
 
-def wrong_task(where: object, task: str) -> UserError:
+def wrong_task(where: object, task: TaskName) -> UserError:
     """A bundle opened or asked for what another one does."""
     return UserError(f"{where}: a bundle for {task}; {REMEDY[task]}")

@@ -25,6 +25,7 @@ from glm4runtime.contract.names import (
     TEXT_FILES,
     WEIGHTS,
     Target,
+    TaskName,
     graph_names,
 )
 
@@ -86,7 +87,7 @@ class Manifest:
     producer: str
     producer_version: str
     family: str
-    task: str
+    task: TaskName
     target: Target
     precision: str
     vocab_size: int
