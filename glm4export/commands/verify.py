@@ -90,6 +90,7 @@ def _verify_encoder(arguments: argparse.Namespace) -> int:
         report = encoders.verify_encoder(
             encoder,
             checkpoint=arguments.checkpoint,
+            adapters=arguments.lora,
             prompts=arguments.prompt,
             max_kl=arguments.max_kl,
             min_top1=arguments.min_top1,

@@ -52,16 +52,18 @@ def verify_encoder(
     encoder: Encoder,
     *,
     checkpoint: str | None = None,
+    adapters: Sequence[str] = (),
     prompts: Sequence[str] = (),
     max_kl: float | None = None,
     min_top1: float | None = None,
 ) -> EncoderReport:
     """Run the bundle over several texts, in its own batches, and compare every number with the fp32 reference's.
 
-    checkpoint: as :func:`glm4export.verification.verify.verify`'s. max_kl, min_top1: instead of the precision's marks.
+    checkpoint, adapters: as :func:`glm4export.verification.verify.verify`'s. max_kl, min_top1: instead of the
+    precision's marks.
     """
     manifest = encoder.manifest
-    source = open_source(manifest, checkpoint)
+    source = open_source(manifest, checkpoint, adapters)
     config = read_config(encoder.folder / CONFIG)
     if TOKENIZER in manifest.files:
         tokens = [encoder.tokenizer.encode_text(text)[0][: encoder.max_seq_len] for text in prompts or PROMPTS]

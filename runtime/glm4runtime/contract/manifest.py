@@ -19,6 +19,7 @@ from glm4runtime.contract.names import (
     FORMAT_VERSION,
     GEOMETRY,
     MANIFEST,
+    MODEL,
     STEP,
     TARGETS,
     TASKS,
@@ -113,9 +114,14 @@ class Manifest:
         return self.cache.max_seq_len if self.encoder is None else self.encoder.max_seq_len
 
     @property
-    def step_sha256(self) -> str:
-        """The sha256 of a TensorRT bundle's graph."""
-        return self.files[self.graphs[STEP].file].sha256
+    def engine_graph(self) -> GraphSpec:
+        """The one graph of a TensorRT bundle, which engines are made of."""
+        return self.graphs[STEP if self.encoder is None else MODEL]
+
+    @property
+    def engine_graph_sha256(self) -> str:
+        """Its sha256."""
+        return self.files[self.engine_graph.file].sha256
 
     def to_json(self) -> str:
         """The file's text; the same manifest always gives the same bytes."""
