@@ -89,13 +89,14 @@ class BuildOptions:
         if task == CAUSAL_LM:
             return
         for option, given in (
+            (f"--precision {self.precision}, which needs --calibrate,", self.precision in CALIBRATED),
             ("--prefill-precision", self.prefill_precision is not None),
             ("--kv-cache", self.kv_cache is not None),
             ("--attention plugin", self.attention == "plugin"),
             ("--calibrate", self.calibrate is not None),
         ):
             if given:
-                raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; leave it out")
+                raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""

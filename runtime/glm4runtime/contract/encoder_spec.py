@@ -43,10 +43,9 @@ class EncoderSpec:
     def read(cls, read: FieldReader, task: str) -> EncoderSpec:
         """The same of a manifest. Raises BundleError."""
         labels = read.items("labels", str)
-        if (task != FEATURES) != bool(labels):
-            raise read.error(
-                f"labels is {shown(list(labels))}, which {task} has {'none' if task == FEATURES else ''}of"
-            )
+        if (task == FEATURES) == bool(labels):
+            expected = "none" if task == FEATURES else "at least one"
+            raise read.error(f"labels is {shown(list(labels))}, expected {expected} for {task}")
         problem = read.one_of("problem_type", PROBLEM_TYPES) if read.optional("problem_type", str) else None
         pooling = read.one_of("pooling", POOLINGS) if read.optional("pooling", str) else None
         return cls(read.positive("max_seq_len"), labels, problem, pooling, read("normalize", bool))
