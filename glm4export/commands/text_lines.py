@@ -43,6 +43,7 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
         "--batch-tokens", type=int, default=2048, metavar="N", help="computed in one run (default: %(default)s)"
     )
     command.add_argument("--json", action="store_true", help="with -o: print the summary as JSON")
+    command.set_defaults(opens_session=True)
 
 
 def open_encoder(arguments: argparse.Namespace) -> Encoder:

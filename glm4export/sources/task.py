@@ -81,11 +81,12 @@ def _labels(data: dict[str, Any], where: str) -> tuple[str, ...]:
         return tuple(f"LABEL_{index}" for index in range(2 if count is None else count))
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(f"{where}: id2label={shown(names)} must be an object of texts by number")
-    if {str(key) for key in names} != {str(index) for index in range(len(names))}:
-        raise ConfigError(f"{where}: id2label's keys {shown(list(names))} must be 0 to {len(names) - 1}")
+    labels = {str(key): name for key, name in names.items()}
+    if labels.keys() != {str(index) for index in range(len(names))}:
+        raise ConfigError(f"{where}: id2label's keys {shown(list(labels))} must be 0 to {len(names) - 1}")
     if count is not None and count != len(names):
         raise ConfigError(f"{where}: num_labels={count}, and id2label has {len(names)}; keep the right one")
-    return tuple(names[str(index)] for index in range(len(names)))
+    return tuple(labels[str(index)] for index in range(len(names)))
 
 
 def _pad(data: dict[str, Any]) -> int | None:

@@ -168,11 +168,11 @@ def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("precision", "least"), [("fp32", 1.0), ("fp16", 0.995), ("int8", 0.97), ("int4", 0.88)])
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 1.0), ("fp16", 0.995), ("int8", 0.98), ("int4", 0.92)])
 def test_labels_agree_with_fp32(
     precision: str, least: float, tagger: Path, build_bundle: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """docs/numerics.md has the shares: 100%, 100%, 99% and 93% of 1,000 tokens that the model never saw."""
+    """docs/numerics.md has the shares of 2,803 tokens: 100%, 100%, 99.5% and 96.9%."""
     bundle = build_bundle(tagger, precision=precision, target="cpu")
     prompts = (tagger / "heldout.txt").read_text(encoding="utf-8").split("\n")[:40]
     given = [item for prompt in prompts if prompt.strip() for item in ("--prompt", prompt)]
