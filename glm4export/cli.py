@@ -17,6 +17,8 @@ COMMANDS = {
     "build": "compile a checkpoint into a bundle",
     "engine": "build TensorRT engines for a finished bundle; no checkpoint needed",
     "generate": "answer a prompt, or chat",
+    "embed": "one embedding per text, of a bundle built with --task features and --pooling",
+    "classify": "labels of texts or of spans in them, of a classifier's bundle",
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
     "perplexity": "score a text: perplexity, loss, bits per byte",
     "inspect": "show what a bundle holds, or what a model will take before it is built",

@@ -321,7 +321,7 @@ def prepare(folder: Path) -> None:
         config=CONFIG,
         source={"fingerprint": "0"},
         tokens=TokenIds((1, 2, 3), 0, None),
-        cache=CacheSpec(2, 2, 32, "float32", 64),
+        kv_cache=CacheSpec(2, 2, 32, "float32", 64),
         graphs=graphs,
         files=specs,
     )

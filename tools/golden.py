@@ -19,10 +19,22 @@ from glm4export.graph.skeleton import Skeleton
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config import read_config
 from glm4export.weights.fp16 import fp16_scales
-from glm4runtime.contract import graph_names
+from glm4graphs.encoder import Encoding
+from glm4runtime.contract import MODEL, Precision, Target, graph_names
 
 GOLDEN = Path(__file__).parent.parent / "graphs" / "golden"
 _GOLDEN_SEQ_LEN = 512
+ENCODERS: dict[
+    tuple[Target, Precision, str], Encoding
+] = {  # heads without a cache, each in some of the targets and precisions: attention is lowered in one way
+    ("cpu", "fp32", "features"): Encoding("features"),
+    ("cpu", "int4", "features-mean"): Encoding("features", pooling="mean", normalize=True),
+    ("cuda", "bf16", "features-last"): Encoding("features", pooling="last"),
+    ("cpu", "int8", "sequence-classification"): Encoding("sequence-classification", 3, 2036),
+    ("tensorrt", "fp16", "sequence-classification"): Encoding("sequence-classification", 3, None),
+    ("cuda", "fp16", "token-classification"): Encoding("token-classification", 3),
+    ("tensorrt", "int4", "token-classification"): Encoding("token-classification", 3),
+}
 
 
 def golden_skeletons() -> dict[str, Skeleton]:
@@ -36,11 +48,18 @@ def golden_skeletons() -> dict[str, Skeleton]:
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
+    tasks: dict[str, Encoding | None] = dict.fromkeys(variants)
+    for (target, precision, head), encoding in ENCODERS.items():
+        variant = f"{target}-{precision}-{head}"
+        variants[variant], tasks[variant] = BuildOptions(precision, target), encoding
     skeletons = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
-        for name in graph_names(options.target):
-            skeleton = compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales)
+        encoding = tasks[variant]
+        for name in graph_names(options.target) if encoding is None else (MODEL,):
+            skeleton = compile_graph(
+                config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales, encoding=encoding
+            )
             skeletons[str(Path(variant) / f"{name}.txt")] = skeleton
     return skeletons
 

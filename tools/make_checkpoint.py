@@ -21,7 +21,6 @@ import torch
 from geometries import GEOMETRIES
 from safetensors.torch import save_file
 
-from glm4export.sources.config import ARCHITECTURE
 from glm4export.sources.ledger import expected_tensors
 from glm4graphs.config import Glm4Config
 
@@ -33,7 +32,7 @@ def config_json(config: Glm4Config) -> dict[str, object]:
     """The config.json of a geometry, in the spelling of the published checkpoints."""
     fields = {name: getattr(config, name) for name in Glm4Config.__dataclass_fields__ if name != "rope"}
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": ["Glm4ForCausalLM"],
         "model_type": "glm4",
         "torch_dtype": "bfloat16",
         **fields,

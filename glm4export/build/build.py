@@ -25,13 +25,15 @@ from glm4export.bundle.genai import genai_config
 from glm4export.calibration.calibrate import calibrate, token_sequences
 from glm4export.calibration.observe import linears
 from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
-from glm4export.graph.trace import trace
+from glm4export.graph.trace import trace, trace_encoder
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config import config_data, parse_config, read_token_ids, sequence_limit
+from glm4export.sources.ledger import unused_heads
 from glm4export.sources.lora import Adapter, merged, source_of
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
 from glm4export.sources.sidefiles import check_side_files
+from glm4export.sources.task import read_task
 from glm4export.sources.tied import as_stored
 from glm4export.sources.turns import with_turn_tokens
 from glm4export.tensorrt.plugin.geometry import Geometry
@@ -42,6 +44,7 @@ from glm4export.weights.recipes import Recipe, Tensors
 from glm4export.weights.storage import EMBEDDING, HEAD
 from glm4export.weights.write import Layout, lay_out, write_weights
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import Encoding
 from glm4runtime.contract import (
     MANIFEST,
     TENSORRT,
@@ -52,6 +55,7 @@ from glm4runtime.contract import (
     GraphSpec,
     Manifest,
     TensorSpec,
+    TokenIds,
     UserError,
     graph_names,
     sha256_of,
@@ -99,14 +103,19 @@ def build(
         config_file = location.folder / CONFIG
         data = config_data(config_file, yarn=options.yarn_factor)
         declared = parse_config(data, str(config_file))
-        tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
+        task = read_task(data, str(config_file), options.task, pooling=options.pooling, normalize=options.normalize)
+        options.require_fit(task.name)
+        causal = task.encoding is None
+        tokens, added = TokenIds((), task.pad, None), dict[str, int]()
+        if causal:
+            tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
         max_seq_len = sequence_limit(declared, options.max_seq_len)
         with stage("check"):
             base = open_checkpoint(location.folder)
-            base.check(declared)
+            base.check(declared, task.encoding)
             checkpoint = merged(base, adapters)
             check_side_files(location.folder)
-            config = as_stored(declared, checkpoint)
+            config = as_stored(declared, checkpoint) if causal else declared
             scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         if isinstance(base, QuantizedCheckpoint) and adapters:
             note(f"{base.folder}: quantized already; adapters are merged into its dequantized weights")
@@ -125,10 +134,14 @@ def build(
                 f"{config_file} says tie_word_embeddings, but {found} from the embedding: "
                 f"{'the stored head' if HEAD in base.tensors else 'a head of its own'} is used, as transformers does"
             )
+        if unused := unused_heads(checkpoint.tensors, task.encoding):
+            note(f"{location.folder}: {', '.join(unused)} left out, since {task.name} needs no head")
         skeletons: dict[str, Skeleton] = {}
-        for name in graph_names(options.target):
+        for name in graph_names(options.target, task.name):
             with stage(f"trace {name}"):
-                skeletons[name] = compile_graph(config, name, options, max_seq_len=max_seq_len, scales=scales)
+                skeletons[name] = compile_graph(
+                    config, name, options, max_seq_len=max_seq_len, scales=scales, encoding=task.encoding
+                )
         recipes = _shared_recipes(skeletons)
         layout = lay_out(recipes)
         calibrated_weights = options.calibrate is not None and options.formats is not None
@@ -143,7 +156,7 @@ def build(
         for graph, skeleton in skeletons.items():
             with stage(f"write {graph}"):
                 graphs[graph] = _write_graph(skeleton, folder / f"{graph}.onnx", recipes, layout)
-        if options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
+        if causal and options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
             text = genai_config(config, tokens, options.target, max_seq_len)
             (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
         for side in SIDE_FILES:
@@ -155,20 +168,15 @@ def build(
             producer=PRODUCER,
             producer_version=version("glm4export"),
             family="glm4",
-            task="causal-lm",
+            task=task.name,
             target=options.target,
             precision=options.precision,
             vocab_size=config.vocab_size,
             config=dataclasses.asdict(config),
             source={**location.source, "fingerprint": checkpoint.fingerprint(), **source_of(adapters)},
             tokens=tokens,
-            cache=CacheSpec(
-                layers=config.num_hidden_layers,
-                kv_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                dtype=options.cache_dtype,
-                max_seq_len=max_seq_len,
-            ),
+            kv_cache=_cache_spec(config, options, max_seq_len) if causal else None,
+            encoder=task.spec(max_seq_len),
             graphs=graphs,
             files=_file_specs(folder, files),
         )
@@ -179,16 +187,36 @@ def build(
 
 
 def compile_graph(
-    config: Glm4Config, name: GraphName, options: BuildOptions, *, max_seq_len: int, scales: Fp16Scales | None
+    config: Glm4Config,
+    name: GraphName,
+    options: BuildOptions,
+    *,
+    max_seq_len: int,
+    scales: Fp16Scales | None,
+    encoding: Encoding | None = None,
 ) -> Skeleton:
-    """Trace one graph and run its target's passes; no weights are read."""
-    model = trace(config, name, dtype=options.compute_dtype, max_seq_len=max_seq_len)
-    skeleton = Skeleton(model, config, max_seq_len)
+    """Trace one graph and run its target's passes; no weights are read. ``encoding`` is for the one without a cache."""
+    dtype = options.compute_dtype
+    if encoding is None:
+        model = trace(config, name, dtype=dtype, max_seq_len=max_seq_len)
+    else:
+        model = trace_encoder(config, encoding, dtype=dtype, max_seq_len=max_seq_len)
+    skeleton = Skeleton(model, config, max_seq_len, encoding)
     if options.attention == "plugin":
         Geometry.of(config, max_seq_len, options.compute_name)  # refuses what the kernels don't take
     for step in pipeline(options, name, scales):
         step(skeleton)
     return skeleton
+
+
+def _cache_spec(config: Glm4Config, options: BuildOptions, max_seq_len: int) -> CacheSpec:
+    return CacheSpec(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=options.cache_dtype,
+        max_seq_len=max_seq_len,
+    )
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from glm4export.weights.quantize import BLOCKS
 from glm4export.weights.storage import Formats
-from glm4runtime.contract import TENSORRT, Precision, Target, UserError
+from glm4runtime.contract import CAUSAL_LM, TENSORRT, Precision, Target, TaskName, UserError
 
 PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
@@ -46,6 +47,9 @@ class BuildOptions:
     calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
     yarn_factor: float | None = None  # stretches plain rope, as --rope-scaling yarn does
     attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
+    task: TaskName | Literal["auto"] = "auto"  # by the checkpoint's class, or one of glm4runtime.contract.TASKS
+    pooling: str | None = None  # features: one embedding per text, of its "last" token or the "mean" of them
+    normalize: bool = False  # and of length 1
 
     def __post_init__(self) -> None:
         possible = PRECISIONS_OF[self.target]
@@ -79,6 +83,20 @@ class BuildOptions:
                 f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(_PLUGIN)}, "
                 f"not with {self.target} and {self.precision}"
             )
+
+    def require_fit(self, task: TaskName) -> None:
+        """Raise UserError for options of a causal language model where the task is another."""
+        if task == CAUSAL_LM:
+            return
+        for option, given in (
+            (f"--precision {self.precision}, which needs --calibrate,", self.precision in CALIBRATED),
+            ("--prefill-precision", self.prefill_precision is not None),
+            ("--kv-cache", self.kv_cache is not None),
+            ("--attention plugin", self.attention == "plugin"),
+            ("--calibrate", self.calibrate is not None),
+        ):
+            if given:
+                raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""

@@ -39,6 +39,15 @@ def reference_logits(
     config: Glm4Config, checkpoint: Checkpoint, texts: Sequence[Text], done: Callable[[], object] = lambda: None
 ) -> list[np.ndarray]:
     """Logits of every text, each float32 [len(tokens) - first, vocab]. ``done`` is called behind each layer."""
+    rows = torch.cat(hidden_states(config, checkpoint, texts, done))
+    logits = _head(checkpoint, config, rows).numpy()
+    return np.split(logits, np.cumsum([len(text.tokens) - text.first for text in texts])[:-1])
+
+
+def hidden_states(
+    config: Glm4Config, checkpoint: Checkpoint, texts: Sequence[Text], done: Callable[[], object] = lambda: None
+) -> list[Tensor]:
+    """The last hidden states of every text, normed, each float32 [len(tokens) - first, hidden]."""
     with torch.no_grad():
         hidden = [_embed(checkpoint, config, text.tokens) for text in texts]
         longest = max(len(text.tokens) for text in texts)
@@ -50,9 +59,7 @@ def reference_logits(
         with torch.device("meta"):
             norm = rms_norm(config)
         _load(norm, checkpoint, "model.norm.")
-        rows = torch.cat([norm(x[0, text.first :]) for x, text in zip(hidden, texts, strict=True)])
-        logits = _head(checkpoint, config, rows).numpy()
-    return np.split(logits, np.cumsum([len(text.tokens) - text.first for text in texts])[:-1])
+        return [norm(x[0, text.first :]) for x, text in zip(hidden, texts, strict=True)]
 
 
 _UNUSED = torch.empty(0)  # the mask and the cache of a layer: a text is seen whole

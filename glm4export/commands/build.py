@@ -15,7 +15,8 @@ from glm4export.commands.engine_options import (
     engine_lines,
     require_flavour,
 )
-from glm4runtime.contract import PRECISIONS, TARGETS, UserError
+from glm4runtime.contract import PRECISIONS, TARGETS, TASKS, UserError
+from glm4runtime.contract.encoder_spec import POOLINGS
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
 CACHES = ("fp32", "fp16", "int8")
@@ -27,6 +28,18 @@ def configure(command: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="checkpoint folder or hub id; the small embedded model when left out"
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="bundle folder (default: NAME-PRECISION)")
+    command.add_argument(
+        "--task",
+        choices=("auto", *TASKS),
+        default="auto",
+        help="default: %(default)s, what the checkpoint's class is for; features may be built of any",
+    )
+    command.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="with --task features: one embedding per text, its last token's or the mean (default: every token's)",
+    )
+    command.add_argument("--normalize", action="store_true", help="with --pooling: embeddings of length 1")
     command.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: %(default)s")
     command.add_argument(
         "--target",
@@ -136,6 +149,9 @@ def run(arguments: argparse.Namespace) -> int:
         calibrate=arguments.calibrate,
         yarn_factor=arguments.rope_factor,
         attention=arguments.attention,
+        task=arguments.task,
+        pooling=arguments.pooling,
+        normalize=arguments.normalize,
     )
     builder = engine_builder(arguments, target)
     adapters = [open_adapter(text, token=arguments.token) for text in arguments.lora]
@@ -146,11 +162,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         facts = {"bundle": str(out), "target": target, "precision": manifest.precision, "bytes": size}
         engines = {} if builder is None else {"engines": engine_facts(builder.built)}
-        cache = manifest.cache
-        print(json.dumps({**facts, "max_seq_len": cache.max_seq_len, "cache_dtype": cache.dtype, **engines}))
+        cache = {"task": manifest.task} if manifest.kv_cache is None else {"cache_dtype": manifest.kv_cache.dtype}
+        print(json.dumps({**facts, "max_seq_len": manifest.max_seq_len, **cache, **engines}))
     else:
-        what = f"{manifest.precision}{' with an int8 cache' if manifest.cache.dtype == 'int8' else ''} for {target}"
-        print(f"{out}: {what}, {size / 1e6:.1f} MB, {manifest.cache.max_seq_len} positions")
+        cached = manifest.kv_cache is not None and manifest.kv_cache.dtype == "int8"
+        what = f"{manifest.precision}{' with an int8 cache' if cached else ''} for {target}"
+        what += "" if manifest.encoder is None else f", {manifest.task}"
+        print(f"{out}: {what}, {size / 1e6:.1f} MB, {manifest.max_seq_len} positions")
         print(*engine_lines([] if builder is None else builder.built), sep="\n", end="\n" * (builder is not None))
     return 0
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from glm4export.commands.session_options import add_session_options, load_session
+from glm4runtime.contract import UserError
 
 EXAMPLE = "example: glm4export verify glm-4-9b-fp16 --checkpoint ./GLM-4-9B-0414"
 
@@ -47,7 +48,10 @@ def configure(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from glm4export.verification import verify
+    from glm4runtime.contract import read_manifest
 
+    if read_manifest(arguments.bundle).encoder is not None:
+        return _verify_encoder(arguments)
     with load_session(arguments, check_hashes=True) as session:
         default = verify.thresholds_of(session.manifest)
         thresholds = verify.Thresholds(
@@ -64,4 +68,32 @@ def run(arguments: argparse.Namespace) -> int:
             thresholds=thresholds,
         )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else verify.table(report))
+    return 1 if report.failures else 0
+
+
+def _verify_encoder(arguments: argparse.Namespace) -> int:
+    """The same for a bundle without a cache."""
+    from glm4export.verification import encoders
+    from glm4runtime import load_encoder
+
+    if arguments.long or arguments.invariant:
+        option = "--long" if arguments.long else "--invariant"
+        raise UserError(f"{option} goes with bundles that generate text; leave it out")
+    with load_encoder(
+        arguments.bundle,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        max_seq_len=arguments.max_seq_len,
+        truncate=True,
+        check_hashes=True,
+    ) as encoder:
+        report = encoders.verify_encoder(
+            encoder,
+            checkpoint=arguments.checkpoint,
+            adapters=arguments.lora,
+            prompts=arguments.prompt,
+            max_kl=arguments.max_kl,
+            min_top1=arguments.min_top1,
+        )
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else encoders.table(report))
     return 1 if report.failures else 0

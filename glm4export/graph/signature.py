@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import SEQUENCE_CLASSIFICATION, Encoding
 from glm4runtime.contract import (
     ATTENTION_MASK,
     DECODE,
@@ -18,6 +19,7 @@ from glm4runtime.contract import (
     PREFILL,
     STEP,
     GraphName,
+    encoder_output,
     past_name,
     present_name,
 )
@@ -34,17 +36,18 @@ class Signature:
 
     inputs: dict[str, Dims]
     outputs: tuple[str, ...]
+    cached: bool = True
 
     def named_inputs(self, config: Glm4Config) -> dict[str, Dims]:
         """Every input of the graph with its dims."""
-        return {**self.inputs, **dict.fromkeys(_of_cache(config, past_name), _cache_dims(config))}
+        return {**self.inputs, **dict.fromkeys(self._of_cache(config, past_name), _cache_dims(config))}
 
     def named_outputs(self, config: Glm4Config) -> list[str]:
         """Every output of the graph."""
-        return [*self.outputs, *_of_cache(config, present_name)]
+        return [*self.outputs, *self._of_cache(config, present_name)]
 
     def example(self, config: Glm4Config, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arguments of a :class:`glm4graphs.graphs.Graph` on the meta device, and their dims for torch.export."""
+        """Arguments of a graph's module on the meta device, and their dims for torch.export."""
         dims = {name: torch.export.Dim(name) for name in _EXAMPLE}
 
         def empty(shape: Dims, dtype: torch.dtype) -> Tensor:
@@ -55,14 +58,27 @@ class Signature:
             return {index: dims[dim] for index, dim in enumerate(shape) if isinstance(dim, str)}
 
         inputs = {name: empty(shape, torch.int64) for name, shape in self.inputs.items()}
+        shapes = {name: dynamic(shape) for name, shape in self.inputs.items()}
+        if not self.cached:
+            return (inputs,), (shapes,)
         layers, past = range(config.num_hidden_layers), _cache_dims(config)
         cache = [(empty(past, dtype), empty(past, dtype)) for _ in layers]
-        shapes = {name: dynamic(shape) for name, shape in self.inputs.items()}
         return (inputs, cache), (shapes, [(dynamic(past), dynamic(past)) for _ in layers])
 
+    def _of_cache(self, config: Glm4Config, name: Any) -> list[str]:
+        layers = range(config.num_hidden_layers if self.cached else 0)
+        return [name(layer, part) for layer in layers for part in ("key", "value")]
 
-def _of_cache(config: Glm4Config, name: Any) -> list[str]:
-    return [name(layer, part) for layer in range(config.num_hidden_layers) for part in ("key", "value")]
+
+def encoder_signature(encoding: Encoding) -> Signature:
+    """Of a graph without a cache: whole texts and their mask.
+
+    A sequence classifier without a pad token takes one text at a time, as in transformers.
+    """
+    alone = encoding.task == SEQUENCE_CLASSIFICATION and encoding.pad_token_id is None
+    dims: Dims = (1 if alone else "batch", "seq")
+    output = encoder_output(encoding.task, encoding.pooling)
+    return Signature({INPUT_IDS: dims, ATTENTION_MASK: dims}, (output,), cached=False)
 
 
 def _cache_dims(config: Glm4Config) -> Dims:

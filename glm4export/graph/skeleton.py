@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from glm4export.weights.recipes import Expr, Recipe, Transpose
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import Encoding
 from glm4runtime.contract import DTYPES
 
 
@@ -30,6 +31,7 @@ class Skeleton:
     model: ir.Model
     config: Glm4Config
     max_seq_len: int
+    encoding: Encoding | None = None  # of a graph without a cache
     recipes: dict[str, Recipe] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)  # names of the passes that it went through, in order
 

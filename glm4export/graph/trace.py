@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
 
-from glm4export.graph.signature import SIGNATURES, Signature
+from glm4export.graph.signature import SIGNATURES, Signature, encoder_signature
 from glm4export.terminal.quiet import quiet
 from glm4graphs import attention
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import EncoderGraph, Encoding
 from glm4graphs.graphs import GRAPHS, Graph
-from glm4runtime.contract import GraphName
+from glm4runtime.contract import ATTENTION_MASK, MODEL, GraphName
 
 OPSET = 23  # the first with RMSNormalization
 
@@ -32,11 +34,24 @@ def trace(config: Glm4Config, graph: GraphName, *, dtype: torch.dtype, max_seq_l
     Inputs and outputs are those of its signature. ``max_seq_len`` sizes the rotary tables. Attention is one
     ``glm4::Attention`` node per layer.
     """
-    _register_attention_schema()
-    signature = SIGNATURES[graph]
-    arguments, shapes = signature.example(config, dtype)
     with torch.device("meta"):
-        module = Graph(config, max_seq_len, *GRAPHS[graph]).to(dtype).eval()
+        module = Graph(config, max_seq_len, *GRAPHS[graph])
+    return _export(config, graph, module, SIGNATURES[graph], dtype)
+
+
+def trace_encoder(config: Glm4Config, encoding: Encoding, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+    """The same of the graph without a cache, ``model``: attention is one ``glm4::FullAttention`` node per layer."""
+    with torch.device("meta"):
+        module = EncoderGraph(config, max_seq_len, encoding)
+    return _export(config, MODEL, module, encoder_signature(encoding), dtype)
+
+
+def _export(
+    config: Glm4Config, graph: str, module: torch.nn.Module, signature: Signature, dtype: torch.dtype
+) -> ir.Model:
+    _register_schemas()
+    arguments, shapes = signature.example(config, dtype)
+    module = module.to(dtype).eval()
     with torch.no_grad(), quiet("torch.onnx"):  # it lists packages GLM-4 does not use
         program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
@@ -44,7 +59,10 @@ def trace(config: Glm4Config, graph: GraphName, *, dtype: torch.dtype, max_seq_l
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
-            custom_translation_table={torch.ops.glm4.attention.default: _attention_node},
+            custom_translation_table={
+                torch.ops.glm4.attention.default: _attention_node,
+                torch.ops.glm4.full_attention.default: _full_attention_node,
+            },
             verbose=False,
         )
     assert exported is not None  # torch.onnx.export returns None only when it's given a file to write
@@ -125,21 +143,41 @@ def _attention_node(  # type: ignore[no-untyped-def]
     )
 
 
-def _register_attention_schema() -> None:
-    """Tell onnx of ``glm4::Attention``: the exporter needs an own-domain node's signature before it translates."""
-    if onnx.defs.has(attention.OP_TYPE, attention.DOMAIN):
+def _full_attention_node(  # type: ignore[no-untyped-def]
+    query, key, value, attention_mask, cos, sin, num_heads: int, kv_num_heads: int, scale: float
+):
+    return onnxscript.values.Opset(attention.DOMAIN, 1).FullAttention(
+        query,
+        key,
+        value,
+        attention_mask,
+        cos,
+        sin,
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+    )
+
+
+def _register_schemas() -> None:
+    """Tell onnx of our operators: the exporter needs an own-domain node's signature before it translates."""
+    projected, past, present = ("query", "key", "value"), ("past_key", "past_value"), ("present_key", "present_value")
+    _register_schema(attention.OP_TYPE, (*projected, *past, ATTENTION_MASK, "cos", "sin"), ("output", *present))
+    _register_schema(attention.FULL_OP_TYPE, (*projected, ATTENTION_MASK, "cos", "sin"), ("output",))
+
+
+def _register_schema(op_type: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    if onnx.defs.has(op_type, attention.DOMAIN):
         return
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = onnx.defs.OpSchema.AttrType
-    tensors = [parameter(name, "T") for name in ("query", "key", "value", "past_key", "past_value")]
-    mask = parameter("attention_mask", "tensor(int64)")
     onnx.defs.register_schema(
         onnx.defs.OpSchema(
-            attention.OP_TYPE,
+            op_type,
             attention.DOMAIN,
             1,
-            inputs=[*tensors, mask, parameter("cos", "T"), parameter("sin", "T")],
-            outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
+            inputs=[parameter(name, "tensor(int64)" if name == ATTENTION_MASK else "T") for name in inputs],
+            outputs=[parameter(name, "T") for name in outputs],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
             attributes=[
                 attribute("num_heads", kinds.INT, ""),

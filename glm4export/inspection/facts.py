@@ -18,15 +18,17 @@ from glm4export.sources.quantized.checkpoint import open_checkpoint, read_quanti
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.backends.graph_check import require_graphs
-from glm4runtime.contract import BundleError, Target, read_manifest
+from glm4runtime.contract import TOKEN_CLASSIFICATION, BundleError, CacheSpec, Target, read_manifest
 from glm4runtime.contract.engine_spec import EngineSpec, read_engine_specs
+
+_NAMED = 5  # labels that are named
 
 
 def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any]:
     """A bundle's facts as JSON-ready values. Raises BundleError where the bundle isn't whole."""
     manifest = read_manifest(folder, check_hashes=check_hashes)
     require_graphs(folder, manifest)
-    cache = manifest.cache
+    cache, encoder = manifest.kv_cache, manifest.encoder
     return {
         "bundle": str(folder),
         "format_version": manifest.format_version,
@@ -38,13 +40,9 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
         "source": dict(manifest.source),
         "config": dict(manifest.config),
         "eos_token_ids": list(manifest.tokens.eos),
-        "cache": {
-            "dtype": cache.dtype,
-            "max_seq_len": cache.max_seq_len,
-            "bytes_per_token": cache.bytes_per_token,
-            "bytes_at_full_length": cache.bytes_per_token * cache.max_seq_len,
-        },
-        "engines": [_engine(spec, cache.layers) for spec in read_engine_specs(folder)],
+        **({} if cache is None else {"cache": _cache(cache)}),
+        **({} if encoder is None else {"encoder": dataclasses.asdict(encoder)}),
+        "engines": [_engine(spec, manifest.config["num_hidden_layers"]) for spec in read_engine_specs(folder)],
         "graphs": {name: _graph(folder / spec.file) for name, spec in manifest.graphs.items()},
         "huge_pages": huge_pages(),
         "files": {name: {"size": spec.size, "sha256": spec.sha256} for name, spec in manifest.files.items()},
@@ -53,17 +51,24 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
 
 def text(facts: dict[str, Any]) -> str:
     """The same for a terminal."""
-    config, cache = facts["config"], facts["cache"]
+    config = facts["config"]
     heads = f"{config['num_attention_heads']} heads, {config['num_key_value_heads']} kv heads of {config['head_dim']}"
     lines = [
         f"{facts['bundle']}: {facts['family']} {facts['task']}, {facts['precision']}, for {facts['target']}",
         f"  made by    {facts['producer']}, bundle format {facts['format_version']}",
         f"  model      {config['num_hidden_layers']} layers, hidden {config['hidden_size']}, {heads}, "
         f"vocabulary {config['vocab_size']}",
-        f"  cache      {cache['dtype']}, {_bytes(cache['bytes_per_token'])} a token, "
-        f"{_bytes(cache['bytes_at_full_length'])} at {cache['max_seq_len']} tokens",
-        f"  stops on   {', '.join(map(str, facts['eos_token_ids']))}",
     ]
+    if cache := facts.get("cache"):
+        sizes = [_bytes(cache[key]) for key in ("bytes_per_token", "bytes_at_full_length")]
+        lines += [
+            f"  cache      {cache['dtype']}, {sizes[0]} a token, {sizes[1]} at {cache['max_seq_len']} tokens",
+            f"  stops on   {', '.join(map(str, facts['eos_token_ids']))}",
+        ]
+    if encoder := facts.get("encoder"):
+        lines.append(
+            f"  gives      {_encoder_words(facts['task'], encoder)}; texts of up to {encoder['max_seq_len']} tokens"
+        )
     for name, graph in facts["graphs"].items():
         nodes = ", ".join(f"{count} {kind}" for kind, count in graph["nodes"].items())
         lines.append(f"  {name:<10} {_bytes(graph['weight_bytes'])} of weights; {nodes}")
@@ -78,6 +83,27 @@ _PAGES = {
     "always": "in huge pages on this machine",
     "madvise": "in huge pages on this machine, for which commands ask, and programs by load(huge_pages=True)",
 }
+
+
+def _cache(cache: CacheSpec) -> dict[str, Any]:
+    return {
+        "dtype": cache.dtype,
+        "max_seq_len": cache.max_seq_len,
+        "bytes_per_token": cache.bytes_per_token,
+        "bytes_at_full_length": cache.bytes_per_token * cache.max_seq_len,
+    }
+
+
+def _encoder_words(task: str, encoder: dict[str, Any]) -> str:
+    if labels := encoder["labels"]:
+        named = ", ".join(labels[:_NAMED]) + (", …" if len(labels) > _NAMED else "")
+        each = "every token" if task == TOKEN_CLASSIFICATION else "a text"
+        problem = f", {encoder['problem_type']}" if encoder["problem_type"] else ""
+        return f"{len(labels)} labels of {each} ({named}{problem})"
+    if encoder["pooling"] is None:
+        return "every token's hidden state"
+    length = ", of length 1" if encoder["normalize"] else ""
+    return f"a text's embedding by {encoder['pooling']} pooling{length}"
 
 
 def inspect_model(location: Location, target: Target) -> dict[str, Any]:

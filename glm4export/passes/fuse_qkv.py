@@ -10,13 +10,13 @@ import onnx_ir as ir
 from glm4export.graph.skeleton import Linear, Skeleton
 from glm4export.passes.counted import Counts, counts, per_layer
 from glm4export.weights.recipes import Concat, Recipe, Transpose
-from glm4graphs.attention import DOMAIN, OP_TYPE
+from glm4graphs.attention import DOMAIN, FULL_OP_TYPE, OP_TYPE
 
 
 @counts(per_layer(fused=1))
 def fuse_qkv(skeleton: Skeleton) -> Counts:
     """Counts: ``fused``, layers whose three projections became one. Attention then takes them packed in ``query``."""
-    nodes = skeleton.nodes(OP_TYPE, DOMAIN)
+    nodes = skeleton.nodes(OP_TYPE, DOMAIN) + skeleton.nodes(FULL_OP_TYPE, DOMAIN)
     linears = {linear.node: linear for linear in skeleton.linears()}
     for attention in nodes:
         _fuse(skeleton, attention, linears)

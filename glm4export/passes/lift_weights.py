@@ -10,15 +10,15 @@ from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.passes.counted import Counts, counts
 from glm4export.sources.ledger import tensor_shapes
 from glm4export.weights.recipes import Expr, Recipe, RotaryTable, Source, Transpose
-from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.storage import EMBEDDING, HEAD, SCORE
 
 
 def _promised(skeleton: Skeleton) -> Counts:
-    outer, layer = tensor_shapes(skeleton.config)
+    outer, layer = tensor_shapes(skeleton.config, skeleton.encoding)
     layers, tables = skeleton.config.num_hidden_layers, 2  # of cos and sin
     return {
         "weights": len(outer) + layers * len(layer) + tables,
-        "transposes": skeleton.linears_of_layer * layers + 1,  # the head's
+        "transposes": skeleton.linears_of_layer * layers + sum(name in (HEAD, SCORE) for name in outer),
     }
 
 

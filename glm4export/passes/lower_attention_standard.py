@@ -66,11 +66,7 @@ def lower_attention_standard(skeleton: Skeleton) -> Counts:
     """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
     inputs = step_inputs(skeleton)
-
-    def constant(name: str, values: list[int]) -> ir.Value:
-        return skeleton.constant(f"attention/{name}", ir.tensor(values, dtype=ir.DataType.INT64))
-
-    shapes = HeadShapes(skeleton.config, constant)
+    shapes = head_shapes(skeleton)
     for node in nodes:
         _lower(skeleton, node, shapes, inputs)
     skeleton.model.opset_imports.pop(DOMAIN, None)
@@ -96,19 +92,8 @@ def standard_attention(
     emit: Emit, inputs: AttentionInputs, shapes: HeadShapes, rotary_dim: int, scale: float | ir.Attr
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Attention of one layer in standard operators: what was attended to, and the cache's new keys and values."""
-    parts = emit("Split", "Split", [inputs.qkv, shapes.packed], ("query", "key", "value"), axis=-1)
-    query, key, value = (
-        emit(f"{part}/Transpose", "Transpose", emit(f"{part}/Reshape", "Reshape", [flat, shape]), perm=_HEADS_FIRST)[0]
-        for part, flat, shape in zip(
-            ("query", "key", "value"), parts, (shapes.query, shapes.key, shapes.value), strict=True
-        )
-    )
-    rotary: dict[str, Any] = {"interleaved": 1, "rotary_embedding_dim": rotary_dim}
-    tables = [inputs.cos, inputs.sin, inputs.position_ids]
-    query, key = (
-        emit(f"{part}/RotaryEmbedding", "RotaryEmbedding", [x, *tables], **rotary)[0]
-        for part, x in (("query", query), ("key", key))
-    )
+    tables = (inputs.cos, inputs.sin, inputs.position_ids)
+    query, key, value = rotated_heads(emit, inputs.qkv, tables, shapes, rotary_dim)
 
     def update(part: str, past: ir.Value, new: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """The cache with the new rows, as it's stored and as attention reads it."""
@@ -124,14 +109,53 @@ def standard_attention(
 
     present_key, keys = update("key", inputs.past_key, key, inputs.key_scale)
     present_value, values = update("value", inputs.past_value, value, inputs.value_scale)
-    heads = emit("heads/Attention", "Attention", [query, keys, values, inputs.attention_mask], scale=scale)
+    attended = attend(emit, (query, keys, values, inputs.attention_mask), shapes, scale)
+    return attended, present_key, present_value
+
+
+def rotated_heads(
+    emit: Emit, qkv: ir.Value, tables: tuple[ir.Value, ir.Value, ir.Value], shapes: HeadShapes, rotary_dim: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Queries and keys rotated, and values, each [batch, heads, seq, head_dim]; tables are cos, sin, position_ids."""
+    parts = emit("Split", "Split", [qkv, shapes.packed], ("query", "key", "value"), axis=-1)
+    query, key, value = (
+        emit(f"{part}/Transpose", "Transpose", emit(f"{part}/Reshape", "Reshape", [flat, shape]), perm=_HEADS_FIRST)[0]
+        for part, flat, shape in zip(
+            ("query", "key", "value"), parts, (shapes.query, shapes.key, shapes.value), strict=True
+        )
+    )
+    rotary: dict[str, Any] = {"interleaved": 1, "rotary_embedding_dim": rotary_dim}
+    query, key = (
+        emit(f"{part}/RotaryEmbedding", "RotaryEmbedding", [x, *tables], **rotary)[0]
+        for part, x in (("query", query), ("key", key))
+    )
+    return query, key, value
+
+
+def attend(
+    emit: Emit,
+    inputs: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
+    shapes: HeadShapes,
+    scale: float | ir.Attr,
+) -> ir.Value:
+    """Attention of queries to keys and values by a mask, as [batch, seq, heads * head_dim]."""
+    heads = emit("heads/Attention", "Attention", inputs, scale=scale)
     rows = emit("Transpose", "Transpose", heads, perm=_HEADS_FIRST)
-    return emit("Reshape", "Reshape", [*rows, shapes.joined])[0], present_key, present_value
+    return emit("Reshape", "Reshape", [*rows, shapes.joined])[0]
 
 
-def _lower(skeleton: Skeleton, node: ir.Node, shapes: HeadShapes, inputs: tuple[ir.Value, ir.Value, ir.Value]) -> None:
+def head_shapes(skeleton: Skeleton) -> HeadShapes:
+    """As constants of the graph."""
+    return HeadShapes(
+        skeleton.config,
+        lambda name, values: skeleton.constant(f"attention/{name}", ir.tensor(values, dtype=ir.DataType.INT64)),
+    )
+
+
+def emitter(skeleton: Skeleton, node: ir.Node) -> Emit:
+    """Adds nodes in front of an attention node, named after its layer."""
     assert node.name is not None
-    scope = node.name.removesuffix(f"/{OP_TYPE}")
+    scope = node.name.removesuffix(f"/{node.op_type}")
 
     def emit(
         name: str, op_type: str, inputs: Sequence[ir.Value | None], outputs: Sequence[str] = (), **attributes: Any
@@ -139,6 +163,11 @@ def _lower(skeleton: Skeleton, node: ir.Node, shapes: HeadShapes, inputs: tuple[
         values = [ir.val(f"{scope}/{output}") for output in outputs or (name,)]
         return skeleton.insert_before(node, f"{scope}/{name}", op_type, inputs, attributes, outputs=values).outputs
 
+    return emit
+
+
+def _lower(skeleton: Skeleton, node: ir.Node, shapes: HeadShapes, inputs: tuple[ir.Value, ir.Value, ir.Value]) -> None:
+    emit = emitter(skeleton, node)
     scale = node.attributes["scale"].as_float()
     made = standard_attention(emit, attention_inputs(node, inputs), shapes, skeleton.config.rotary_dim, scale)
     skeleton.replace_outputs(node, made)

@@ -9,6 +9,7 @@ from glm4export.passes.counted import Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.lift_weights import lift_weights
+from glm4export.passes.lower_attention_full import lower_attention_full
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
 from glm4export.passes.lower_attention_plugin import lower_attention_plugin
 from glm4export.passes.lower_attention_standard import lower_attention_standard
@@ -22,7 +23,7 @@ from glm4export.passes.simplify import simplify
 from glm4export.passes.widen_cache import widen_cache
 from glm4export.weights.fp16 import Fp16Scales
 from glm4export.weights.storage import Formats
-from glm4runtime.contract import PREFILL, TENSORRT, GraphName, Precision, Target
+from glm4runtime.contract import MODEL, PREFILL, TENSORRT, GraphName, Precision, Target
 
 
 class Options(Protocol):
@@ -68,7 +69,10 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
             yield simplify()
         yield lower_attention_plugin()
         return
-    yield lower_attention_standard() if tensorrt else lower_attention_gqa()
+    if graph == MODEL:
+        yield lower_attention_full()
+    else:
+        yield lower_attention_standard() if tensorrt else lower_attention_gqa()
     if options.cache_dtype == "int8":
         # CPU kernels take float caches for many tokens at once
         yield widen_cache() if (options.target, graph) == ("cpu", PREFILL) else quantize_cache()

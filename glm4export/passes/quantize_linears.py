@@ -15,10 +15,13 @@ _ACCURACY_INT8 = 4  # MatMulNBits' accuracy_level: activations are quantized to 
 
 
 def linears_left(skeleton: Skeleton, formats: Formats) -> int:
-    """How many linears are to be stored as integers: the layers', where no pass has taken them, and the head."""
+    """How many linears are to be stored as integers: the layers', where no pass has taken them, and the head.
+
+    A classifier's head isn't, nor have features one.
+    """
     taken = {"quantize_rows", "quantize_fp8"} & {*skeleton.passed}
     of_layers = 0 if taken or formats.linear_bits == 16 else skeleton.linears_of_layer
-    return of_layers * skeleton.config.num_hidden_layers + (formats.head_bits != 16)
+    return of_layers * skeleton.config.num_hidden_layers + (skeleton.encoding is None and formats.head_bits != 16)
 
 
 def _promised(skeleton: Skeleton, formats: Formats) -> Counts:

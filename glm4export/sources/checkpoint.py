@@ -22,7 +22,9 @@ from glm4export.sources.files import read_json, refuse_pointer
 from glm4export.sources.ledger import mismatches, wrapped
 from glm4export.terminal.errors import MOST_LINES, listed, printable
 from glm4export.weights.recipes import Window
+from glm4export.weights.storage import EMBEDDING, SCORE
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import HEADS, Encoding
 from glm4runtime.contract import TEXT_FILES, UserError, shown
 
 CONFIG = "config.json"
@@ -41,6 +43,8 @@ QUANTIZED_DTYPES = {
 }
 _MAPPED_BYTES = 1 << 26  # of a file's pages touched before they're unmapped
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BASE = "model."  # in front of the names of what every head stands on, but in checkpoints of Glm4Model itself
+_IN_BASE = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 _NEVER_STORED = re.compile(r"model\.rotary_emb\.inv_freq")  # a buffer that some transformers releases saved
 
 
@@ -63,6 +67,7 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    name: str  # in the file
 
 
 def locate(
@@ -116,7 +121,14 @@ class Checkpoint:
                 found.setdefault(name, []).append(tensor)
         if placed:
             _check_index(folder / _INDEX, placed, found)
-        return cls(folder, {name: tensors[0] for name, tensors in found.items()})
+        bare = EMBEDDING not in found and EMBEDDING.removeprefix(_BASE) in found
+        return cls(
+            folder,
+            {
+                _BASE + name if bare and name.startswith(_IN_BASE) else name: tensors[0]
+                for name, tensors in found.items()
+            },
+        )
 
     def read(self, name: str, window: Window) -> Tensor:
         """A copy of ``window`` (start and stop along each dim) of a tensor, in its stored dtype.
@@ -132,25 +144,35 @@ class Checkpoint:
             for first in range(start, stop, rows):
                 bounds = ((first, min(first + rows, stop)), *rest)
                 with safe_open(stored.file, framework="pt") as shard:
-                    data: Tensor = shard.get_slice(name)[tuple(slice(*pair) for pair in bounds)]
+                    data: Tensor = shard.get_slice(stored.name)[tuple(slice(*pair) for pair in bounds)]
                     pieces.append(data.clone())  # the view would keep the file mapped
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: cannot read {name} ({error})") from None
 
-    def check(self, config: Glm4Config) -> None:
-        """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError."""
+    def check(self, config: Glm4Config, encoding: Encoding | None = None) -> None:
+        """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError.
+
+        ``encoding``: the head that is to be compiled, where it isn't a causal language model's.
+        """
         shapes = {name: stored.shape for name, stored in self.tensors.items() if not _NEVER_STORED.fullmatch(name)}
         if adapter := next((name for name in shapes if ".lora_" in name), None):
             raise CheckpointError(
                 f"{self.folder}: {shown(adapter)} is a LoRA adapter's, not merged; save what its merge_and_unload() "
                 "returns, or the adapter apart with its save_pretrained(), and give it with --lora"
             )
-        if problem := wrapped(shapes) or self._mismatches(shapes, config):
+        if encoding is not None and encoding.task in HEADS and SCORE not in shapes:
+            raise CheckpointError(
+                f"{self.folder}: no {SCORE}, the head of {encoding.task}: a checkpoint that was trained for it has "
+                "one; for embeddings build --task features"
+            )
+        if problem := wrapped(shapes) or self._mismatches(shapes, config, encoding):
             raise CheckpointError(f"{self.folder}: {problem}{self._unread()}")
 
-    def _mismatches(self, shapes: Mapping[str, tuple[int, ...]], config: Glm4Config) -> str | None:
-        return mismatches(shapes, config)
+    def _mismatches(
+        self, shapes: Mapping[str, tuple[int, ...]], config: Glm4Config, encoding: Encoding | None
+    ) -> str | None:
+        return mismatches(shapes, config, encoding)
 
     def _unread(self) -> str:
         """A line about safetensors files of the folder that aren't this checkpoint's, if there are any."""
@@ -190,7 +212,7 @@ def stored_tensors(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> I
                     supported = ", ".join(dtypes)
                     hint = "; if it is quantized, config.json lacks its quantization_config" if kind == "I32" else ""
                     raise CheckpointError(f"{file}: {printable(name)} has dtype {kind}; supported: {supported}{hint}")
-                yield name, StoredTensor(file, tuple(view.get_shape()), dtypes[kind])
+                yield name, StoredTensor(file, tuple(view.get_shape()), dtypes[kind], name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: damaged or truncated ({_first_line(error)}); fetch the file again") from None
 

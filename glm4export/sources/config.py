@@ -15,9 +15,22 @@ from glm4export.sources.files import read_json
 from glm4export.sources.rope import MOST_POSITIONS, SPELLINGS, TOP_LEVEL, check_rotary, read_rope, with_yarn
 from glm4graphs.activations import ACTIVATIONS
 from glm4graphs.config import DynamicScaling, Glm4Config, LongropeScaling
-from glm4runtime.contract import TokenIds, shown
+from glm4runtime.contract import (
+    CAUSAL_LM,
+    FEATURES,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    TaskName,
+    TokenIds,
+    shown,
+)
 
-ARCHITECTURE = "Glm4ForCausalLM"
+ARCHITECTURES: dict[str, TaskName] = {  # transformers' classes and their tasks
+    "Glm4ForCausalLM": CAUSAL_LM,
+    "Glm4Model": FEATURES,
+    "Glm4ForSequenceClassification": SEQUENCE_CLASSIFICATION,
+    "Glm4ForTokenClassification": TOKEN_CLASSIFICATION,
+}
 MODEL_TYPE = "glm4"
 
 _SIZES = (
@@ -32,7 +45,7 @@ _READ = frozenset(
     (
         *("architectures", "model_type", "quantization_config", *_SIZES, "max_position_embeddings", "head_dim"),
         *("hidden_act", "rms_norm_eps", "attention_bias", "tie_word_embeddings", *SPELLINGS, *TOP_LEVEL),
-        *("eos_token_id", "pad_token_id", "bos_token_id"),
+        *("eos_token_id", "pad_token_id", "bos_token_id", "id2label", "num_labels", "problem_type"),
     )
 )
 # What changes no number that a graph gives; docs/config.md says why, field by field.
@@ -42,7 +55,7 @@ _WITHOUT_EFFECT = frozenset(
         *("dtype", "torch_dtype", "transformers_version", "tokenizer_class", "auto_map", "name_or_path"),
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "attn_implementation"),
         *("chunk_size_feed_forward", "is_encoder_decoder"),  # nothing in transformers' glm4 reads them
-        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("label2id", "finetuning_task", "task_specific_params"),
         *("prefix", "sep_token_id", "decoder_start_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
         *("torchscript", "use_bfloat16", "tf_legacy_loss", "is_decoder", "add_cross_attention", "tie_encoder_decoder"),
         # sampling, which older releases wrote here; a session takes its own
@@ -74,9 +87,7 @@ def config_data(path: Path, *, yarn: float | None = None) -> dict[str, Any]:
 
 def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
     """The model geometry of a parsed config.json; ``where`` names it in errors."""
-    architectures = data.get("architectures") or []
-    if architectures != [ARCHITECTURE]:
-        raise ConfigError(f"{where}: architectures={shown(architectures)} is not supported; supported: {ARCHITECTURE}")
+    _check_architecture(data, where)
     _refuse_unknown(data, where)
     key = Keys(data, where)
     act = key("hidden_act", str)
@@ -108,6 +119,14 @@ def parse_config(data: dict[str, Any], where: str) -> Glm4Config:
         )
     check_rotary(config, where)
     return config
+
+
+def _check_architecture(data: dict[str, Any], where: str) -> None:
+    found = data.get("architectures") or []
+    if found not in [[name] for name in ARCHITECTURES]:
+        raise ConfigError(
+            f"{where}: architectures={shown(found)} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
 
 
 def sequence_limit(config: Glm4Config, wanted: int | None) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 from glm4export.terminal.errors import MOST_LINES, listed, printable
-from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.storage import EMBEDDING, HEAD, SCORE, SCORE_BIAS
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import FEATURES, TOKEN_CLASSIFICATION, Encoding
 
 Shape = tuple[int, ...]
 
@@ -23,11 +24,20 @@ _WRAPPERS = {  # what stands in front of every name, and where it comes from
 }
 
 
-def tensor_shapes(config: Glm4Config) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Names and shapes of the tensors around the layers, and of a layer's, behind ``model.layers.N.``."""
+def tensor_shapes(config: Glm4Config, encoding: Encoding | None = None) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Names and shapes of the tensors around the layers, and of a layer's, behind ``model.layers.N.``.
+
+    ``encoding`` None stands for a causal language model, here and below.
+    """
     hidden, inner, query, kv = config.hidden_size, config.intermediate_size, config.query_size, config.kv_size
     table = (config.vocab_size, hidden)
-    outer: dict[str, Shape] = {EMBEDDING: table, "model.norm.weight": (hidden,), HEAD: table}
+    outer: dict[str, Shape] = {EMBEDDING: table, "model.norm.weight": (hidden,)}
+    if encoding is None:
+        outer[HEAD] = table
+    elif encoding.task != FEATURES:
+        outer[SCORE] = (encoding.num_labels, hidden)
+        if encoding.task == TOKEN_CLASSIFICATION:
+            outer[SCORE_BIAS] = (encoding.num_labels,)
     layer: dict[str, Shape] = {"input_layernorm.weight": (hidden,)}
     for part, rows in (("q", query), ("k", kv), ("v", kv)):
         layer[f"self_attn.{part}_proj.weight"] = (rows, hidden)
@@ -44,9 +54,9 @@ def tensor_shapes(config: Glm4Config) -> tuple[dict[str, Shape], dict[str, Shape
     return outer, layer
 
 
-def expected_tensors(config: Glm4Config) -> Iterator[tuple[str, Shape]]:
+def expected_tensors(config: Glm4Config, encoding: Encoding | None = None) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of the tensors that a checkpoint of this geometry holds, in the model's order."""
-    outer, layer = tensor_shapes(config)
+    outer, layer = tensor_shapes(config, encoding)
     yield EMBEDDING, outer.pop(EMBEDDING)
     for index in range(config.num_hidden_layers):
         yield from ((f"model.layers.{index}.{name}", shape) for name, shape in layer.items())
@@ -58,9 +68,16 @@ def expected_shape(name: str, config: Glm4Config) -> Shape | None:
     return _expected_shape(name, config, *tensor_shapes(config))
 
 
+def unused_heads(names: Collection[str], encoding: Encoding | None) -> list[str]:
+    """Tensors of a head that features leave out: they may be made of any checkpoint."""
+    features = encoding is not None and encoding.task == FEATURES
+    return [name for name in (HEAD, SCORE, SCORE_BIAS) if features and name in names]
+
+
 def mismatches(
     found: Mapping[str, Shape],
     config: Glm4Config,
+    encoding: Encoding | None = None,
     missing_parts: Sequence[str] = (),
     misshaped_parts: Sequence[str] = (),
 ) -> str | None:
@@ -68,10 +85,12 @@ def mismatches(
 
     A weight that several tensors stand for is found in its own name and shape; what is wrong with them comes in lines.
     """
-    optional = {HEAD} if config.tie_word_embeddings else set()
-    outer, layer = tensor_shapes(config)
+    unused = unused_heads(found, encoding)
+    found = {name: shape for name, shape in found.items() if name not in unused}
+    optional = {HEAD} if config.tie_word_embeddings and encoding is None else set()
+    outer, layer = tensor_shapes(config, encoding)
     expected = {name: shape for name in found if (shape := _expected_shape(name, config, outer, layer))}
-    absent = (item for item in expected_tensors(config) if item[0] not in found and item[0] not in optional)
+    absent = (item for item in expected_tensors(config, encoding) if item[0] not in found and item[0] not in optional)
     count = len(outer) + config.num_hidden_layers * len(layer) - len(optional - found.keys()) - len(expected)
     missing = [f"missing {name} {list(shape)}" for name, shape in islice(absent, min(count, MOST_LINES))]
     missing += missing_parts

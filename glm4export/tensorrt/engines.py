@@ -21,7 +21,6 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime import signals
 from glm4runtime.contract import (
     MANIFEST,
-    STEP,
     TENSORRT,
     WEIGHTS,
     BundleError,
@@ -31,7 +30,7 @@ from glm4runtime.contract import (
     read_manifest,
     sha256_of,
 )
-from glm4runtime.contract.engine_spec import FOLDER, PLUGIN, STANDARD, EngineSpec, engine_stem
+from glm4runtime.contract.engine_spec import FOLDER, FULL, PLUGIN, STANDARD, EngineSpec, engine_stem
 from glm4runtime.contract.onnxfile import read_graph
 
 Phase = Callable[[str], None]  # told what is being done
@@ -47,7 +46,7 @@ class EngineOptions:
 
     flavour: str | None = None
     compute_capabilities: tuple[str, ...] = ()
-    prefill_chunk: int = 512  # tokens; the runtime's default
+    prefill_chunk: int = 512  # tokens; the runtime's default. Without a cache: the longest text
     optimization_level: int | None = None  # 0 to 5
     workspace_gb: float | None = None
     timing_cache: Path | None = None
@@ -162,7 +161,7 @@ def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
         raise BundleError(f"{bundle}: built for {manifest.target}; engines are made of bundles for --target tensorrt")
     cache = builder.plan.options.timing_cache
     with changed_bundle(bundle, [] if cache is None else [cache]) as folder:
-        graph = bundle / manifest.graphs[STEP].file
+        graph = bundle / manifest.engine_graph.file
         builder.check(folder, stored_weights(graph), attention_of(graph))
         extended = builder.add(folder, manifest)
         (folder / MANIFEST).unlink()  # a link: writing into it would change the bundle's own
@@ -171,17 +170,20 @@ def add_engines(bundle: Path, builder: EngineBuilder) -> Manifest:
 
 
 def attention_of(graph: Path) -> str:
-    """How a step graph has its attention: STANDARD or PLUGIN. Raises BundleError where it can't be read."""
-    return PLUGIN if any(node.domain for node in read_graph(graph).nodes) else STANDARD
+    """How a graph has its attention: STANDARD, PLUGIN or FULL. Raises BundleError where it can't be read."""
+    read = read_graph(graph)
+    if not any(spec.name.startswith("past_key_values.") for spec in read.inputs):
+        return FULL
+    return PLUGIN if any(node.domain for node in read.nodes) else STANDARD
 
 
 def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str, show: Show) -> Built:
     options, flavour = plan.options, plan.flavour
-    graph = folder / manifest.graphs[STEP].file
+    graph = folder / manifest.engine_graph.file
     estimated = require_memory(stored_weights(graph))  # again: other programs may have taken some since
     attention = attention_of(graph)
-    chunk = min(options.prefill_chunk, manifest.cache.max_seq_len)
-    profiles = flavour.profiles(chunk)
+    chunk = min(options.prefill_chunk, manifest.max_seq_len)
+    profiles = flavour.text_profiles(chunk) if attention == FULL else flavour.profiles(chunk)
     stem = engine_stem(flavour.name, capability)
     for suffix in (".engine", ".json"):  # an earlier engine's name is a link to the bundle's own file
         (folder / f"{stem}{suffix}").unlink(missing_ok=True)
@@ -191,7 +193,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         graph=str(graph.absolute()),
         engine=str((folder / f"{stem}.engine").absolute()),
         attention=attention,
-        layers=manifest.cache.layers,
+        layers=manifest.config["num_hidden_layers"],
         profiles=profiles,
         optimization_level=options.optimization_level,
         workspace=None if options.workspace_gb is None else int(options.workspace_gb * 1e9),
@@ -210,7 +212,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         version_compatible=options.version_compatible,
         weight_streaming=options.weight_streaming,
         profiles=profiles,
-        graph_sha256=manifest.step_sha256,
+        graph_sha256=manifest.engine_graph_sha256,
         weights_sha256=manifest.files[WEIGHTS].sha256,
         **facts,
     )

@@ -18,6 +18,7 @@ from glm4runtime.backends.trt_module import import_flavour
 from glm4runtime.contract import UserError, installing
 from glm4runtime.contract.engine_spec import FLAVOURS, Profile
 
+MOST_TEXTS = 16  # in one run of a graph without a cache
 MOST_ROWS = 16  # of logits that a run is asked for; the runtime's MAX_RUN, which a test compares
 
 # TensorRT-RTX 1.7.1's compiler fails ("more than one op named attention_mask.1_iota") on some geometries, the embedded
@@ -52,6 +53,11 @@ class Flavour:
             )
         width = max(chunk, _RTX_LEAST_WIDTH)
         return (Profile("step", (1, 1, 1), (1, 1, width), (1, 1, MOST_ROWS)),)
+
+    def text_profiles(self, longest: int) -> tuple[Profile, ...]:
+        """The profile of a graph without a cache: one to MOST_TEXTS texts of up to ``longest`` tokens."""
+        width = longest if self.shares_weights else max(longest, _RTX_LEAST_WIDTH)
+        return (Profile("texts", (1, 1, MOST_TEXTS), (1, width, width), (1, 1, 1)),)
 
     def capabilities(self, module: Any) -> dict[str, Any]:
         """What :attr:`cross_compiles` can build for: ``8.9`` and the module's name for it."""

@@ -1,4 +1,4 @@
-"""Reading a step graph into a TensorRT network: errors in the model's words, and what the parser recognised."""
+"""Reading a graph into a TensorRT network: errors in the model's words, and what the parser recognised."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.contract import UserError
-from glm4runtime.contract.engine_spec import PLUGIN, PLUGINS_OF_LAYER, STANDARD
+from glm4runtime.contract.engine_spec import FULL, PLUGIN, PLUGINS_OF_LAYER, STANDARD
 
 # Fused layers by TensorRT's name, and how many of each one decoder layer of the model has.
 FUSED = {
     STANDARD: {"ATTENTION_OUTPUT": 1, "ROTARY_EMBEDDING": 2, "KV_CACHE_UPDATE": 2},
     PLUGIN: {"PLUGIN_V3": PLUGINS_OF_LAYER},
+    FULL: {"ATTENTION_OUTPUT": 1, "ROTARY_EMBEDDING": 2},
 }
 
 _LAYER = re.compile(r"model\.layers\.\d+")

@@ -26,7 +26,7 @@ from glm4export.tensorrt.flavour import BY_NAME, Flavour, gpu_multiprocessors
 from glm4export.tensorrt.network import Log, count_layers, logger, new_network, parse, require_fused
 from glm4runtime.backends.trt_module import version_of
 from glm4runtime.contract import LOGIT_ROWS, UserError, installing
-from glm4runtime.contract.engine_spec import PLUGIN, STANDARD, Profile
+from glm4runtime.contract.engine_spec import PLUGIN, Profile
 
 Say = Callable[[dict[str, Any]], None]
 _SAMPLE_SECONDS = 0.05
@@ -39,9 +39,9 @@ class Job:
 
     flavour: str
     compute_capability: str
-    graph: str  # path of step.onnx; weights.bin lies beside it
+    graph: str  # its path; weights.bin lies beside it
     engine: str  # path to write
-    attention: str  # of the graph, STANDARD or PLUGIN
+    attention: str  # of the graph, STANDARD, PLUGIN or FULL
     layers: int  # decoder layers of the model, to check what was recognised
     profiles: tuple[Profile, ...]
     optimization_level: int | None
@@ -101,7 +101,7 @@ def build(job: Job, watch: Watch) -> dict[str, Any]:
 def _graph(job: Job) -> Iterator[Path]:
     """The graph to parse; with plugins, one rewritten for them, beside the weights that both name, while parsed."""
     graph = Path(job.graph)
-    if job.attention == STANDARD:
+    if job.attention != PLUGIN:
         yield graph
         return
     from glm4export.tensorrt.plugin.graph import write_plugin_graph  # Triton and the compiler's packages
@@ -150,7 +150,7 @@ def configure(module: Any, builder: Any, network: Any, job: Job, flavour: Flavou
 
 
 def shapes(name: str, declared: tuple[int, ...], profile: Profile) -> tuple[tuple[int, ...], ...]:
-    """Least, best and most dims of one input of the step graph; a dim of -1 is dynamic."""
+    """Least, best and most dims of one input of the graph; a dim of -1 is dynamic."""
     width = profile.rows if name == LOGIT_ROWS else profile.seq
     ranges = [profile.batch if index == 0 else width for index in range(len(declared))]
     return tuple(

@@ -117,7 +117,7 @@ def verify(
     if steps < 0:
         raise UserError(f"steps={steps} must be at least 0")
     manifest = session.manifest
-    source = _open_source(manifest, checkpoint, adapters)
+    source = open_source(manifest, checkpoint, adapters)
     config = read_config(session.folder / CONFIG)  # the checkpoint's own, or with the rope that the build was asked for
     runs, left_out = run_phases(session, prompts, steps, long)
     with tqdm(total=config.num_hidden_layers, desc="  reference", unit=" layers", leave=False, disable=None) as bar:
@@ -161,7 +161,8 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _open_source(manifest: Manifest, given: str | None, adapters: Sequence[str]) -> Checkpoint:
+def open_source(manifest: Manifest, given: str | None, adapters: Sequence[str]) -> Checkpoint:
+    """The checkpoint that a bundle was built from. Raises UserError where it isn't known, or another one is given."""
     source = manifest.source
     if given is not None:
         folder = locate(given).folder

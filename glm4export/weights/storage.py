@@ -11,6 +11,7 @@ from glm4export.weights.quantize import Scheme, block_for
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE, SCORE_BIAS = "score.weight", "score.bias"  # of classifiers: a few rows, never quantized
 SCALE_DTYPE = torch.float16
 
 
@@ -27,7 +28,7 @@ class Formats:
 
     def bits(self, name: str) -> int:
         """Bits of a weight, by the checkpoint's name: 4, 8, or 16 for float16."""
-        return {EMBEDDING: self.embedding_bits, HEAD: self.head_bits}.get(name, self.linear_bits)
+        return {EMBEDDING: self.embedding_bits, HEAD: self.head_bits, SCORE: 16}.get(name, self.linear_bits)
 
     def scheme(self, name: str, columns: int) -> Scheme | None:
         """How a matrix with that many columns is quantized by blocks; None for float16, and for one scale per row."""

@@ -1,16 +1,19 @@
 """``glm4::attention``: rotary, cache update and grouped-query attention as one operator.
 
 One operator, so that the exported graph has one ``glm4::Attention`` node per layer, which each target lowers to what it
-runs best. The PyTorch body below is the definition that everything else is compared with.
+runs best. The PyTorch body below is the definition that everything else is compared with. ``glm4::full_attention`` is
+the same for graphs without a cache.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 DOMAIN = "glm4"
 OP_TYPE = "Attention"
+FULL_OP_TYPE = "FullAttention"
 
 
 @torch.library.custom_op("glm4::attention", mutates_args=())
@@ -68,6 +71,46 @@ def _attention_shapes(  # type: ignore[no-untyped-def]
     query, key, value, past_key, past_value, attention_mask, cos, sin, num_heads, kv_num_heads, scale
 ):
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+@torch.library.custom_op("glm4::full_attention", mutates_args=())
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Rotate queries and keys of whole texts and attend, each token to the real ones up to itself.
+
+    query: [batch, seq, num_heads * head_dim]; key, value: [batch, seq, kv_num_heads * head_dim];
+    attention_mask: int64 [batch, seq], 0 for padding, on whichever side; positions count it too;
+    cos, sin: [max_seq, rotary_dim / 2].
+    Returns the attended [batch, seq, num_heads * head_dim]: zero where a token sees no real one, as PyTorch's own
+    operator has it, and so transformers.
+    """
+    batch, seq, _ = query.shape
+
+    def heads(x: Tensor, count: int) -> Tensor:  # [batch, count, seq, head_dim]
+        return x.view(batch, seq, count, -1).transpose(1, 2)
+
+    q = rotate(heads(query, num_heads), cos[:seq], sin[:seq])
+    k = rotate(heads(key, kv_num_heads), cos[:seq], sin[:seq])
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()
+    visible = causal & (attention_mask != 0)[:, None, None]  # [batch, 1, seq, seq]
+    attended = F.scaled_dot_product_attention(q, k, heads(value, kv_num_heads), visible, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2).reshape(batch, seq, -1)
+
+
+@full_attention.register_fake
+def _full_attention_shapes(  # type: ignore[no-untyped-def]
+    query, key, value, attention_mask, cos, sin, num_heads, kv_num_heads, scale
+):
+    return torch.empty_like(query)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

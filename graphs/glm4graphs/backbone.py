@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from glm4graphs.blocks import DecoderLayer, rms_norm
+from glm4graphs.blocks import DecoderLayer, KeyValue, rms_norm
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
 
-Cache = Sequence[tuple[Tensor, Tensor]]  # each layer's key and value, each [batch, kv_heads, max_seq, head_dim]
+Cache = Sequence[KeyValue]  # of each layer
 
 
 class Backbone(nn.Module):
@@ -34,11 +34,20 @@ class Backbone(nn.Module):
         self.register_buffer("rotary_cos", torch.empty(shape) if cos is None else cos, persistent=False)
         self.register_buffer("rotary_sin", torch.empty(shape) if sin is None else sin, persistent=False)
 
-    def blocks(self, x: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def blocks(self, x: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, list[KeyValue]]:
         """Run all blocks over x [batch, seq, hidden]: the stream, not normed, and the cache with the new rows."""
-        rotary = (self.rotary_cos.to(x.dtype), self.rotary_sin.to(x.dtype))
-        presents = []
+        rotary, presents = self._rotary(x.dtype), []
         for layer, past in zip(self.layers, cache, strict=True):
             x, present = layer(x, attention_mask, past, rotary)
             presents.append(present)
         return x, presents
+
+    def whole_text(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same without a cache: attention_mask is int64 [batch, seq], 0 for padding on either side."""
+        rotary = self._rotary(x.dtype)
+        for layer in self.layers:
+            x, _ = layer(x, attention_mask, None, rotary)
+        return x
+
+    def _rotary(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.rotary_cos.to(dtype), self.rotary_sin.to(dtype)

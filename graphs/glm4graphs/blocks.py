@@ -7,15 +7,19 @@ A block's output passes a second RMSNorm before it joins the residual stream ("s
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor, nn
 
 from glm4graphs.activations import ACTIVATIONS
-from glm4graphs.attention import attention
+from glm4graphs.attention import attention, full_attention
 from glm4graphs.config import Glm4Config
+
+KeyValue: TypeAlias = tuple[Tensor, Tensor]  # a layer's key and value, each [batch, kv_heads, max_seq, head_dim]
 
 
 class Attention(nn.Module):
-    """Projections around ``glm4::attention``."""
+    """Projections around ``glm4::attention``, or without a past around ``glm4::full_attention``."""
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__()
@@ -27,20 +31,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, attention_mask: Tensor, past: KeyValue | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, KeyValue | None]:
         config = self.config
-        attended, key, value = attention(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            *past,
-            attention_mask,
-            *rotary,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim**-0.5,
-        )
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim**-0.5)
+        if past is None:
+            return self.o_proj(full_attention(*projected, attention_mask, *rotary, *sizes)), None
+        attended, key, value = attention(*projected, *past, attention_mask, *rotary, *sizes)
         return self.o_proj(attended), (key, value)
 
 
@@ -73,8 +71,8 @@ class DecoderLayer(nn.Module):
         self.post_mlp_layernorm = rms_norm(config)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor, past: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, attention_mask: Tensor, past: KeyValue | None, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, KeyValue | None]:
         attended, present = self.self_attn(self.input_layernorm(x), attention_mask, past, rotary)
         x = x + self.post_self_attn_layernorm(attended)
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), present

@@ -14,3 +14,17 @@ class CausalLMHead(nn.Linear):
 
     def __init__(self, config: Glm4Config) -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+
+class SequenceClassificationHead(nn.Linear):
+    """Logits [..., num_labels] of a text's last hidden state [..., hidden]."""
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__(hidden_size, num_labels, bias=False)
+
+
+class TokenClassificationHead(nn.Linear):
+    """Logits [..., num_labels] of every token's hidden state. Its dropout does nothing outside training."""
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__(hidden_size, num_labels)

@@ -17,19 +17,37 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from glm4runtime.contract import BundleError, UserError
+    from glm4runtime.encoder import Classification, Encoder, load_encoder
     from glm4runtime.generation import Generation
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session, load
+    from glm4runtime.text.spans import Span
     from glm4runtime.text.stream import TextStream
 
-__all__ = ["BundleError", "Generation", "SamplingParams", "Session", "TextStream", "UserError", "load"]
+__all__ = [
+    "BundleError",
+    "Classification",
+    "Encoder",
+    "Generation",
+    "SamplingParams",
+    "Session",
+    "Span",
+    "TextStream",
+    "UserError",
+    "load",
+    "load_encoder",
+]
 
 _MODULES = {
     "BundleError": "contract",
     "UserError": "contract",
+    "Classification": "encoder",
+    "Encoder": "encoder",
+    "load_encoder": "encoder",
     "Generation": "generation",
     "SamplingParams": "sampling",
     "Session": "session",
+    "Span": "text.spans",
     "TextStream": "text.stream",
     "load": "session",
 }

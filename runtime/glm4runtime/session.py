@@ -11,7 +11,7 @@ from typing import Any
 from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.providers import Provider, open_runner, require_settings
 from glm4runtime.backends.runner import Runner, refuse_closed
-from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, read_manifest, shown
+from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, read_manifest, shown, wrong_task
 from glm4runtime.generation import Generation
 from glm4runtime.invariance import make_invariant
 from glm4runtime.sampling import SamplingParams
@@ -67,6 +67,8 @@ def load(
     folder = Path(bundle)
     template = None if chat_template is None else _template_source(chat_template)
     manifest = read_manifest(folder, check_hashes=check_hashes)
+    if manifest.kv_cache is None:
+        raise wrong_task(folder, manifest.task)
     files = read_text_files(folder)
     runner = open_runner(
         folder,

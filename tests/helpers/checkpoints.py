@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -30,7 +32,11 @@ SMALL: dict[str, Any] = {
 def random_model(seed: int = 0, **overrides: Any) -> Glm4ForCausalLM:
     """A float32 model of a small geometry, its norms and biases moved away from 1 and 0 so that they matter."""
     torch.manual_seed(seed)
-    model = Glm4ForCausalLM(Glm4Config(**{**SMALL, **overrides})).eval()
+    return scatter(Glm4ForCausalLM(Glm4Config(**{**SMALL, **overrides})).eval())
+
+
+def scatter(model: Model) -> Model:
+    """Give a model's parameters random values, in place."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -39,7 +39,7 @@ def fill(folder: Path, *files: str, producer: str = "glm4export") -> None:
         config=dict.fromkeys(GEOMETRY, 8),
         source={},
         tokens=TokenIds((1,), None, None),
-        cache=CacheSpec(1, 1, 1, "float32", 8),
+        kv_cache=CacheSpec(1, 1, 1, "float32", 8),
         graphs=graphs,
         files=listed,
     )

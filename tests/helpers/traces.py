@@ -14,8 +14,9 @@ import onnx_ir as ir
 import torch
 
 from glm4export.build import build
-from glm4export.graph.trace import trace
+from glm4export.graph.trace import trace, trace_encoder
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import Encoding
 
 
 @functools.lru_cache(maxsize=16)
@@ -28,8 +29,18 @@ def kept_trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_le
     return _kept(config, graph, dtype, max_seq_len).clone()
 
 
+@functools.lru_cache(maxsize=16)
+def _kept_encoder(config: Glm4Config, encoding: Encoding, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+    return trace_encoder(config, encoding, dtype=dtype, max_seq_len=max_seq_len)
+
+
+def kept_trace_encoder(config: Glm4Config, encoding: Encoding, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
+    """The same of the graph without a cache."""
+    return _kept_encoder(config, encoding, dtype, max_seq_len).clone()
+
+
 @contextmanager
 def kept_traces() -> Iterator[None]:
     """Inside it, this process's builds keep their traces."""
-    with mock.patch.object(build, "trace", kept_trace):
+    with mock.patch.multiple(build, trace=kept_trace, trace_encoder=kept_trace_encoder):
         yield

@@ -52,7 +52,7 @@ MANIFEST = Manifest(
     config={**dict.fromkeys(GEOMETRY, 64), "rope": {"theta": 1e4, "yarn": None}},
     source={"repo_id": "org/模型", "commit": "0" * 40},
     tokens=TokenIds(eos=(1, 2, 3), pad=0, bos=None),
-    cache=CacheSpec(layers=2, kv_heads=2, head_dim=32, dtype="float16", max_seq_len=64),
+    kv_cache=CacheSpec(layers=2, kv_heads=2, head_dim=32, dtype="float16", max_seq_len=64),
     graphs={name: graph(name) for name in ("prefill", "decode")},
     files={name: FileSpec(len(data), hashlib.sha256(data).hexdigest()) for name, data in FILES.items()},
 )

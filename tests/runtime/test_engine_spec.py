@@ -37,7 +37,7 @@ MANIFEST = Manifest(
     config={},
     source={},
     tokens=TokenIds((1,), None, None),
-    cache=CacheSpec(1, 1, 16, "float16", 64),
+    kv_cache=CacheSpec(1, 1, 16, "float16", 64),
     graphs={"step": GraphSpec("step.onnx", (), ())},
     files={"step.onnx": FileSpec(1, "a" * 64), "weights.bin": FileSpec(1, "b" * 64)},
 )

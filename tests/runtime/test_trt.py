@@ -56,7 +56,7 @@ def engine(bundle: Path, tmp_path: Path) -> Callable[..., Path]:
         text = str(bundle / "step.onnx")
         spec = EngineSpec(
             "tensorrt-rtx", "1.7.1", "8.9", "fp32", "standard", False, profiles,
-            manifest.step_sha256, manifest.files[WEIGHTS].sha256, len(text), "",
+            manifest.engine_graph_sha256, manifest.files[WEIGHTS].sha256, len(text), "",
         )  # fmt: skip
         spec = dataclasses.replace(spec, **changes)
         stem = folder / engine_stem(spec.flavour, spec.compute_capability)

@@ -19,6 +19,7 @@ from transformers.utils.generic import TransformersKwargs
 from glm4export.sources.config import ConfigError, parse_config, read_token_ids
 from glm4export.sources.quantized.checkpoint import read_quantization
 from glm4export.sources.rope import ROPE_KEYS
+from glm4export.sources.task import read_task
 from tests.helpers.configs import config_of
 from tests.helpers.quantized import AWQ
 
@@ -62,6 +63,9 @@ OTHER: dict[str, Any] = {  # values that must be read, or refused, where the pag
     "eos_token_id": 7,
     "pad_token_id": 7,
     "bos_token_id": 7,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+    "num_labels": 3,
+    "problem_type": "multi_label_classification",
     "dtype": "float16",
     "torch_dtype": "float16",
 }
@@ -87,13 +91,18 @@ def test_a_field_becomes_what_the_page_says(field: str, tmp_path: Path) -> None:
         if field == "original_max_position_embeddings":
             data["rope_scaling"] = {"type": "yarn", "factor": 2.0}
 
+    if field in ("id2label", "num_labels", "problem_type"):
+        data["architectures"] = ["Glm4ForSequenceClassification"]
+        data.pop("id2label", None)
+
     def read(data: dict[str, Any]) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(data))
-        return parse_config(copy.deepcopy(data), "c"), read_token_ids(tmp_path), read_quantization(tmp_path)
+        geometry = parse_config(copy.deepcopy(data), "c")
+        return geometry, read_task(data, "c"), read_token_ids(tmp_path), read_quantization(tmp_path)
 
     plain = read(data)
     changed = {**data, field: OTHER.get(field, {"a": ["value"]})}
-    if fate == "refused" or field in ("architectures", "model_type"):
+    if fate == "refused" or field == "model_type":
         with pytest.raises(ConfigError, match=field):
             read(changed)
     elif fate == "used":

@@ -23,12 +23,14 @@ from glm4export.tensorrt.flavour import TENSORRT, TENSORRT_RTX
 from glm4export.tensorrt.network import Log
 from glm4export.tensorrt.plugin.graph import write_plugin_graph
 from glm4export.tensorrt.worker import Job
+from glm4runtime import load_encoder
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.contract.engine_spec import Profile, read_engine_specs
 from glm4runtime.contract.onnxfile import read_graph
 from glm4runtime.lookup import MAX_DRAFT
 from tests.conftest import Build
 from tests.helpers import checkpoints
+from tests.helpers.encoders import random_encoder
 from tests.helpers.engine_builds import LAYERS, builder, contents
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -70,6 +72,22 @@ def test_engines_of_the_embedded_model(precision: str, tensorrt_bundles: Callabl
     }
     assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
     assert all(built.own_memory <= built.estimated_memory for built in made.built)
+
+
+def test_an_engine_of_a_graph_without_a_cache(build_bundle: Build, tmp_path: Path) -> None:
+    model = random_encoder("sequence-classification", num_hidden_layers=1, hidden_size=128, head_dim=64)
+    bundle = build_bundle(checkpoints.save(model, tmp_path), precision="fp16", target="tensorrt")
+    engines = builder()
+    add_engines(bundle, engines)
+    (spec,) = read_engine_specs(bundle)
+    assert spec.attention == "full" and spec.attentions == 1 and spec.layers["ROTARY_EMBEDDING"] == 2
+    assert spec.profiles == (Profile("texts", (1, 1, 16), (1, 128, 128), (1, 1, 1)),)
+    manifest = read_manifest(bundle, check_hashes=True)
+    assert spec.file in manifest.files and spec.graph_sha256 == manifest.engine_graph_sha256
+    with pytest.raises(UserError, match="provider 'engine' doesn't run a bundle for tensorrt and sequence-class"):
+        load_encoder(bundle)
+    with load_encoder(bundle, provider="cpu") as encoder:
+        assert encoder.logits([[5, 6]])[0].shape == (3,)
 
 
 def test_plugins_need_full_tensorrt(build_bundle: Build) -> None:

@@ -22,6 +22,7 @@ from glm4export.weights.quantize import Quantized, Scheme, pack
 from glm4export.weights.recipes import Window, whole
 from glm4export.weights.storage import HEAD
 from glm4graphs.config import Glm4Config
+from glm4graphs.encoder import Encoding
 
 _ONLY_QUANTIZED = (
     *("qweight", "qzeros", "scales", "g_idx"),
@@ -81,7 +82,7 @@ class QuantizedCheckpoint(Checkpoint):
             for part in parts:
                 tensors.pop(part, None)
             if file is not None:
-                tensors[name] = StoredTensor(file, shape, torch.float32)
+                tensors[name] = StoredTensor(file, shape, torch.float32, name)
         super().__init__(stored.folder, tensors)
 
     def read(self, name: str, window: Window) -> Tensor:
@@ -193,12 +194,12 @@ class QuantizedCheckpoint(Checkpoint):
         """As :meth:`Checkpoint.fingerprint`, of the tensors that are stored."""
         return self.stored.fingerprint()
 
-    def check(self, config: Glm4Config) -> None:
+    def check(self, config: Glm4Config, encoding: Encoding | None = None) -> None:
         """The ledger, over the tensors that stand for a weight too, and what their data may not be.
 
         Raises CheckpointError, also where quantization_config says of a linear what its tensors don't.
         """
-        super().check(config)
+        super().check(config, encoding)
         says = f"{self.folder}: {CONFIG}'s quantization_config says that"
         if not self.linears:
             raise CheckpointError(f"{says} weights are quantized, and none is; remove it")
@@ -215,7 +216,7 @@ class QuantizedCheckpoint(Checkpoint):
             except ValueError as error:
                 raise CheckpointError(f"{self.folder}: {linear.module}: {error}") from None
 
-    def _mismatches(self, shapes: Mapping[str, Shape], config: Glm4Config) -> str | None:
+    def _mismatches(self, shapes: Mapping[str, Shape], config: Glm4Config, encoding: Encoding | None) -> str | None:
         missing: list[str] = []
         wrong: list[str] = []
         for linear in self.linears.values():
@@ -226,7 +227,7 @@ class QuantizedCheckpoint(Checkpoint):
             if expected_shape(name, config) is not None and stored.dtype not in FLOATS:
                 wrong.append(f"mis-typed {name}: {_named(stored.dtype)}, expected {_listed(FLOATS)}")
         found = {name: shape for name, shape in shapes.items() if not self._is_empty_bias(name)}
-        return mismatches(found, config, missing, wrong)
+        return mismatches(found, config, encoding, missing, wrong)
 
     def _unread(self) -> str:
         return self.stored._unread()

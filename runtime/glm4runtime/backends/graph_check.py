@@ -15,8 +15,10 @@ from glm4runtime.contract import (
     PREFILL,
     BundleError,
     CacheSpec,
+    EncoderSpec,
     Manifest,
     TensorSpec,
+    encoder_output,
     past_name,
     present_name,
     shown,
@@ -24,6 +26,7 @@ from glm4runtime.contract import (
 from glm4runtime.contract.onnxfile import Graph, read_graph
 
 _PARTS = ("key", "value")
+_EMBEDDING = "model.embed_tokens.weight"
 _ROTARY = 7  # GroupQueryAttention's input that holds a cosine for every position
 
 
@@ -34,12 +37,11 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
         graph = read_graph(path)
         _require_same(path, "input", graph.inputs, spec.inputs)
         _require_same(path, "output", graph.outputs, spec.outputs)
-        vocab = next((output.dims[-1:] for output in graph.outputs if output.name == LOGITS), ())
-        if vocab != (manifest.vocab_size,):
-            raise _error(
-                path, f"its logits are {shown(list(vocab))} wide, the manifest's vocab_size is {manifest.vocab_size}"
-            )
-        _require_cache(path, graph, manifest.cache)
+        if manifest.encoder is None:
+            _require_vocabulary(path, graph, manifest.vocab_size)
+            _require_cache(path, graph, manifest.cache)
+        else:
+            _require_encoder(path, graph, manifest, manifest.encoder)
         for file in sorted(graph.files):
             if (Path(spec.file).parent / file).as_posix() not in manifest.files:
                 raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
@@ -61,6 +63,29 @@ def _weighted(graph: Graph) -> Counter[tuple[str, ...]]:
     numbers = {name for name, stored in graph.stored.items() if stored.dtype != "int64"}
     read = ((node.domain, node.op, *(name for name in node.inputs if name in numbers)) for node in graph.nodes)
     return Counter(node for node in read if len(node) > 2)
+
+
+def _require_vocabulary(path: Path, graph: Graph, vocab_size: int) -> None:
+    vocab = next((output.dims[-1:] for output in graph.outputs if output.name == LOGITS), ())
+    if vocab != (vocab_size,):
+        raise _error(path, f"its logits are {shown(list(vocab))} wide, the manifest's vocab_size is {vocab_size}")
+
+
+def _require_encoder(path: Path, graph: Graph, manifest: Manifest, encoder: EncoderSpec) -> None:
+    wanted = encoder_output(manifest.task, encoder.pooling)
+    width = len(encoder.labels) or manifest.config["hidden_size"]
+    if [(output.name, output.dims[-1:]) for output in graph.outputs] != [(wanted, (width,))]:
+        found = ", ".join(_words(output) for output in graph.outputs)
+        raise _error(path, f"it gives {found}; for the manifest's {manifest.task} it should give {wanted!r} of {width}")
+    for name, stored in graph.stored.items():
+        if name.startswith(_EMBEDDING) and stored.shape[:1] != (manifest.vocab_size,):
+            rows = stored.shape[0] if stored.shape else 0
+            raise _error(path, f"it knows {rows} tokens, the manifest's vocab_size is {manifest.vocab_size}")
+    for node in graph.nodes:
+        if node.op == "RotaryEmbedding" and node.inputs[1] in graph.stored:
+            rows = graph.stored[node.inputs[1]].shape[0]
+            if encoder.max_seq_len > rows:
+                raise _error(path, f"it knows {rows} positions, the manifest's encoder has {encoder.max_seq_len}")
 
 
 def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -> None:

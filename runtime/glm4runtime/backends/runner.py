@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from glm4runtime.backends.sequence import TokenSequence
+from glm4runtime.backends.token_ids import checked_ids, is_id
 from glm4runtime.contract import Manifest, UserError
 
 MAX_RUN = 16  # tokens that one run may verify; from about there on, cost grows as fast as width
@@ -55,19 +56,7 @@ class Runner(ABC):
 
     def token_ids(self, tokens: Any) -> np.ndarray:
         """A prompt as int64 [n]. Raises UserError unless it's at least one token id of the vocabulary, in a row."""
-        sized = isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes | bytearray)
-        if not sized:
-            raise UserError(f"the prompt is {tokens!r:.80}, expected a sequence of token ids")
-        if not len(tokens):
-            raise UserError("the prompt is empty; at least one token is needed")
-        vocab = self.manifest.vocab_size
-        if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype.kind in "iu":
-            bad = tokens[(tokens < 0) | (tokens >= vocab)][:1].tolist()
-        else:
-            bad = [token for token in tokens if not _is_id(token, vocab)][:1]
-        if bad:
-            raise UserError(f"token id {bad[0]!r:.80} is not a whole number in 0..{vocab - 1}, the model's vocabulary")
-        return np.asarray(tokens, dtype=np.int64)
+        return checked_ids(tokens, self.manifest.vocab_size)
 
     def check_prompt(self, tokens: Any, start: int = 0) -> np.ndarray:
         """The same for a prompt to be appended behind ``start`` tokens. Raises UserError also where it has no room."""
@@ -181,7 +170,7 @@ class Runner(ABC):
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            if not _is_id(token, self.manifest.vocab_size):
+            if not is_id(token, self.manifest.vocab_size):
                 self.token_ids([token])  # tells what's wrong with it
 
     @property
@@ -235,8 +224,3 @@ class Runner(ABC):
 def refuse_closed(*_: Any) -> NoReturn:
     """Raises UserError: for what a closed session is asked."""
     raise UserError("this session is closed; load the bundle again")
-
-
-def _is_id(token: Any, vocab_size: int) -> bool:
-    # bool is an int to Python, but True is no token id
-    return isinstance(token, int | np.integer) and not isinstance(token, bool) and bool(0 <= token < vocab_size)

@@ -16,7 +16,6 @@ from pathlib import Path
 from glm4runtime.contract import (
     SHA256,
     SHA256_WORDS,
-    STEP,
     WEIGHTS,
     BundleError,
     FieldReader,
@@ -30,6 +29,7 @@ FORMAT_VERSION = 1
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # by the Python module that is the flavour's API
 
 STANDARD, PLUGIN = "standard", "plugin"  # attention in standard operators, or as the compiler's own plugins
+FULL = "full"  # in standard operators over whole texts, without a cache
 _REMEDY = "build the engine again"
 PLUGINS_OF_LAYER = 3  # append to the cache, attend, combine
 
@@ -57,7 +57,7 @@ class EngineSpec:
     attention: str  # STANDARD or PLUGIN
     version_compatible: bool
     profiles: tuple[Profile, ...]
-    graph_sha256: str  # of the step graph that the engine was parsed from
+    graph_sha256: str  # of the graph that the engine was parsed from
     weights_sha256: str  # of weights.bin
     size: int
     sha256: str
@@ -98,7 +98,7 @@ class EngineSpec:
             version=read.matching("version", r"\d+\.\d+[\w.+-]*", "a version such as 10.15.1"),
             compute_capability=read.matching("compute_capability", r"\d+\.\d", "numbers such as 8.9"),
             precision=read.text("precision"),
-            attention=read.one_of("attention", (STANDARD, PLUGIN)),
+            attention=read.one_of("attention", (STANDARD, PLUGIN, FULL)),
             **{name: read.matching(name, SHA256, SHA256_WORDS) for name in _HASHES},
             version_compatible=read("version_compatible", bool),
             weight_streaming=read.optional("weight_streaming", bool) or False,
@@ -117,7 +117,7 @@ class EngineSpec:
         found: dict[str, tuple[str, str]] = {
             "the flavour of TensorRT": (self.flavour, flavour),
             "the compute capability": (self.compute_capability, compute_capability),
-            f"the bundle's {STEP} graph by its sha256": (self.graph_sha256, manifest.step_sha256),
+            "the bundle's graph by its sha256": (self.graph_sha256, manifest.engine_graph_sha256),
             f"the bundle's {WEIGHTS} by its sha256": (self.weights_sha256, manifest.files[WEIGHTS].sha256),
         }
         if not (self.version_compatible and _release(self.version) <= _release(version)):

@@ -10,18 +10,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from glm4runtime.contract.dtypes import DTYPE_BYTES
+from glm4runtime.contract.encoder_spec import EncoderSpec, wrong_task
 from glm4runtime.contract.errors import BundleError
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
 from glm4runtime.contract.names import (
+    CAUSAL_LM,
     FORMAT_VERSION,
     GEOMETRY,
     MANIFEST,
+    MODEL,
     STEP,
     TARGETS,
+    TASKS,
     TEXT_FILES,
     WEIGHTS,
     Target,
+    TaskName,
     graph_names,
 )
 
@@ -69,7 +74,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids that generation needs; ``eos`` is generation_config's whole list."""
+    """Token ids that generation needs; ``eos`` is generation_config's whole list, ``pad`` fills up a batch's texts."""
 
     eos: tuple[int, ...]
     pad: int | None
@@ -83,26 +88,47 @@ class Manifest:
     producer: str
     producer_version: str
     family: str
-    task: str
+    task: TaskName
     target: Target
     precision: str
     vocab_size: int
     config: Mapping[str, Any]  # the model's geometry, as the compiler read it
     source: Mapping[str, Any]  # where the checkpoint came from: its fingerprint, and hub id and commit if it had one
     tokens: TokenIds
-    cache: CacheSpec
+    kv_cache: CacheSpec | None  # ``cache`` in the file; None for a bundle without one, which has an encoder
     graphs: Mapping[str, GraphSpec]
     files: Mapping[str, FileSpec]
+    encoder: EncoderSpec | None = None
     format_version: int = FORMAT_VERSION
 
     @property
-    def step_sha256(self) -> str:
-        """The sha256 of a TensorRT bundle's graph."""
-        return self.files[self.graphs[STEP].file].sha256
+    def cache(self) -> CacheSpec:
+        """The KV cache of a causal language model. Raises UserError for a bundle without one."""
+        if self.kv_cache is None:
+            raise wrong_task(MANIFEST, self.task)
+        return self.kv_cache
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one sequence may have."""
+        return self.cache.max_seq_len if self.encoder is None else self.encoder.max_seq_len
+
+    @property
+    def engine_graph(self) -> GraphSpec:
+        """The one graph of a TensorRT bundle, which engines are made of."""
+        return self.graphs[STEP if self.encoder is None else MODEL]
+
+    @property
+    def engine_graph_sha256(self) -> str:
+        """Its sha256."""
+        return self.files[self.engine_graph.file].sha256
 
     def to_json(self) -> str:
         """The file's text; the same manifest always gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        data = dataclasses.asdict(self)
+        data["cache"] = data.pop("kv_cache")
+        kept = {name: value for name, value in data.items() if value is not None}
+        return json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -114,7 +140,8 @@ class Manifest:
             raise BundleError(
                 f"{where}: bundle format {shown(version)}, this version reads format {FORMAT_VERSION}; {remedy}"
             )
-        cache, tokens = read.child("cache"), read.child("tokens")
+        tokens, task = read.child("tokens"), read.one_of("task", TASKS)
+        causal = task == CAUSAL_LM
         graphs, files = read.child("graphs"), read.child("files")
         config, source = read.child("config"), read.child("source")
         for name in GEOMETRY:
@@ -129,14 +156,13 @@ class Manifest:
             tokens=TokenIds(
                 eos=tokens.items("eos", int), pad=tokens.optional("pad", int), bos=tokens.optional("bos", int)
             ),
-            cache=CacheSpec(
-                dtype=cache.one_of("dtype", DTYPE_BYTES),
-                **{name: cache.positive(name) for name in ("layers", "kv_heads", "head_dim", "max_seq_len")},
-            ),
+            task=task,
+            kv_cache=_cache(read.child("cache")) if causal else None,
+            encoder=None if causal else EncoderSpec.read(read.child("encoder"), task),
             graphs={name: _graph(graphs.child(name)) for name in graphs.data},
             files={name: _file(name, files.child(name)) for name in files.data},
         )
-        for name in graph_names(manifest.target):
+        for name in graph_names(manifest.target, task):
             if name not in manifest.graphs:
                 raise BundleError(f"{where}: no {name} graph; build the bundle again")
         for what, file in (
@@ -149,7 +175,7 @@ class Manifest:
 
 
 _LONGEST_NAME = 255  # bytes that Linux's file systems take
-_TEXT_FIELDS = ("producer", "producer_version", "family", "task", "precision")
+_TEXT_FIELDS = ("producer", "producer_version", "family", "precision")
 
 
 def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
@@ -176,6 +202,11 @@ def read_manifest(folder: Path, *, check_hashes: bool = False) -> Manifest:
                     f"{folder / name}: the manifest doesn't list it; remove it, or build the bundle again"
                 )
     return manifest
+
+
+def _cache(read: FieldReader) -> CacheSpec:
+    sizes = {name: read.positive(name) for name in ("layers", "kv_heads", "head_dim", "max_seq_len")}
+    return CacheSpec(dtype=read.one_of("dtype", DTYPE_BYTES), **sizes)
 
 
 def _tensors(values: list[Any], where: str) -> tuple[TensorSpec, ...]:

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 Target = Literal["cpu", "cuda", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
-GraphName = Literal["prefill", "decode", "step"]
+GraphName = Literal["prefill", "decode", "step", "model"]
+TaskName = Literal["causal-lm", "features", "sequence-classification", "token-classification"]
 
 FORMAT_VERSION = 2  # 1: prefill graphs gave the last row's logits only
 MANIFEST = "manifest.json"
@@ -20,6 +21,7 @@ DECODE: GraphName = "decode"
 STEP: GraphName = (
     "step"  # TensorRT's graph: one for both phases, since an engine made of two would hold the weights twice
 )
+MODEL: GraphName = "model"  # the one graph of bundles without a cache
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
@@ -27,6 +29,14 @@ POSITION_IDS = "position_ids"  # step graphs: int64 [batch, seq]
 WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row that a sequence's first new token takes
 LOGIT_ROWS = "logit_rows"  # prefill and step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
+LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, seq, hidden]
+SENTENCE_EMBEDDING = "sentence_embedding"  # float32 [batch, hidden]
+
+CAUSAL_LM: TaskName = "causal-lm"
+FEATURES: TaskName = "features"
+SEQUENCE_CLASSIFICATION: TaskName = "sequence-classification"
+TOKEN_CLASSIFICATION: TaskName = "token-classification"
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 ACTIVATION_STEP = "rows/inverse_levels"  # initializers of int8 prefill: 1 / the levels of an activation,
 ACTIVATION_ZERO = "rows/zero_point"  # and the uint8 that stands for 0.0
@@ -42,8 +52,10 @@ GEOMETRY = (
 )  # fmt: skip
 
 
-def graph_names(target: Target) -> tuple[GraphName, ...]:
-    """The graphs that a bundle for ``target`` holds."""
+def graph_names(target: Target, task: TaskName = CAUSAL_LM) -> tuple[GraphName, ...]:
+    """The graphs that a bundle for ``target`` and ``task`` holds."""
+    if task != CAUSAL_LM:
+        return (MODEL,)
     return (STEP,) if target == TENSORRT else (PREFILL, DECODE)
 
 

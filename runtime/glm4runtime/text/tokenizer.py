@@ -39,6 +39,7 @@ _BYTE_OF = _byte_alphabet()
 _PARTS = {
     "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"},
     "pre_tokenizer": {"ByteLevel", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"},
+    "post_processor": {"ByteLevel", "TemplateProcessing"},
 }
 
 
@@ -66,7 +67,7 @@ def _kinds(part: Any) -> Iterator[Any]:
     if part.get("type") != "Sequence":
         yield part.get("type")
         return
-    for members in (part.get("normalizers"), part.get("pretokenizers")):
+    for members in (part.get("normalizers"), part.get("pretokenizers"), part.get("processors")):
         for member in members if isinstance(members, list) else []:
             yield from _kinds(member)
 
@@ -95,8 +96,10 @@ def _refusing(kind: type[UserError], what: str) -> Iterator[None]:
 class Tokenizer:
     """A byte-level BPE tokenizer. Use :meth:`from_file`."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "tokenizer") -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "tokenizer", *, whole_texts: bool = False) -> None:
         """Wrap a `tokenizers` object; ``name`` is what error messages call it.
+
+        whole_texts: for :meth:`encode_text`; keeps what tokenizer.json puts around a text.
 
         Raises:
             UserError: it is not a byte-level BPE.
@@ -110,7 +113,8 @@ class Tokenizer:
         # post-processor adds is the chat template's to write.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.post_processor = None
+        if not whole_texts:
+            tokenizer.post_processor = None
         tokenizer.model.dropout = None
         self._tokenizer = tokenizer
         self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -133,15 +137,15 @@ class Tokenizer:
             raise BundleError(f"{path}: can't be read: {error}") from error
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> Tokenizer:
-        """The same of a file's content; ``name`` is what error messages call it."""
+    def from_bytes(cls, data: bytes, name: str, *, whole_texts: bool = False) -> Tokenizer:
+        """The same of a file's content; ``name`` is what error messages call it, whole_texts as the class's."""
         refuse_pointer(data, name)
         try:
             _check_parts(json.loads(data, object_pairs_hook=_without_duplicates), name)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{name}: not a readable tokenizer.json: {error}") from error
         with _refusing(BundleError, f"{name}: not a readable tokenizer.json"):
-            return cls(tokenizers.Tokenizer.from_buffer(data), name)
+            return cls(tokenizers.Tokenizer.from_buffer(data), name, whole_texts=whole_texts)
 
     @property
     def vocab_size(self) -> int:
@@ -158,12 +162,24 @@ class Tokenizer:
         Raises:
             UserError: the text holds a lone surrogate, which UTF-8 can't express.
         """
+        return list(self._encoded(text, special=False).ids)
+
+    def encode_text(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """Token ids of a whole text as transformers' tokenizer gives them, and the characters that each stands for.
+
+        None for tokens that tokenizer.json puts around a text. Errors as :meth:`encode`'s.
+        """
+        encoded = self._encoded(text, special=True)
+        marked = zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
+        return list(encoded.ids), [None if special else offsets for offsets, special in marked]
+
+    def _encoded(self, text: str, *, special: bool) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # `tokenizers` would only say that it isn't a str
             raise UserError(f"text: not valid Unicode at character {error.start}: {error.reason}") from error
         with _refusing(UserError, "the tokenizer failed on this text; is its tokenizer.json damaged?"):
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``. Ids that are no token are passed over; bytes that are no UTF-8 become U+FFFD.
