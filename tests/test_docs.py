@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PACKAGES = ("glm4export", "graphs/glm4graphs", "runtime/glm4runtime")
 HUB_ID = "zai-org/GLM-4-9B-0414"
 NOT_RUN, FILE = "not run: ", "file: "  # comments in front of a block of code
-FOREIGN = {"--check", "--preload"}  # options of other people's programs
+FOREIGN = {"--check", "--preload", "--model_args", "--tasks"}  # options of other people's programs
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_an_older_runtime_takes_no_newer_engine(version):
         ({"flavour": "tensorrt"}, "the flavour of TensorRT does not fit: .* built for tensorrt, here is tensorrt-rtx"),
         ({"compute_capability": "12.0"}, r"the compute capability does not fit: .* built for 12\.0, here is 8\.9"),
         ({"version": "1.6"}, r"the version of TensorRT does not fit: the engine was built for 1\.6, here is 1\.7\.1"),
-        ({"graph_sha256": "d" * 64}, "the bundle's step graph by its sha256 does not fit: .* built for dddd"),
+        ({"graph_sha256": "d" * 64}, "the bundle's graph by its sha256 does not fit: .* built for dddd"),
         ({"weights_sha256": "d" * 64}, r"the bundle's weights\.bin by its sha256 does not fit"),
     ],
 )  # fmt: skip

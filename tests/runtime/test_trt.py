@@ -299,7 +299,7 @@ def test_an_engine_that_will_not_run(engine: Callable[..., Path], rig: Callable[
     [
         ({"version": "1.6"}, "the version of TensorRT does not fit: the engine was built for 1.6, here is 1.7.1"),
         ({"compute_capability": "12.0"}, "the compute capability does not fit: the engine was built for 12.0, here is"),
-        ({"graph_sha256": "0" * 64}, "the bundle's step graph by its sha256 does not fit"),
+        ({"graph_sha256": "0" * 64}, "the bundle's graph by its sha256 does not fit"),
     ],
 )  # fmt: skip
 def test_an_engine_that_does_not_fit(
