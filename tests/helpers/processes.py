@@ -20,7 +20,7 @@ blocked = sys.argv.pop(1)
 find = importlib.machinery.PathFinder.find_spec
 def find_other(name, path=None, target=None):
     return None if name.split(".")[0] == blocked else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = find_other
+importlib.machinery.PathFinder.find_spec = staticmethod(find_other)  # dill calls it on an instance
 from glm4export.cli import main
 sys.exit(main())
 """
