@@ -32,11 +32,6 @@ class cudaStreamCaptureMode(IntEnum):
     cudaStreamCaptureModeThreadLocal = 1
 
 
-class cudaDeviceAttr(IntEnum):
-    cudaDevAttrComputeCapabilityMajor = 75
-    cudaDevAttrComputeCapabilityMinor = 76
-
-
 class Graph:
     """A captured graph, or one that is ready to be launched; empty once it's destroyed."""
 
@@ -47,7 +42,7 @@ class Graph:
 class FakeCuda:
     """``cuda.bindings.runtime`` for one stream. ``calls``: all, in order. ``failing``: names that return an error."""
 
-    cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr = cudaMemcpyKind, cudaStreamCaptureMode, cudaDeviceAttr
+    cudaMemcpyKind, cudaStreamCaptureMode = cudaMemcpyKind, cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
 
     def __init__(self) -> None:
@@ -114,9 +109,6 @@ class FakeCuda:
 
     def _cudaGetDeviceCount(self) -> int:
         return 1
-
-    def _cudaDeviceGetAttribute(self, attribute: int, device: int) -> int:
-        return {75: 8, 76: 9}[attribute]
 
     def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
         return error.name.encode()

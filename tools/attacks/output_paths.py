@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attacks.files import Attack, Tally, files, run
-
 from glm4runtime.backends.prepare import prepare
 from glm4runtime.contract import read_manifest
 
