@@ -1,4 +1,4 @@
-"""Shared by tests: PREFIX, WITHOUT, python."""
+"""Commands and programs in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 PREFIX = "glm4export: error: "
+GLM4EXPORT = [sys.executable, "-m", "glm4export"]
 
 
 def python(code: str, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
