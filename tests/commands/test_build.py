@@ -173,6 +173,24 @@ def test_build_with_the_attention_plugin_for_another_target(fails: Fails, source
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--head-bits", "4"], "--head-bits goes with --precision int8 or int4, not with fp16; leave it out"),
+        (["--embedding-bits", "16"], "--embedding-bits goes with --precision int8 or int4, not with fp16; leave it"),
+        (["--asymmetric", "--precision", "fp32"], "--asymmetric goes with --precision int8 or int4, not with fp32"),
+        (["--block-size", "16", "--precision", "bf16", "--target", "cuda"], "--block-size goes with --precision"),
+        (["--revision", "v2"], "--revision goes with a hub id, not with "),
+        (["--target", "tensorrt", "--engine", "none", "--workspace", "2"], "--workspace does not go with --engine"),
+    ],
+)  # fmt: skip
+def test_options_that_nothing_would_use(
+    options: list[str], message: str, fails: Fails, source: Path, tmp_path: Path
+) -> None:
+    assert fails("build", source, "-o", tmp_path / "out", "--target", "cpu", *options).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
 def test_build_prints_what_it_made(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build", str(source), "--precision", "fp32", "--target", "cpu", "--max-seq-len", "40"]
     assert cli.main([*arguments, "-o", str(tmp_path / "a"), "--json"]) == 0

@@ -53,6 +53,18 @@ def test_inspect(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {name}" in text
 
 
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [(["--check-hashes"], "model"), (["--target", "cpu"], "bundle"), (["--revision", "v2"], "bundle"),
+     (["--token", "x"], "bundle")],
+)  # fmt: skip
+def test_inspect_with_an_option_of_the_other_kind(
+    option: list[str], wrong: str, fails: Fails, built: Path, source: Path
+) -> None:
+    what, kind = (source, "bundles") if wrong == "model" else (built, "models")
+    assert fails("inspect", what, *option) == f"{option[0]} is for {kind}, and {what} is none"
+
+
 def test_inspect_tells_what_a_model_will_take(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(source), "--target", "cpu", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
