@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from glm4export.build.options import BuildOptions
 from glm4export.sources.quantized.checkpoint import Linear, QuantizedCheckpoint
-from glm4export.weights.quantize import BLOCKS
 from glm4export.weights.storage import HEAD
+from glm4export.weights.widths import BLOCKS
 from glm4runtime.contract import TENSORRT, UserError
 
 

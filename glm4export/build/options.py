@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
-from glm4export.weights.quantize import BLOCKS
+from glm4export.build.choices import Attention, CacheName, PrefillPrecision
 from glm4export.weights.storage import Formats
+from glm4export.weights.widths import BLOCKS, Bits, BlockSize
 from glm4runtime.contract import CAUSAL_LM, TENSORRT, Precision, Target, TaskName, UserError
 
 PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
@@ -19,7 +20,7 @@ PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
 }
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 _PLUGIN = ("fp16", "bf16", "int8", "int4")  # what kernels of --attention plugin compute in or beside
-_CACHES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
+_CACHES: dict[CacheName, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
     ("cuda", "fp32"): "onnxruntime's CUDA kernel of GroupQueryAttention computes in fp16 and bf16 only: build bf16, "
@@ -38,15 +39,15 @@ class BuildOptions:
     target: Target = "cpu"
     max_seq_len: int | None = None
     simplify: bool = True
-    block_size: int | None = None  # None: a quantized checkpoint's, else 128
+    block_size: BlockSize | None = None  # None: a quantized checkpoint's, else 128
     symmetric: bool | None = None  # None: as a quantized checkpoint is, else True
-    head_bits: int = 8
-    embedding_bits: int = 16
-    prefill_precision: str | None = None  # "int8": formats of its own for the prefill graph
-    kv_cache: str | None = None  # fp32, fp16 or int8; None: the dtype that attention computes in
+    head_bits: Bits | None = None  # None: 8
+    embedding_bits: Bits | None = None  # None: 16
+    prefill_precision: PrefillPrecision | None = None  # formats of its own for the prefill graph
+    kv_cache: CacheName | None = None  # None: the dtype that attention computes in
     calibrate: Path | None = None  # a text file; weights and cache are quantized with an eye on the numbers it gives
     yarn_factor: float | None = None  # stretches plain rope, as --rope-scaling yarn does
-    attention: str = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
+    attention: Attention = "standard"  # "plugin": one node, and the function that it stands for, for full TensorRT
     task: TaskName | Literal["auto"] = "auto"  # by the checkpoint's class, or one of glm4runtime.contract.TASKS
     pooling: str | None = None  # features: one embedding per text, of its "last" token or the "mean" of them
     normalize: bool = False  # and of length 1
@@ -64,6 +65,8 @@ class BuildOptions:
                 f"--prefill-precision {self.prefill_precision} goes with --target cpu and --precision int8 or int4, "
                 f"not with {self.target} and {self.precision}"
             )
+        if self.formats is None:
+            self._check_unquantized()
         if self.kv_cache is not None:
             self._check_cache(self.kv_cache)
         if self.calibrate is not None and self.formats is None and self.cache_dtype != "int8":
@@ -98,11 +101,22 @@ class BuildOptions:
             if given:
                 raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")
 
+    def _check_unquantized(self) -> None:
+        """What is said of quantized weights where none are."""
+        for option, given in (
+            ("--block-size", self.block_size is not None),
+            ("--asymmetric", self.symmetric is not None),
+            ("--head-bits", self.head_bits is not None),
+            ("--embedding-bits", self.embedding_bits is not None),
+        ):
+            if given:
+                raise UserError(f"{option} goes with --precision int8 or int4, not with {self.precision}; leave it out")
+
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""
         if self.symmetric is False:
             raise UserError("--asymmetric does not go with --target tensorrt, which takes no zero points; leave it out")
-        if self.embedding_bits != 16:
+        if self.embedding_bits not in (None, 16):
             raise UserError(
                 f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
                 "quantized table; leave it at 16"
@@ -113,8 +127,8 @@ class BuildOptions:
                 "channel and lose too little to be worth it; leave it out, or build int4"
             )
 
-    def _check_cache(self, wanted: str) -> None:
-        if _CACHES.get(wanted) not in ("int8", self.compute_name):
+    def _check_cache(self, wanted: CacheName) -> None:
+        if _CACHES[wanted] not in ("int8", self.compute_name):
             raise UserError(
                 f"--kv-cache {wanted} does not go with --precision {self.precision} on --target {self.target}: "
                 f"attention computes in {self.compute_name} there, and onnxruntime's kernel keeps the cache in that "
@@ -156,7 +170,7 @@ class BuildOptions:
         """How weights are stored; None where they are stored as they're computed with."""
         if self.precision not in ("fp8", "int8", "int4"):
             return None
-        bits = 4 if self.precision == "int4" else 8
+        bits: Bits = 4 if self.precision == "int4" else 8
         qdq = self.target == TENSORRT
         block, symmetric = self.block_size or BLOCKS[0], self.symmetric is not False
-        return Formats(bits, self.head_bits, self.embedding_bits, block, symmetric, qdq)
+        return Formats(bits, self.head_bits or 8, self.embedding_bits or 16, block, symmetric, qdq)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glm4export.tensorrt.flavour import gpu_capability, installed_flavours
+from glm4export.tensorrt.flavour import installed_flavours
+from glm4runtime.backends.gpu import gpu_capability
 from glm4runtime.contract import TENSORRT, Target
 
 

@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
+from glm4export.build.choices import Attention, CacheName, PrefillPrecision
 from glm4export.bundle.folder import check_output
 from glm4export.commands.engine_options import (
     add_engine_options,
@@ -15,11 +17,11 @@ from glm4export.commands.engine_options import (
     engine_lines,
     require_flavour,
 )
-from glm4runtime.contract import PRECISIONS, TARGETS, TASKS, UserError
+from glm4export.weights.widths import BLOCKS, Bits
+from glm4runtime.contract import PRECISIONS, TARGETS, TASKS, Precision, Target, UserError
 from glm4runtime.contract.encoder_spec import POOLINGS
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
-CACHES = ("fp32", "fp16", "int8")
 
 
 def configure(command: argparse.ArgumentParser) -> None:
@@ -61,14 +63,14 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--attention",
-        choices=("standard", "plugin"),
+        choices=get_args(Attention),
         default="standard",
         help="tensorrt: in standard operators, or as one node that full TensorRT runs with this package's kernels "
         "(default: %(default)s)",
     )
     command.add_argument(
         "--kv-cache",
-        choices=CACHES,
+        choices=get_args(CacheName),
         help="int8, with --calibrate, takes a quarter of fp32's memory and half of fp16's (default: the dtype that "
         "attention computes in)",
     )
@@ -90,7 +92,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     quantized.add_argument(
         "--block-size",
         type=int,
-        choices=(32, 64, 128),
+        choices=sorted(BLOCKS),
         help="weights that share a scale (default: a quantized checkpoint's, else 128)",
     )
     quantized.add_argument(
@@ -98,11 +100,11 @@ def configure(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a zero point beside each block's scale (default: where a quantized checkpoint has them)",
     )
-    quantized.add_argument("--head-bits", type=int, choices=(4, 8, 16), default=8, help="lm_head (default: 8)")
-    quantized.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16, help="default: 16")
+    quantized.add_argument("--head-bits", type=int, choices=get_args(Bits), help="lm_head (default: 8)")
+    quantized.add_argument("--embedding-bits", type=int, choices=get_args(Bits), help="default: 16")
     quantized.add_argument(
         "--prefill-precision",
-        choices=("int8", "auto"),
+        choices=(*get_args(PrefillPrecision), "auto"),
         help="int8: weights of its own for prefill, more accurate than int4's and on most machines faster, in more "
         "memory (cpu); auto: where this machine's kernel for it is faster, measured once",
     )
@@ -181,7 +183,7 @@ def _check_rope(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rope-factor {factor} must be a number above 1: how far the positions are stretched")
 
 
-def _choose_prefill(precision: str, target: str) -> tuple[str | None, str]:
+def _choose_prefill(precision: Precision, target: Target) -> tuple[PrefillPrecision | None, str]:
     """What ``--prefill-precision auto`` comes to on this machine, and a line that says why."""
     from glm4export.bench.kernels import kernel_speeds
 

@@ -67,6 +67,8 @@ def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder 
             raise UserError(f"--{given[0].replace('_', '-')} goes with --target tensorrt, not with {target}")
         return None
     if arguments.engine == NO_ENGINE:
+        if given := [name for name in _ENGINE_ONLY[1:] if getattr(arguments, name)]:
+            raise UserError(f"--{given[0].replace('_', '-')} does not go with --engine {NO_ENGINE}; leave one out")
         return None
     from glm4export.tensorrt.engines import EngineBuilder, EngineOptions, plan
     from glm4export.terminal.progress import engine_line

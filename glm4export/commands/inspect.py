@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from glm4export.terminal.errors import printable_lines
-from glm4runtime.contract import MANIFEST, TARGETS
+from glm4runtime.contract import MANIFEST, TARGETS, UserError
 
 EXAMPLE = "example: glm4export inspect zai-org/GLM-4-9B-0414 --json"
 
@@ -30,7 +30,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.what)
     model = any((folder / name).is_file() for name in (CONFIG, ADAPTER)) and not (folder / MANIFEST).is_file()
-    if model or not folder.exists():
+    model = model or not folder.exists()
+    for option, given, goes in (
+        ("--check-hashes", arguments.check_hashes, not model),
+        ("--target", arguments.target != "auto", model),
+        ("--revision", arguments.revision is not None, model),
+        ("--token", arguments.token is not None, model),
+    ):
+        if given and not goes:
+            raise UserError(f"{option} is for {'models' if goes is model else 'bundles'}, and {folder} is none")
+    if model:
         location = locate(arguments.what, revision=arguments.revision, token=arguments.token, weights=False)
         target = detect_target() if arguments.target == "auto" else arguments.target
         found = facts.inspect_model(location, target)

@@ -12,5 +12,6 @@ if __name__ == "__main__":
 
         import glm4export.evaluation.harness  # noqa: F401 registers the model
     except ModuleNotFoundError as error:
-        sys.exit(f"glm4export: error: {error.name} is not installed; {installing('harness')}")
+        print(f"glm4export: error: {error.name} is not installed; {installing('harness')}", file=sys.stderr)
+        sys.exit(2)
     cli_evaluate()

@@ -62,7 +62,7 @@ def perplexity(
     if len(ids) <= first:
         raise UserError(f"the text has {len(ids)} tokens; at least {first + 1} are needed")
     nats = 0.0
-    with token_bar(len(ids) - first, "score") as progress:
+    with token_bar(len(ids) - first) as progress:
         for begin, end, scored in _windows(len(ids), size, step, first):
             values, _ = log_probabilities(session.runner, [*head, *ids[begin:end]], len(head) + scored - begin)
             nats -= float(values.sum())

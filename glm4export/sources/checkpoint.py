@@ -79,9 +79,15 @@ def locate(
     Raises CheckpointError when there is no such folder, repository or revision, or the hub can't be reached.
     """
     if model is None:
+        _no_revision(revision, "the embedded model")
         return Location(Path(str(resources.files("glm4export") / "demo")), {"embedded": "glm4export.demo"})
     patterns = [*SIDE_FILES, ADAPTER, *((_INDEX, "model*.safetensors") if weights else ())]
     return _no_adapter(locate_files(model, patterns, revision=revision, token=token))
+
+
+def _no_revision(revision: str | None, model: str) -> None:
+    if revision is not None:
+        raise CheckpointError(f"--revision goes with a hub id, not with {model}; leave it out")
 
 
 def locate_files(
@@ -91,6 +97,7 @@ def locate_files(
     try:
         folder = Path(model).expanduser()
         if folder.is_dir():
+            _no_revision(revision, model)
             return Location(folder, {})
         exists = folder.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of an unknown user, a null character

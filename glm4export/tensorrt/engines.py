@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.bundle.folder import changed_bundle, require_space
-from glm4export.tensorrt.flavour import Flavour, choose_flavour, gpu_capability
+from glm4export.tensorrt.flavour import Flavour, choose_flavour
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
 from glm4export.tensorrt.worker import Job
 from glm4runtime import signals
+from glm4runtime.backends.gpu import gpu_capability
 from glm4runtime.contract import (
     MANIFEST,
     TENSORRT,

@@ -9,11 +9,11 @@ Full TensorRT has never run: docs/status.md.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from glm4runtime.backends.gpu import gpu_capability
 from glm4runtime.backends.trt_module import import_flavour
 from glm4runtime.contract import UserError, installing
 from glm4runtime.contract.engine_spec import FLAVOURS, Profile
@@ -106,37 +106,3 @@ def choose_flavour(name: str | None) -> Flavour:
 def installed_flavours() -> list[Flavour]:
     """Flavours whose module can be found, without importing it."""
     return [flavour for flavour in BY_NAME.values() if find_spec(FLAVOURS[flavour.name]) is not None]
-
-
-def gpu_capability() -> str | None:
-    """The compute capability of the first visible NVIDIA GPU, such as ``8.9``; None where driver or GPU is missing."""
-    values = _gpu_attributes(_CAPABILITY_MAJOR, _CAPABILITY_MINOR)
-    return None if values is None else f"{values[0]}.{values[1]}"
-
-
-def gpu_multiprocessors() -> int | None:
-    """How many multiprocessors that GPU has."""
-    values = _gpu_attributes(_MULTIPROCESSORS)
-    return None if values is None else values[0]
-
-
-def _gpu_attributes(*attributes: int) -> list[int] | None:
-    device, count, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return None
-    if cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    values = []
-    for attribute in attributes:
-        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-        values.append(value.value)
-    return values
-
-
-# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR and _MINOR
-_MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4export.tensorrt.flavour import BY_NAME, Flavour, gpu_multiprocessors
+from glm4export.tensorrt.flavour import BY_NAME, Flavour
 from glm4export.tensorrt.network import Log, count_layers, logger, new_network, parse, require_fused
+from glm4runtime.backends.gpu import gpu_multiprocessors
 from glm4runtime.backends.trt_module import version_of
 from glm4runtime.contract import LOGIT_ROWS, UserError, installing
 from glm4runtime.contract.engine_spec import PLUGIN, Profile

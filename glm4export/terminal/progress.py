@@ -51,9 +51,9 @@ def engine_line(name: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def token_bar(total: int, what: str) -> Iterator[Progress]:
+def token_bar(total: int) -> Iterator[Progress]:
     """A bar over ``total`` tokens with rate and time left."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" tokens", desc=f"  {what}", leave=False, disable=None) as bar:
+    with tqdm(total=total, unit=" tokens", desc="  score", leave=False, disable=None) as bar:
         yield bar.update

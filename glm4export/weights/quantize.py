@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glm4export.weights.widths import BLOCKS
 from glm4runtime.contract import UserError
 
-BLOCKS = (128, 64, 32, 16)  # block sizes that every kernel takes, best first
 E4M3_MAX = 448.0  # OCP 8-bit floating point: 4 bits of exponent, 3 of significand, no infinity
 CHUNK_ELEMENTS = 1 << 19  # weights that a thread works on at once: a few 2 MiB buffers, which stay in cache
 
@@ -129,26 +129,22 @@ def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -
 def quantize_rows(
     weight: Tensor,
     *,
-    reduce_range: bool = False,
-    importance: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Quantize with one scale per row, above zero: int8 [rows, columns] and float32 [rows], with ``w ~ scale * q``.
 
-    q is in -127..127; with ``reduce_range`` in -64..64, for CPUs without VNNI, whose kernels add two products of an
-    unsigned and a signed byte in 16 bits, which 255 * 127 * 2 would saturate.
+    q is in -127..127.
     """
     rows, columns = weight.shape
-    limit = 64 if reduce_range else 127
     data, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
 
     def work(search: _Search, first: int, last: int) -> None:
         search.load(weight[first:last])
-        search.normalise(2 * limit + 1, symmetric=True, positive=True)  # as many levels on either side
+        search.normalise(2 * 127 + 1, symmetric=True, positive=True)  # as many levels on either side
         scales[first:last] = search.fit(scale_dtype)
         data[first:last] = search.levels_used().to(torch.int8).T
 
-    _by_chunks(weight, columns, _FACTORS_ROWS, importance, work)
+    _by_chunks(weight, columns, _FACTORS_ROWS, None, work)
     return data, scales
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from glm4export.weights.quantize import Scheme, block_for
+from glm4export.weights.widths import Bits, BlockSize
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -17,12 +18,12 @@ SCALE_DTYPE = torch.float16
 
 @dataclass(frozen=True)
 class Formats:
-    """How a quantizing pipeline stores weights. 16 bits mean float16."""
+    """How a quantizing pipeline stores weights."""
 
-    linear_bits: int
-    head_bits: int
-    embedding_bits: int
-    block: int  # preferred; a weight whose columns it doesn't divide gets the largest block that does
+    linear_bits: Bits
+    head_bits: Bits
+    embedding_bits: Bits
+    block: BlockSize  # preferred; a weight whose columns it doesn't divide gets the largest block that does
     symmetric: bool
     qdq: bool = False  # for DequantizeLinear: int4 blocks with scales above zero, int8 with one scale per row
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM
 
@@ -62,3 +63,14 @@ def save(model: Glm4ForCausalLM, folder: Path, **kwargs: Any) -> Path:
     """Write a model in Hugging Face layout; ``max_shard_size`` shards it."""
     model.save_pretrained(folder, **kwargs)
     return folder
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Set or (None) drop tensors of a single-file checkpoint; ``__`` stands for a dot."""
+    file = folder / "model.safetensors"
+    data = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for name, tensor in tensors.items():
+        data.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            data[name.replace("__", ".")] = tensor
+    save_file(data, file)

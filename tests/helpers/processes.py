@@ -1,4 +1,4 @@
-"""Shared by tests: PREFIX, WITHOUT, python."""
+"""Commands and programs in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 PREFIX = "glm4export: error: "
+GLM4EXPORT = [sys.executable, "-m", "glm4export"]
 
 
 def python(code: str, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -20,7 +21,7 @@ blocked = sys.argv.pop(1)
 find = importlib.machinery.PathFinder.find_spec
 def find_other(name, path=None, target=None):
     return None if name.split(".")[0] == blocked else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = find_other
+importlib.machinery.PathFinder.find_spec = staticmethod(find_other)  # dill calls it on an instance
 from glm4export.cli import main
 sys.exit(main())
 """

@@ -24,6 +24,10 @@ Parts = dict[str, Tensor]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column in each of a word's 4 bits, lowest first
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+BY_ROWS = {"num_bits": 8, "type": "int", "strategy": "channel"}
+FP8 = {"num_bits": 8, "type": "float"}
+INPUTS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,6 @@ class Cuda:
         name, text = self.api.cudaGetErrorName(error)[1], self.api.cudaGetErrorString(error)[1]
         return f"{name.decode()} ({text.decode()})"
 
-    def compute_capability(self) -> str:
-        """The current device's, such as ``8.9``."""
-        attribute = self.api.cudaDeviceAttr
-        major = self("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, 0)
-        minor = self("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, 0)
-        return f"{major}.{minor}"
-
 
 class Memory:
     """What one session holds on the device, which :meth:`close` gives back, and pinned host memory."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from glm4runtime.backends.cuda import Cuda, Memory, open_cuda
 from glm4runtime.backends.fork import refuse_in_children
+from glm4runtime.backends.gpu import gpu_capability
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.backends.step import longest_run, profiles_for
 from glm4runtime.backends.trt_context import RunContext
@@ -201,7 +202,7 @@ def open_engine(
                 manifest,
                 flavour=spec.flavour,
                 version=version_of(module),
-                compute_capability=cuda.compute_capability(),
+                compute_capability=gpu_capability() or "unknown",
             )
         except UserError as error:
             reasons.append(str(error))

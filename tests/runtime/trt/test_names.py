@@ -1,4 +1,4 @@
-"""The stand-in of ``fake_tensorrt.py`` has no name that the real packages lack: what was called in the tests exists."""
+"""``fake_tensorrt.py`` and ``fake_cuda.py`` have no name that the real packages lack: what tests called exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from glm4runtime.backends.cuda import Cuda
 from glm4runtime.backends.trt import _read_engine
 from glm4runtime.backends.trt_module import error_log, import_flavour, version_of
 from glm4runtime.contract import BundleError, UserError
-from tests.helpers import fake_tensorrt
+from tests.helpers import fake_cuda, fake_tensorrt
+from tests.helpers.fake_cuda import FakeCuda
 
 
 def public(thing: Any) -> list[str]:
@@ -62,14 +63,14 @@ def test_tensorrt_rtx_tells_why_it_reads_no_engine(tmp_path: Path) -> None:
 
 def test_cuda_bindings_has_every_call_with_as_many_arguments() -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
-    for name, fake in vars(fake_tensorrt.FakeCuda).items():
+    for name, fake in vars(FakeCuda).items():
         if name.startswith("_cuda"):
             theirs = inspect.signature(getattr(real, name[1:])).parameters
             assert len(theirs) == len(inspect.signature(fake).parameters) - 1, name
-    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaDeviceAttr", "cudaError_t"):
-        for member in getattr(fake_tensorrt, name):
+    for name in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"):
+        for member in getattr(fake_cuda, name):
             assert int(getattr(getattr(real, name), member.name)) == member.value
-    assert real.cudaStreamNonBlocking == fake_tensorrt.FakeCuda.cudaStreamNonBlocking
+    assert real.cudaStreamNonBlocking == FakeCuda.cudaStreamNonBlocking
 
 
 def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
@@ -99,7 +100,6 @@ def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
         "cudaGraphInstantiate": (graph, 0),
         "cudaGraphLaunch": (replay, stream),
         "cudaDeviceSynchronize": (),
-        "cudaDeviceGetAttribute": (cuda.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, 0),
         "cudaFree": (256,),
         "cudaFreeHost": (256,),
         "cudaStreamDestroy": (stream,),
@@ -107,6 +107,6 @@ def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
         "cudaGraphExecDestroy": (replay,),
     }
     told = {"cudaGetDeviceCount", "cudaGetErrorName", "cudaGetErrorString"}
-    assert {name[1:] for name in vars(fake_tensorrt.FakeCuda) if name.startswith("_cuda")} - told == set(calls)
+    assert {name[1:] for name in vars(FakeCuda) if name.startswith("_cuda")} - told == set(calls)
     for name, arguments in calls.items():
         assert int(getattr(cuda, name)(*arguments)[0]), name
