@@ -28,8 +28,8 @@ def give_attentions(skeleton: Skeleton) -> Counts:
         node.attributes["qk_output"] = ir.AttrInt64("qk_output", _AFTER_SOFTMAX)
         given = len(node.outputs)
         node.resize_outputs(_WEIGHTS + 1)
-        for output in node.outputs[given:_WEIGHTS]:
-            output.name = ""  # left out
+        for index, output in enumerate(node.outputs[given:_WEIGHTS], given):  # a cache that nobody reads
+            output.name = f"{node.name}:{index}"
         weights = node.outputs[_WEIGHTS]
         weights.name, weights.dtype = f"{node.name}/weights", ONNX_DTYPES[skeleton.recipes[NORM].dtype]
         give(skeleton, attention_name(layer), weights, (batch, skeleton.config.num_attention_heads, "seq", total))
