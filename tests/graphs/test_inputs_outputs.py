@@ -18,7 +18,7 @@ from glm4export.sources.config import read_config
 from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.weights.fp16 import fp16_scales
 from glm4runtime import load, load_encoder
-from glm4runtime.contract import UserError, read_manifest
+from glm4runtime.contract import BundleError, UserError, read_manifest
 from tests.conftest import Build
 from tests.helpers.cached_graph import CachedGraph
 from tests.helpers.checkpoints import random_model, save
@@ -116,19 +116,24 @@ def test_logits_to_keep(keep: int | list[int], model: Glm4ForCausalLM, observed:
     found = CachedGraph(observed, "prefill", 2).run(**given, logit_rows=np.broadcast_to(rows, (2, len(rows))))
     check(found["logits"], wanted.logits)
     check_outputs(found, wanted, mask)
-    if keep == 0:
-        check(CachedGraph(observed, "decode", 2).run(**given)["logits"], wanted.logits)
+    if keep == 0:  # and over a past of no rows, as use_cache=False
+        check(CachedGraph(observed, "decode", 2, max_seq=0).run(**given)["logits"], wanted.logits)
 
 
 @pytest.mark.parametrize("options", [OUTPUTS, {"position_ids": True}], ids=["outputs", "positions"])
 def test_a_session_runs_such_bundles(options: dict[str, bool], model: Glm4ForCausalLM, build_bundle: Build) -> None:
-    with load(build_bundle(model, **CPU, **options), prefill_chunk=6) as session:
+    bundle = build_bundle(model, **CPU, **options)
+    with load(bundle, prefill_chunk=6) as session:
         check_parity(session, model, [5, 6, 7, 8, 9, 10, 11])
         session.runner.rewind()
         session.runner.prefill([5, 6, 7])
         drafts = session.runner.verify([8, 9]).copy()
     wanted = theirs(model, input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 3:]
     check(drafts, wanted)
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"max_seq_len": 64', '"max_seq_len": 65'))
+    with pytest.raises(BundleError, match="it knows 64 positions, the manifest's cache has 65"):
+        load(bundle)
 
 
 @pytest.mark.parametrize(
