@@ -28,6 +28,7 @@ ENCODERS: dict[
     tuple[Target, Precision, str], Encoding
 ] = {  # heads without a cache, each in some of the targets and precisions: attention is lowered in one way
     ("cpu", "fp32", "features"): Encoding("features"),
+    ("cpu", "fp32", "features-every-option"): Encoding("features"),
     ("cpu", "int4", "features-mean"): Encoding("features", pooling="mean", normalize=True),
     ("cuda", "bf16", "features-last"): Encoding("features", pooling="last"),
     ("cpu", "int8", "sequence-classification"): Encoding("sequence-classification", 3, 2036),
@@ -47,11 +48,14 @@ def golden_skeletons() -> dict[str, Skeleton]:
         for precision in precisions
     }
     variants["cpu-int4-prefill-int8"] = BuildOptions("int4", "cpu", prefill_precision="int8")
+    every = {"inputs": "embeds", "position_ids": True, "output_hidden_states": True, "output_attentions": True}
+    variants["cpu-fp16-every-option"] = BuildOptions("fp16", "cpu", **every)
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
     tasks: dict[str, Encoding | None] = dict.fromkeys(variants)
     for (target, precision, head), encoding in ENCODERS.items():
         variant = f"{target}-{precision}-{head}"
-        variants[variant], tasks[variant] = BuildOptions(precision, target), encoding
+        options = every if head.endswith("every-option") else {}
+        variants[variant], tasks[variant] = BuildOptions(precision, target, **options), encoding
     skeletons = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None

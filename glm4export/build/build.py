@@ -156,7 +156,8 @@ def build(
         for graph, skeleton in skeletons.items():
             with stage(f"write {graph}"):
                 graphs[graph] = _write_graph(skeleton, folder / f"{graph}.onnx", recipes, layout)
-        if causal and options.target != TENSORRT:  # onnxruntime-genai knows the inputs of the other graphs only
+        plain = options.inputs == "ids" and not options.position_ids
+        if causal and options.target != TENSORRT and plain:  # onnxruntime-genai knows the inputs of such graphs only
             text = genai_config(config, tokens, options.target, max_seq_len)
             (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
         for side in SIDE_FILES:

@@ -7,3 +7,4 @@ from typing import Literal
 Attention = Literal["standard", "plugin"]
 CacheName = Literal["fp32", "fp16", "int8"]
 PrefillPrecision = Literal["int8"]
+InputKind = Literal["ids", "embeds"]  # --inputs

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from glm4export.build.choices import Attention, CacheName, PrefillPrecision
+from glm4export.build.choices import Attention, CacheName, InputKind, PrefillPrecision
 from glm4export.weights.storage import Formats
 from glm4export.weights.widths import BLOCKS, Bits, BlockSize
-from glm4runtime.contract import CAUSAL_LM, TENSORRT, Precision, Target, TaskName, UserError
+from glm4runtime.contract import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TENSORRT, Precision, Target, TaskName, UserError
 
 PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
@@ -21,6 +21,7 @@ PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 _PLUGIN = ("fp16", "bf16", "int8", "int4")  # what kernels of --attention plugin compute in or beside
 _CACHES: dict[CacheName, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
+_CPU_ATTENTION = {"--output-attentions": "output of them", "--position-ids": "input for a bias"}
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
     ("cuda", "fp32"): "onnxruntime's CUDA kernel of GroupQueryAttention computes in fp16 and bf16 only: build bf16, "
@@ -51,6 +52,10 @@ class BuildOptions:
     task: TaskName | Literal["auto"] = "auto"  # by the checkpoint's class, or one of glm4runtime.contract.TASKS
     pooling: str | None = None  # features: one embedding per text, of its "last" token or the "mean" of them
     normalize: bool = False  # and of length 1
+    inputs: InputKind = "ids"  # "embeds": the graphs take inputs_embeds in the place of input_ids
+    position_ids: bool = False  # positions are an input, and masks are read as transformers does
+    output_hidden_states: bool = False
+    output_attentions: bool = False
 
     def __post_init__(self) -> None:
         possible = PRECISIONS_OF[self.target]
@@ -86,9 +91,15 @@ class BuildOptions:
                 f"--attention plugin goes with --target {TENSORRT} and --precision {', '.join(_PLUGIN)}, "
                 f"not with {self.target} and {self.precision}"
             )
+        self._check_boundary()
 
     def require_fit(self, task: TaskName) -> None:
-        """Raise UserError for options of a causal language model where the task is another."""
+        """Raise UserError for options of a causal language model where the task is another, and the other way round."""
+        if self.inputs == "embeds" and task == SEQUENCE_CLASSIFICATION:
+            raise UserError(
+                f"--inputs embeds does not go with --task {task}: the last token, which is classified, is found in "
+                "input_ids"
+            )
         if task == CAUSAL_LM:
             return
         for option, given in (
@@ -111,6 +122,31 @@ class BuildOptions:
         ):
             if given:
                 raise UserError(f"{option} goes with --precision int8 or int4, not with {self.precision}; leave it out")
+
+    def _check_boundary(self) -> None:
+        """What the targets' kernels give and take beside tokens and logits."""
+        for option, given in (
+            ("--inputs embeds", self.inputs == "embeds"),
+            ("--output-hidden-states", self.output_hidden_states),
+            ("--output-attentions", self.output_attentions),
+            ("--position-ids", self.position_ids),
+        ):
+            if given and self.target == TENSORRT:
+                raise UserError(
+                    f"{option} does not go with --target {TENSORRT}: engines are built, and run, for token ids and one "
+                    "output"
+                    + (", and a step graph has position_ids anyway" if option == "--position-ids" else "")
+                    + "; build for cpu or cuda"
+                )
+            if given and option in _CPU_ATTENTION and self.target != "cpu":
+                raise UserError(
+                    f"{option} goes with --target cpu, whose kernel of GroupQueryAttention has an "
+                    f"{_CPU_ATTENTION[option]}; on {self.target} none has been seen to"
+                )
+            if given and option in _CPU_ATTENTION and self.cache_dtype == "int8":
+                raise UserError(f"{option} does not go with --kv-cache int8; leave one of them out")
+        if self.inputs == "embeds" and self.embedding_bits is not None:
+            raise UserError("--embedding-bits does not go with --inputs embeds, which stores no table; leave it out")
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from glm4export.build.choices import Attention, CacheName, PrefillPrecision
+from glm4export.build.choices import Attention, CacheName, InputKind, PrefillPrecision
 from glm4export.bundle.folder import check_output
 from glm4export.commands.engine_options import (
     add_engine_options,
@@ -88,6 +88,20 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="DIR[:SCALE]",
         help="merge a LoRA adapter in peft's layout, a folder or hub id; several are merged in their order",
     )
+    graphs = command.add_argument_group("inputs and outputs, for programs that run the graphs themselves")
+    graphs.add_argument(
+        "--inputs",
+        choices=get_args(InputKind),
+        default="ids",
+        help="embeds: graphs take inputs_embeds in the place of input_ids (default: %(default)s)",
+    )
+    graphs.add_argument(
+        "--position-ids",
+        action="store_true",
+        help="positions are an input and masks are read as transformers does, rows padded in front too (cpu)",
+    )
+    graphs.add_argument("--output-hidden-states", action="store_true", help="outputs hidden_states.0 to .LAYERS")
+    graphs.add_argument("--output-attentions", action="store_true", help="outputs attentions.0 to .LAYERS-1 (cpu)")
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
         "--block-size",
@@ -154,6 +168,10 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         pooling=arguments.pooling,
         normalize=arguments.normalize,
+        inputs=arguments.inputs,
+        position_ids=arguments.position_ids,
+        output_hidden_states=arguments.output_hidden_states,
+        output_attentions=arguments.output_attentions,
     )
     builder = engine_builder(arguments, target)
     adapters = [open_adapter(text, token=arguments.token) for text in arguments.lora]

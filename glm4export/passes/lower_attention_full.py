@@ -12,7 +12,8 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import Counts, counts, per_layer
+from glm4export.passes.counted import Counts, counts
+from glm4export.passes.lower_attention_bias import position_input
 from glm4export.passes.lower_attention_standard import (
     OPSET,
     Emit,
@@ -37,11 +38,18 @@ class _Mask(NamedTuple):
     zero: ir.Value  # a scalar of the activations' dtype
 
 
-@counts(per_layer(attention=1))
-def lower_attention_full(skeleton: Skeleton) -> Counts:
-    """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them."""
+def _promised(skeleton: Skeleton, position_ids: bool) -> Counts:
+    return {"attention": skeleton.config.num_hidden_layers}
+
+
+@counts(_promised)
+def lower_attention_full(skeleton: Skeleton, position_ids: bool) -> Counts:
+    """Counts: ``attention`` nodes lowered. They take queries, keys and values packed, as fuse_qkv leaves them.
+
+    position_ids: positions are an input; else they count from each row's first place.
+    """
     nodes, shapes = skeleton.nodes(FULL_OP_TYPE, DOMAIN), head_shapes(skeleton)
-    mask = _mask(skeleton, nodes[0])
+    mask = _mask(skeleton, nodes[0], position_input(skeleton) if position_ids else None)
     for node in nodes:
         made = _lower(emitter(skeleton, node), node, shapes, mask, skeleton.config.rotary_dim)
         skeleton.replace_outputs(node, [made])
@@ -58,7 +66,7 @@ def _lower(emit: Emit, node: ir.Node, shapes: HeadShapes, mask: _Mask, rotary_di
     return attend(emit, (query, key, values, mask.visible), shapes, node.attributes["scale"].as_float())
 
 
-def _mask(skeleton: Skeleton, anchor: ir.Node) -> _Mask:
+def _mask(skeleton: Skeleton, anchor: ir.Node, positions: ir.Value | None) -> _Mask:
     """A token sees the real ones up to itself.
 
     One that would see none, in padding in front of a text, sees that padding, whose values are zero: so it attends to
@@ -88,7 +96,7 @@ def _mask(skeleton: Skeleton, anchor: ir.Node) -> _Mask:
     either = add("either", "Or", keys, add("queries", "Unsqueeze", blind, queries))  # [batch, 1, seq, seq]
     causal = add("causal", "LessOrEqual", places, add("query_places", "Unsqueeze", places, constant("key", [1])))
     return _Mask(
-        position_ids=add("position_ids", "Expand", places, size),
+        position_ids=positions or add("position_ids", "Expand", places, size),
         visible=add("visible", "And", either, causal),
         real=add("real_keys", "Unsqueeze", real, queries),
         zero=skeleton.constant("mask/no_value", ir.tensor(0.0, dtype=cos.dtype)),

@@ -8,7 +8,10 @@ from typing import Protocol
 from glm4export.passes.counted import Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
+from glm4export.passes.give_attentions import give_attentions
+from glm4export.passes.give_hidden_states import give_hidden_states
 from glm4export.passes.lift_weights import lift_weights
+from glm4export.passes.lower_attention_bias import lower_attention_bias
 from glm4export.passes.lower_attention_full import lower_attention_full
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
 from glm4export.passes.lower_attention_plugin import lower_attention_plugin
@@ -20,6 +23,7 @@ from glm4export.passes.quantize_linears import quantize_linears
 from glm4export.passes.quantize_rows import quantize_rows
 from glm4export.passes.rescale_fp16 import rescale_fp16
 from glm4export.passes.simplify import simplify
+from glm4export.passes.take_embeddings import take_embeddings
 from glm4export.passes.widen_cache import widen_cache
 from glm4export.weights.fp16 import Fp16Scales
 from glm4export.weights.storage import Formats
@@ -43,6 +47,14 @@ class Options(Protocol):
     def attention(self) -> str: ...
     @property
     def simplify(self) -> bool: ...
+    @property
+    def inputs(self) -> str: ...
+    @property
+    def position_ids(self) -> bool: ...
+    @property
+    def output_hidden_states(self) -> bool: ...
+    @property
+    def output_attentions(self) -> bool: ...
 
 
 def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> Iterator[Pass]:
@@ -52,6 +64,11 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     yield lift_weights()
     if scales is not None:
         yield rescale_fp16(scales)
+    residual = 1.0 if scales is None else scales.residual
+    if options.inputs == "embeds":
+        yield take_embeddings(residual)
+    if options.output_hidden_states:
+        yield give_hidden_states(residual)
     yield fuse_qkv()
 
     if graph == PREFILL and options.prefill_precision == "int8":  # the layers'; the head stays the bundle's
@@ -62,17 +79,22 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
         yield dequantize_linears(formats)
     elif formats is not None:
         yield quantize_linears(formats)
-        yield quantize_embedding(formats)
+        if options.inputs == "ids":
+            yield quantize_embedding(formats)
 
     if options.attention == "plugin":
         if options.simplify:  # before: it would put the function's body into its nodes' places
             yield simplify()
         yield lower_attention_plugin()
         return
-    if graph == MODEL:
-        yield lower_attention_full()
+    if options.output_attentions if graph == MODEL else options.position_ids:
+        yield lower_attention_bias(options.position_ids)
+    elif graph == MODEL:
+        yield lower_attention_full(options.position_ids)
     else:
         yield lower_attention_standard() if tensorrt else lower_attention_gqa()
+    if options.output_attentions:
+        yield give_attentions()
     if options.cache_dtype == "int8":
         # CPU kernels take float caches for many tokens at once
         yield widen_cache() if (options.target, graph) == ("cpu", PREFILL) else quantize_cache()

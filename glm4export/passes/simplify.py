@@ -15,7 +15,7 @@ _SEQUENCES = ("SplitToSequence", "SequenceAt")  # what the exporter writes for t
 
 
 def _promised(skeleton: Skeleton) -> Counts:
-    of_heads = {"lower_attention_standard", "lower_attention_full"}
+    of_heads = {"lower_attention_standard", "lower_attention_full", "lower_attention_bias"}
     of_layer = 2 if of_heads & {*skeleton.passed} else 1  # gate and up; and q, k and v
     return {"splits": of_layer * skeleton.config.num_hidden_layers, "sequences": 0}
 

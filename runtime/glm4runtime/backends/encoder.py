@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm4runtime.backends.graph_check import require_graphs
+from glm4runtime.backends.graph_check import require_graphs, require_token_ids, takes_positions
 from glm4runtime.backends.ort_session import open_session, require_provider
 from glm4runtime.backends.providers import (
     ENGINE,
@@ -16,7 +16,7 @@ from glm4runtime.backends.providers import (
     require_settings,
 )
 from glm4runtime.backends.runner import refuse_closed
-from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, MODEL, TENSORRT, Manifest, UserError
+from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, MODEL, POSITION_IDS, TENSORRT, Manifest, UserError
 
 
 class EncoderRunner:
@@ -36,11 +36,13 @@ class EncoderRunner:
                 f"give one of {', '.join(known)}"
             )
         require_graphs(folder, manifest)
+        require_token_ids(folder, manifest)
         require_provider(chosen)
         graph = manifest.graphs[MODEL]
         self.provider = chosen
         rows = graph.inputs[0].dims[0]
         self.most_rows = rows if isinstance(rows, int) else None  # texts in one run
+        self._takes_positions = takes_positions(graph)
         self._output = graph.outputs[0].name
         self._session = open_session(folder / graph.file, chosen, threads)
         self.closed = False
@@ -49,7 +51,10 @@ class EncoderRunner:
         """The graph's output for input_ids and attention_mask, int64 [batch, seq]: float32 [batch, ...]."""
         if self.closed:
             refuse_closed()
-        output: np.ndarray = self._session.run([self._output], {INPUT_IDS: ids, ATTENTION_MASK: mask})[0]
+        feed = {INPUT_IDS: ids, ATTENTION_MASK: mask}
+        if self._takes_positions:  # transformers' own where it's given none
+            feed[POSITION_IDS] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        output: np.ndarray = self._session.run([self._output], feed)[0]
         return output
 
     def close(self) -> None:

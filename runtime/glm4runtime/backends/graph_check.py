@@ -10,14 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm4runtime.contract import (
+    ATTENTIONS,
     DECODE,
+    HIDDEN_STATES,
+    INPUTS_EMBEDS,
     LOGITS,
+    POSITION_IDS,
     PREFILL,
     BundleError,
     CacheSpec,
     EncoderSpec,
+    GraphSpec,
     Manifest,
     TensorSpec,
+    UserError,
     encoder_output,
     past_name,
     present_name,
@@ -27,7 +33,7 @@ from glm4runtime.contract.onnxfile import Graph, read_graph
 
 _PARTS = ("key", "value")
 _EMBEDDING = "model.embed_tokens.weight"
-_ROTARY = 7  # GroupQueryAttention's input that holds a cosine for every position
+_COSINES = {"GroupQueryAttention": 7, "RotaryEmbedding": 1}  # which input holds a cosine for every position
 
 
 def require_graphs(folder: Path, manifest: Manifest) -> None:
@@ -45,6 +51,20 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
         for file in sorted(graph.files):
             if (Path(spec.file).parent / file).as_posix() not in manifest.files:
                 raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
+
+
+def require_token_ids(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError for a bundle whose graphs take embeddings: a session has token ids to give, and no table."""
+    if any(tensor.name == INPUTS_EMBEDS for spec in manifest.graphs.values() for tensor in spec.inputs):
+        raise UserError(
+            f"{folder}: built with --inputs embeds, so its graphs take {INPUTS_EMBEDS}: run them with onnxruntime, or "
+            "build without it for a session, which gives token ids"
+        )
+
+
+def takes_positions(graph: GraphSpec) -> bool:
+    """whether a graph has positions for an input, as ``--position-ids`` builds them."""
+    return any(tensor.name == POSITION_IDS for tensor in graph.inputs)
 
 
 def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
@@ -74,18 +94,15 @@ def _require_vocabulary(path: Path, graph: Graph, vocab_size: int) -> None:
 def _require_encoder(path: Path, graph: Graph, manifest: Manifest, encoder: EncoderSpec) -> None:
     wanted = encoder_output(manifest.task, encoder.pooling)
     width = len(encoder.labels) or manifest.config["hidden_size"]
-    if [(output.name, output.dims[-1:]) for output in graph.outputs] != [(wanted, (width,))]:
+    outputs = [output for output in graph.outputs if not output.name.startswith((HIDDEN_STATES, ATTENTIONS))]
+    if [(output.name, output.dims[-1:]) for output in outputs] != [(wanted, (width,))]:
         found = ", ".join(_words(output) for output in graph.outputs)
         raise _error(path, f"it gives {found}; for the manifest's {manifest.task} it should give {wanted!r} of {width}")
     for name, stored in graph.stored.items():
         if name.startswith(_EMBEDDING) and stored.shape[:1] != (manifest.vocab_size,):
             rows = stored.shape[0] if stored.shape else 0
             raise _error(path, f"it knows {rows} tokens, the manifest's vocab_size is {manifest.vocab_size}")
-    for node in graph.nodes:
-        if node.op == "RotaryEmbedding" and node.inputs[1] in graph.stored:
-            rows = graph.stored[node.inputs[1]].shape[0]
-            if encoder.max_seq_len > rows:
-                raise _error(path, f"it knows {rows} positions, the manifest's encoder has {encoder.max_seq_len}")
+    _require_positions(path, graph, encoder.max_seq_len, "encoder")
 
 
 def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -> None:
@@ -112,11 +129,15 @@ def _require_cache(path: Path, graph: Graph, cache: CacheSpec) -> None:
         dims = tuple(told[1][2] if index == 2 and isinstance(dim, str) else dim for index, dim in enumerate(spec.dims))
         if (spec.dtype, dims) != told:
             raise _error(path, f"it has {_words(spec)}, the manifest's cache is {told[0]} {list(told[1])}")
+    _require_positions(path, graph, cache.max_seq_len, "cache")
+
+
+def _require_positions(path: Path, graph: Graph, max_seq_len: int, what: str) -> None:
     for node in graph.nodes:
-        if node.op == "GroupQueryAttention" and len(node.inputs) > _ROTARY and node.inputs[_ROTARY] in graph.stored:
-            rows = graph.stored[node.inputs[_ROTARY]].shape[0]
-            if cache.max_seq_len > rows:
-                raise _error(path, f"it knows {rows} positions, the manifest's cache has {cache.max_seq_len}")
+        cosines = node.inputs[_COSINES[node.op] :][:1] if node.op in _COSINES else ()
+        for name in cosines:
+            if name in graph.stored and max_seq_len > (rows := graph.stored[name].shape[0]):
+                raise _error(path, f"it knows {rows} positions, the manifest's {what} has {max_seq_len}")
 
 
 def _words(spec: TensorSpec) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from glm4runtime.backends.cache import Buffer, Cache
-from glm4runtime.backends.graph_check import graphs_to_open
+from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.backends.side_by_side import side_by_side
-from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest
+from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
 
 class OrtRunner(Runner):
@@ -50,6 +50,8 @@ class OrtRunner(Runner):
         self._rows = Buffer((1, MAX_RUN), "int64", device)  # a run's rows in order: all of a draft's, a step's one
         self._rows.write(np.arange(MAX_RUN)[None])
         self._last = Buffer((1, 1), "int64", device)
+        width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.graphs[PREFILL]) else 0
+        self._positions = Buffer((1, width), "int64", device) if width else None
         names = graphs_to_open(folder, manifest)
         calls = [_opening(folder, manifest, name, provider, threads) for name in names]
         self._graphs = dict(zip(names, side_by_side(calls), strict=True))
@@ -87,7 +89,7 @@ class OrtRunner(Runner):
     def _release(self) -> None:
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         del self._cache, self._mask, self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last
+        del self._rows, self._last, self._positions
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
@@ -101,6 +103,7 @@ class OrtRunner(Runner):
             mask = Buffer((1, count), "int64", self.device)
             mask.write(np.array([[1] * (count - padding) + [0] * padding]))
         mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        self._bind_positions(binding, start, count)
         self._prefill.run_with_iobinding(binding)
         return self._row
 
@@ -108,6 +111,7 @@ class OrtRunner(Runner):
         self._token.host[0, 0] = token
         self._token.upload()
         self._mask.bind_input(self._decode_binding, ATTENTION_MASK, (1, start + 1))
+        self._bind_positions(self._decode_binding, start, 1)
         self._decode.run_with_iobinding(self._decode_binding)
         return self._row
 
@@ -117,12 +121,21 @@ class OrtRunner(Runner):
         self._draft.upload()
         self._draft.bind_input(binding, INPUT_IDS, (1, count))
         self._mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        self._bind_positions(binding, start, count)
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (1, count))
         self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
         self._decode.run_with_iobinding(binding)
         rows: np.ndarray = self._logits.array[0, :count]
         return rows
+
+    def _bind_positions(self, binding: Any, start: int, count: int) -> None:
+        """Where a run's tokens stand, for graphs that are told."""
+        if self._positions is None:
+            return
+        self._positions.host[0, :count] = np.arange(start, start + count)
+        self._positions.upload()
+        self._positions.bind_input(binding, POSITION_IDS, (1, count))
 
 
 def _opening(folder: Path, manifest: Manifest, graph: str, provider: str, threads: int) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from glm4runtime.backends.graph_check import require_graphs
+from glm4runtime.backends.graph_check import require_graphs, require_token_ids
 from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def open_runner(
             f"use {' or '.join(GRAPH_PROVIDERS)}, or build it again"
         )
     require_graphs(folder, manifest)
+    require_token_ids(folder, manifest)
     if chosen == ENGINE:
         from glm4runtime.backends.trt import open_engine
 

@@ -24,12 +24,15 @@ STEP: GraphName = (
 MODEL: GraphName = "model"  # the one graph of bundles without a cache
 
 INPUT_IDS = "input_ids"
+INPUTS_EMBEDS = "inputs_embeds"  # float32 [batch, seq, hidden], where a bundle takes it in input_ids' place
 ATTENTION_MASK = "attention_mask"  # int64 [batch, total_seq]; in a step graph bool [batch, 1, seq, max_seq]
-POSITION_IDS = "position_ids"  # step graphs: int64 [batch, seq]
+POSITION_IDS = "position_ids"  # int64 [batch, seq]: step graphs, and others by option
 WRITE_INDICES = "write_indices"  # step graphs: int64 [batch], the cache row that a sequence's first new token takes
 LOGIT_ROWS = "logit_rows"  # prefill and step graphs: int64 [batch, rows], which of the new tokens' logits are wanted
 LOGITS = "logits"
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, seq, hidden]
+HIDDEN_STATES = "hidden_states."  # outputs beside those, by option: float32 [batch, seq, hidden]
+ATTENTIONS = "attentions."  # and float32 [batch, heads, seq, total_seq]
 SENTENCE_EMBEDDING = "sentence_embedding"  # float32 [batch, hidden]
 
 CAUSAL_LM: TaskName = "causal-lm"
@@ -67,3 +70,13 @@ def past_name(layer: int, part: str) -> str:
 def present_name(layer: int, part: str) -> str:
     """Graph output that is bound to the same buffer as :func:`past_name`."""
     return f"present.{layer}.{part}"
+
+
+def hidden_state_name(index: int) -> str:
+    """Graph output of a bundle built with hidden states: the embeddings, then what each layer made of them."""
+    return f"{HIDDEN_STATES}{index}"
+
+
+def attention_name(layer: int) -> str:
+    """Graph output of a bundle built with attentions: a layer's weights, behind the softmax."""
+    return f"{ATTENTIONS}{layer}"
