@@ -253,6 +253,10 @@ def test_a_table_that_nobody_reads_is_not_stored(model: Glm4ForCausalLM, build_b
             {"task": "sequence-classification", "inputs": "embeds"},
             "the last token, which is classified, is found in input_ids",
         ),
+        (
+            {"precision": "int4", "inputs": "embeds", "embedding_bits": 8},
+            "--embedding-bits does not go with --inputs emb",
+        ),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str, build_bundle: Build, tmp_path: Path) -> None:
