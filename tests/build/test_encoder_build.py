@@ -197,6 +197,8 @@ def test_verify_finds_another_head(
     assert "FAILED: relative error" in capsys.readouterr().out
     assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--long"]) == 2
     assert "--long goes with bundles that generate text; leave it out" in capsys.readouterr().err
+    assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--prompt", ""]) == 2
+    assert "the prompt '' is empty; at least one token is needed" in capsys.readouterr().err
 
 
 def test_inspect_and_the_manifest(build_bundle: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
