@@ -121,7 +121,7 @@ def table(report: EncoderReport) -> str:
 
 
 def _token_ids(encoder: Encoder, text: str) -> list[int]:
-    ids = encoder.tokenizer.encode_text(text)[0]
+    ids, _ = encoder.tokenizer.encode_text(text, encoder.max_seq_len)
     checked: list[int] = checked_ids(ids, encoder.manifest.vocab_size, f"the prompt {text!r:.80}").tolist()
     return checked[: encoder.max_seq_len]
 

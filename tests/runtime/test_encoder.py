@@ -18,6 +18,7 @@ from glm4export import cli
 from glm4runtime import Span, UserError, load, load_encoder
 from glm4runtime.backends.prepare import prepare
 from glm4runtime.contract import read_manifest
+from glm4runtime.text.tokenizer import Tokenizer
 from tests.conftest import Build
 from tests.helpers.checkpoints import save_with_tokenizer
 from tests.helpers.encoders import random_encoder
@@ -138,6 +139,26 @@ def test_what_tokenizer_json_puts_around_a_text(build_bundle: Build, tmp_path: P
         ids, offsets = encoder.tokenizer.encode_text("ab")
         theirs = PreTrainedTokenizerFast(tokenizer_file=str(path))("ab").input_ids
         assert ids == theirs and ids[0] == 0 and offsets == [None, (0, 1), (1, 2)]
+
+
+def test_what_stands_behind_a_text_stays_where_the_text_is_cut(embedder: Any, tmp_path: Path) -> None:
+    """An embedding by last pooling is that token's."""
+    data = json.loads((embedder[1] / "tokenizer.json").read_text())
+    last = next(iter(data["model"]["vocab"]))
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": last, "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {last: {"id": last, "ids": [0], "tokens": [last]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with load_encoder(embedder[1], truncate=True, max_seq_len=4) as encoder:
+        encoder.tokenizer = Tokenizer.from_bytes(json.dumps(data).encode(), "tokenizer.json", whole_texts=True)
+        cut = theirs("abcdef", truncation=True, max_length=4).input_ids
+        assert cut[-1] == 0 and encoder.tokenizer.encode_text("abcdef", 4) == (cut, [(0, 1), (1, 2), (2, 3), None])
+        np.testing.assert_array_equal(encoder.embed(["abcdef"]), encoder.embed([cut]))
+        assert len(encoder.tokenizer.encode_text("abcdef")[0]) == 7
 
 
 @pytest.mark.parametrize(
