@@ -30,13 +30,15 @@ class KernelSpeeds:
 
 def kernel_speeds() -> KernelSpeeds:
     """What was measured on this CPU with this onnxruntime, or is now, in two seconds; kept in the user's cache."""
-    path = _cache_folder() / f"kernels-{machine_key()[:16]}.json"
-    with suppress(OSError, ValueError, TypeError):  # not there, damaged, or of another version
+    name = f"kernels-{machine_key()[:16]}.json"
+    with suppress(OSError, ValueError, TypeError, RuntimeError):  # not there, damaged, of another version, no home
+        path = _cache_folder() / name
         kept = KernelSpeeds(**json.loads(path.read_text(encoding="utf-8")))
         if min(kept.int4, kept.int8) > 0:
             return kept
     speeds = KernelSpeeds(matmul_peak("int4"), matmul_peak("int8"))
-    with suppress(OSError):  # a home that can't be written: measured again next time
+    with suppress(OSError, RuntimeError):  # no home, or one that can't be written: measured again next time
+        path = _cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump(asdict(speeds), file)

@@ -47,9 +47,10 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
 
 
 def open_encoder(arguments: argparse.Namespace) -> Encoder:
-    """Open the bundle as the options say."""
+    """Open the bundle as the options say, once it's clear that results can go where they are to go."""
     from glm4runtime import load_encoder
 
+    _check_output(arguments.output, arguments.file)
     return load_encoder(
         arguments.bundle,
         provider=arguments.provider,
@@ -60,8 +61,18 @@ def open_encoder(arguments: argparse.Namespace) -> Encoder:
     )
 
 
+def _check_output(output: Path | None, file: str) -> None:
+    """Raise UserError where results would take the place of what is no result, before minutes are spent on them."""
+    if output is None or not output.exists():
+        return
+    if not output.is_file():
+        raise UserError(f"{output}: exists and is not a regular file; name another with -o, or leave it out")
+    if file != "-" and Path(file).exists() and output.samefile(file):
+        raise UserError(f"{output}: holds the texts, and results would replace them; name another with -o")
+
+
 def windows(arguments: argparse.Namespace) -> Iterator[tuple[int, list[Text]]]:
-    """WINDOW texts at a time, with the number of the first. Raises UserError naming the line that is no text."""
+    """WINDOW texts at a time, with the first one's line number. Raises UserError naming the line that is no text."""
     name = "standard input" if arguments.file == "-" else arguments.file
     with _open(arguments.file) as lines:
         jsonl = arguments.jsonl or name.endswith(".jsonl")
@@ -69,14 +80,14 @@ def windows(arguments: argparse.Namespace) -> Iterator[tuple[int, list[Text]]]:
             _from_json(line, f"{name}, line {number}", arguments.field) if jsonl else line.rstrip("\r\n")
             for number, line in enumerate(lines, 1)
         )
-        for first in count(0, WINDOW):
+        for first in count(1, WINDOW):
             try:
                 window = list(islice(texts, WINDOW))
             except UnicodeDecodeError as error:
                 raise UserError(f"{name}: not valid {error.encoding}: {error.reason}") from None
             if not window:
                 return
-            for index, text in enumerate(window, first + 1):
+            for index, text in enumerate(window, first):
                 if not text:
                     raise UserError(f"{name}, line {index}: empty; each line needs a text")
             yield first, window
@@ -84,9 +95,10 @@ def windows(arguments: argparse.Namespace) -> Iterator[tuple[int, list[Text]]]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its place when the block ends well; nothing is left when it doesn't."""
+    """A file that takes its place when the block ends well; nothing is left when it doesn't. A link stays one."""
+    place = path.resolve()
     try:
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, scratch = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -101,7 +113,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             umask = os.umask(0)
             os.umask(umask)
             Path(scratch).chmod(0o666 & ~umask)
-            Path(scratch).replace(path)
+            Path(scratch).replace(place)
         except BaseException:
             remove()
             raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from glm4runtime.contract import installing
+from glm4export.terminal.errors import message_text
+from glm4runtime.contract import UserError, installing
 
 if __name__ == "__main__":
     try:
@@ -14,4 +15,8 @@ if __name__ == "__main__":
     except ModuleNotFoundError as error:
         print(f"glm4export: error: {error.name} is not installed; {installing('harness')}", file=sys.stderr)
         sys.exit(2)
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"glm4export: error: {message_text(str(error))}", file=sys.stderr)
+        sys.exit(2)

@@ -39,7 +39,7 @@ class BundleLM(TemplateLM):
         super().__init__()
         if unknown := rest.keys() - {"batch_size", "max_batch_size", "device"}:
             raise UserError(f"model_args: {', '.join(sorted(unknown))} is not known; known: bundle, provider, threads")
-        self.session: Session = load(bundle, provider=provider, threads=int(threads))
+        self.session: Session = load(bundle, provider=provider, threads=threads)
 
     @property
     def eot_token_id(self) -> int:
@@ -100,10 +100,10 @@ class BundleLM(TemplateLM):
         until = options.get("until") or []
         count = int(options.get("max_gen_toks") or options.get("max_new_tokens") or _MAX_NEW_TOKENS)
         count = min(count, self.max_length - 1)
-        sampled = bool(options.get("do_sample", False))
+        temperature = options.get("temperature")
         params = SamplingParams(
             max_new_tokens=count,
-            temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
+            temperature=float(1.0 if temperature is None else temperature) if options.get("do_sample") else 0.0,
             top_k=int(options.get("top_k") or 0),
             top_p=float(options.get("top_p") or 1.0),
             seed=options.get("seed"),

@@ -52,6 +52,11 @@ def perplexity(
     """
     head, ids = session.tokenizer.encode(prefix), session.tokenizer.encode(text)
     most = session.runner.max_seq_len + 1 - len(head)
+    if most < 2:
+        raise UserError(
+            f"--prefix has {len(head)} tokens and the cache {session.runner.max_seq_len}, which leaves no room for a "
+            "text; shorten it, or open or build the bundle with a larger max_seq_len"
+        )
     size = min(WINDOW, most) if window is None else window
     step = max(1, size // 2) if stride is None else stride
     if not 2 <= size <= most:

@@ -45,7 +45,8 @@ def cache_bytes_per_token(config: Glm4Config, dtype: str) -> int:
 def estimate(config: Glm4Config, target: Target, memory: int) -> dict[str, Any]:
     """Facts as JSON-ready values. ``memory``: bytes that the machine has; a model fits with a tenth left over.
 
-    Running takes the weights twice (prefill and decode each hold them as their kernels want them) and the cache.
+    Running takes the weights and the cache; on a CPU fp16 weights twice, whose kernels want fp32, and with an int8
+    cache those of prefill and decode.
     Each precision comes with the default cache and, under ``int8_cache``, with that one (None where it can't be built).
     """
     positions = sequence_limit(config, None)
@@ -53,9 +54,10 @@ def estimate(config: Glm4Config, target: Target, memory: int) -> dict[str, Any]:
     for precision in PRECISIONS_OF[target]:
         options = BuildOptions(precision, target, calibrate=Path() if precision in CALIBRATED else None)
         weights = weight_bytes(config, options)
-        left = 0.9 * memory - 2 * weights
+        held = 2 * weights if (target, precision) == ("cpu", "fp16") else weights
 
-        def cache(dtype: str, left: float = left) -> dict[str, int]:
+        def cache(dtype: str, held: int = held) -> dict[str, int]:
+            left = 0.9 * memory - held * (2 if (target, dtype) == ("cpu", "int8") else 1)
             token = cache_bytes_per_token(config, dtype)
             return {
                 "cache_bytes_per_token": token,

@@ -18,6 +18,7 @@ from glm4export.verification.phases import PROMPTS
 from glm4export.verification.verify import THRESHOLDS, kl_divergence, open_source
 from glm4export.weights.recipes import whole
 from glm4export.weights.storage import SCORE, SCORE_BIAS
+from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import FEATURES, SEQUENCE_CLASSIFICATION, TOKENIZER, UserError
 from glm4runtime.encoder import Encoder
 
@@ -66,7 +67,7 @@ def verify_encoder(
     source = open_source(manifest, checkpoint, adapters)
     config = read_config(encoder.folder / CONFIG)
     if TOKENIZER in manifest.files:
-        tokens = [encoder.tokenizer.encode_text(text)[0][: encoder.max_seq_len] for text in prompts or PROMPTS]
+        tokens = [_token_ids(encoder, text) for text in prompts or PROMPTS]
     elif prompts:
         raise UserError("--prompt needs the bundle to have a tokenizer.json")
     else:
@@ -117,6 +118,12 @@ def table(report: EncoderReport) -> str:
         lines[1] += f"{report.mean_kl:>11.2e}{report.top1:>9.2%}"
     lines += [f"FAILED: {failure}" for failure in report.failures]
     return "\n".join([*lines, "failed" if report.failures else "passed"])
+
+
+def _token_ids(encoder: Encoder, text: str) -> list[int]:
+    ids, _ = encoder.tokenizer.encode_text(text, encoder.max_seq_len)
+    checked: list[int] = checked_ids(ids, encoder.manifest.vocab_size, f"the prompt {text!r:.80}").tolist()
+    return checked[: encoder.max_seq_len]
 
 
 def _found(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Sequence[np.ndarray]:

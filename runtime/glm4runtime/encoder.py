@@ -68,7 +68,7 @@ def load_encoder(
     ONNX Runtime on ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``. threads: 0 lets ONNX Runtime choose.
     max_seq_len: the most tokens of a text, by default the bundle's. batch_tokens: how many, padding with them, are
     computed in one run; it bounds the memory. truncate: cut longer texts at their end, where they are an error
-    otherwise. check_hashes: compare every file's sha256 first.
+    otherwise; what tokenizer.json puts around them stays. check_hashes: compare every file's sha256 first.
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit and
     for a bundle that generates text, which :func:`glm4runtime.load` opens.
@@ -214,7 +214,7 @@ class Encoder:
             offsets: _Offsets = []
             ids: Sequence[int] = text if not isinstance(text, str) else []
             if isinstance(text, str):
-                ids, offsets = self.tokenizer.encode_text(text)
+                ids, offsets = self.tokenizer.encode_text(text, self.max_seq_len if self.truncate else None)
             checked = checked_ids(ids, self.manifest.vocab_size, f"text {index}")
             if len(checked) > self.max_seq_len and not self.truncate:
                 raise UserError(

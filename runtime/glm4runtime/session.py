@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,12 @@ def load(
     if invariant:
         make_invariant(runner)
     return Session(folder, manifest, runner, files, template)
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise UserError(f"score: {what} is {value!r:.80}, expected a list")
+    return list(value)
 
 
 def _template_source(template: str | Path) -> str:
@@ -234,18 +240,23 @@ class Session:
         room.
         """
         self._require_open()
-        return [self._score(prompt, continuation) for continuation in continuations]
+        return [self._score(prompt, continuation) for continuation in _listed(continuations, "continuations")]
 
     def _score(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Score:
         if isinstance(prompt, str) != isinstance(continuation, str):
             raise UserError("score: prompt and continuations must be all texts, or all token ids")
-        given = list(self._tokens(prompt))
         if isinstance(prompt, str) and isinstance(continuation, str):
-            whole = self.tokenizer.encode(prompt + continuation)
+            given, whole = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + continuation)
         else:
-            whole = [*given, *self._tokens(continuation)]
+            given = _listed(prompt, "the prompt")
+            whole = [*given, *_listed(continuation, "a continuation")]
         pairs = enumerate(zip(given, whole, strict=False))
         first = next((at for at, (one, other) in pairs if one != other), len(given))
+        if given and not first:
+            raise UserError(
+                f"score: {prompt!r:.80} is no token of its own in front of {continuation!r:.80}: together they begin "
+                "with another one; give a longer prompt, or token ids"
+            )
         if first == 0 or first == len(whole):
             missing = "the prompt" if not first else f"the continuation {continuation!r:.80}"
             raise UserError(f"score: {missing} has no tokens; at least one of each is needed")

@@ -118,6 +118,14 @@ def test_kernel_speeds_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     measured |= {"int4": 1e11, "int8": 2e11}
     assert kernels.kernel_speeds() == KernelSpeeds(1e11, 2e11)
 
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    measured |= {"int4": 1e11, "int8": 2e11}
+    assert kernels.kernel_speeds() == KernelSpeeds(1e11, 2e11)
+
 
 def test_the_int4_kernel_multiplies() -> None:
     """Against numpy: 2 and -3 as 4-bit values around 8, in blocks of 32 with scales of their own."""

@@ -197,6 +197,8 @@ def test_verify_finds_another_head(
     assert "FAILED: relative error" in capsys.readouterr().out
     assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--long"]) == 2
     assert "--long goes with bundles that generate text; leave it out" in capsys.readouterr().err
+    assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--prompt", ""]) == 2
+    assert "the prompt '' is empty; at least one token is needed" in capsys.readouterr().err
 
 
 def test_inspect_and_the_manifest(build_bundle: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +228,7 @@ def test_inspect_and_the_manifest(build_bundle: Build, tmp_path: Path, capsys: p
         ({"labels": ["a", "b"]}, r"it gives 'logits' float32 \['batch', 3\]; for the manifest's sequence-.* of 2"),
         ({"max_seq_len": 65}, "it knows 64 positions, the manifest's encoder has 65"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is not one of single_label_classification"),
+        ({"tokens": {"bos": None, "eos": [], "pad": 96}}, r"tokens: pad is 96, expected a token id in 0\.\.95; build"),
         ({"vocab_size": 97}, "it knows 96 tokens, the manifest's vocab_size is 97"),
         ({"task": "translation"}, "task 'translation' is not one of causal-lm, features, sequence-classification"),
     ],

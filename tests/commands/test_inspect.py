@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from glm4export import cli
+from glm4export.inspection.estimate import estimate
+from glm4export.sources.config import read_config
 from glm4runtime.contract import MANIFEST
 from tests.commands.conftest import EOS, Fails
 from tests.helpers.edits import edit
@@ -71,6 +74,20 @@ def test_inspect_tells_what_a_model_will_take(source: Path, capsys: pytest.Captu
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
     assert facts["precisions"].keys() == {"fp32", "fp16", "int8", "int4"}  # no bf16 on a CPU
     assert facts["precisions"]["fp32"]["longest_sequence_here"] == facts["max_positions"] == 64
+
+
+def test_a_session_holds_one_copy_of_the_weights(source: Path) -> None:
+    """But on a CPU fp16 weights as fp32, and beside an int8 cache those of both graphs."""
+    config = read_config(source / "config.json")
+    for target, precision, cache, copies in (
+        ("cpu", "fp32", None, 1), ("cpu", "fp16", None, 2), ("cpu", "int4", "int8_cache", 2), ("cuda", "fp16", None, 1),
+        ("tensorrt", "fp16", None, 1),
+    ):  # fmt: skip
+        weights = estimate(config, target, 1)["precisions"][precision]["weight_bytes"]
+        row = estimate(config, target, math.ceil((copies + 0.1) * weights / 0.9))["precisions"][precision]
+        assert (row if cache is None else row[cache])["longest_sequence_here"] > 0
+        row = estimate(config, target, int(copies * weights / 0.9))["precisions"][precision]
+        assert (row if cache is None else row[cache])["longest_sequence_here"] == 0
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt"])

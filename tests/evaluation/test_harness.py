@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from typing import Any
 
 import pytest
@@ -100,6 +101,25 @@ def test_a_context_longer_than_the_cache_loses_its_beginning(demo_sessions: dict
     assert whole == cut
 
 
+def test_sampling_at_temperature_zero_is_greedy(demo_sessions: dict[str, Session]) -> None:
+    model = BundleLM(demo_sessions["fp32"].folder)
+    greedy = model._generate("The capital of", {"max_gen_toks": 8})
+    assert greedy == model._generate("The capital of", {"max_gen_toks": 8, "do_sample": True, "temperature": 0.0})
+    assert greedy != model._generate("The capital of", {"max_gen_toks": 8, "do_sample": True, "seed": 1})
+
+
+def test_the_command_line_tells_of_a_mistake_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: BundleLM("nowhere"))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("glm4export.evaluation", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("glm4export: error: nowhere: no such folder; `glm4export build` makes one\n")
+
+
 def test_unknown_arguments_are_refused(demo_sessions: dict[str, Session]) -> None:
     with pytest.raises(UserError, match="model_args: dtype is not known; known: bundle, provider, threads"):
         BundleLM(demo_sessions["fp32"].folder, dtype="float32")
+    with pytest.raises(UserError, match="threads='x' is not a whole number"):
+        BundleLM(demo_sessions["fp32"].folder, threads="x")  # type: ignore[arg-type]

@@ -81,6 +81,8 @@ def test_mistakes(session: Session, demo_bundles: dict[str, Path], capsys: pytes
     most = session.runner.max_seq_len + 1
     with pytest.raises(UserError, match=f"--window {most + 1}: expected 2 to {most}"):
         perplexity(session, TEXT, window=most + 1)
+    with pytest.raises(UserError, match=f"--prefix has {most} tokens and the cache {most - 1}, which leaves no room"):
+        perplexity(session, TEXT, prefix="<sop>" * most)
     with pytest.raises(UserError, match="--stride 64: expected 1 to 63"):
         perplexity(session, TEXT, window=64, stride=64)
     with pytest.raises(UserError, match="the text has 1 tokens; at least 2 are needed"):

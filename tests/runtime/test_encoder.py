@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from transformers import PreTrainedTokenizerFast, TextClassificationPipeline, To
 
 from glm4export import cli
 from glm4runtime import Span, UserError, load, load_encoder
+from glm4runtime.backends.prepare import prepare
+from glm4runtime.contract import read_manifest
+from glm4runtime.text.tokenizer import Tokenizer
 from tests.conftest import Build
 from tests.helpers.checkpoints import save_with_tokenizer
 from tests.helpers.encoders import random_encoder
@@ -137,6 +141,26 @@ def test_what_tokenizer_json_puts_around_a_text(build_bundle: Build, tmp_path: P
         assert ids == theirs and ids[0] == 0 and offsets == [None, (0, 1), (1, 2)]
 
 
+def test_what_stands_behind_a_text_stays_where_the_text_is_cut(embedder: Any, tmp_path: Path) -> None:
+    """An embedding by last pooling is that token's."""
+    data = json.loads((embedder[1] / "tokenizer.json").read_text())
+    last = next(iter(data["model"]["vocab"]))
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": last, "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {last: {"id": last, "ids": [0], "tokens": [last]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with load_encoder(embedder[1], truncate=True, max_seq_len=4) as encoder:
+        encoder.tokenizer = Tokenizer.from_bytes(json.dumps(data).encode(), "tokenizer.json", whole_texts=True)
+        cut = theirs("abcdef", truncation=True, max_length=4).input_ids
+        assert cut[-1] == 0 and encoder.tokenizer.encode_text("abcdef", 4) == (cut, [(0, 1), (1, 2), (2, 3), None])
+        np.testing.assert_array_equal(encoder.embed(["abcdef"]), encoder.embed([cut]))
+        assert len(encoder.tokenizer.encode_text("abcdef")[0]) == 7
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -181,6 +205,13 @@ def test_what_another_bundle_does(
         load_encoder(embedder[1], batch_tokens=0)
     with pytest.raises(UserError, match="provider 'tensorrt' doesn't run a bundle for cpu"):
         load_encoder(embedder[1], provider="tensorrt")
+
+
+def test_it_is_not_prepared(embedder: Any) -> None:
+    """Its session would open the graph itself all the same."""
+    with pytest.raises(UserError, match="a bundle for features; only bundles that generate text are prepared"):
+        prepare(embedder[1], read_manifest(embedder[1]))
+    assert not (embedder[1] / "prepared").exists()
 
 
 def test_closed(embedder: Any) -> None:
@@ -258,6 +289,34 @@ def test_input_that_is_refused_leaves_nothing(
     assert cli.main(["embed", str(embedder[1]), str(tmp_path / name), "-o", str(tmp_path / "out.npy")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_results_replace_nothing_but_results(
+    classifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, pipe, link = tmp_path / "texts.txt", tmp_path / "pipe", tmp_path / "link"
+    texts.write_text("one\ntwo\n")
+    os.mkfifo(pipe)
+    link.symlink_to("elsewhere")
+    command = ["classify", str(classifier[1]), str(texts), "-o"]
+    for place, message in (
+        (pipe, "exists and is not a regular file; name another with -o, or leave it out"),
+        (tmp_path, "exists and is not a regular file"),
+        (texts, "holds the texts, and results would replace them; name another with -o"),
+    ):
+        assert cli.main([*command, str(place)]) == 2
+        assert f"{place}: {message}" in capsys.readouterr().err
+    assert pipe.is_fifo() and texts.read_text() == "one\ntwo\n"
+    assert cli.main([*command, str(link)]) == 0
+    assert link.is_symlink() and (tmp_path / "elsewhere").read_text().count("\n") == 2
+
+
+def test_a_text_that_is_too_long_is_told_by_its_line(
+    embedder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text(f"one\ntwo\n{'x' * 65}\n")
+    assert cli.main(["embed", str(embedder[1]), str(tmp_path / "texts.txt")]) == 2
+    assert "text 3 has 65 tokens, at most 64 fit" in capsys.readouterr().err
 
 
 def test_a_generating_bundle_is_refused_in_one_line(

@@ -110,6 +110,10 @@ def test_a_text_that_fills_the_cache_and_one_token_more(session: Session) -> Non
         ([5], [[]], r"the continuation \[\] has no tokens"),
         ("The", [[5]], "must be all texts, or all token ids"),
         ([5], [[1 << 40]], "not a whole number in"),
+        ("The", " Paris", "continuations is ' Paris', expected a list"),
+        ([5], [6, 7], "a continuation is 6, expected a list"),
+        (5, [[6]], "the prompt is 5, expected a list"),
+        ("t", ["he"], "'t' is no token of its own in front of 'he': together they begin with another one; give a long"),
     ],
 )
 def test_what_cannot_be_scored(session: Session, prompt: object, continuations: list[object], message: str) -> None:

@@ -16,6 +16,7 @@ from glm4runtime.backends.providers import (
     require_settings,
 )
 from glm4runtime.backends.runner import refuse_closed
+from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, MODEL, POSITION_IDS, TENSORRT, Manifest, UserError
 
 
@@ -44,7 +45,7 @@ class EncoderRunner:
         self.most_rows = rows if isinstance(rows, int) else None  # texts in one run
         self._takes_positions = takes_positions(graph)
         self._output = graph.outputs[0].name
-        self._session = open_session(folder / graph.file, chosen, threads)
+        (self._session,) = side_by_side([lambda: open_session(folder / graph.file, chosen, threads)])
         self.closed = False
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

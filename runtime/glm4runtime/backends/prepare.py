@@ -36,10 +36,12 @@ def prepare(folder: Path, manifest: Manifest) -> Path:
     Takes the disk space of the weights once more, or twice where prefill and decode store theirs differently. Where
     another process prepares the same bundle, waits for it, and says so. Warns where a file system without hard links
     makes two files of what is one. Raises UserError where nothing can be written, where ``prepared`` holds files that
-    aren't ours, or the bundle isn't for the CPU.
+    aren't ours, or the bundle isn't for the CPU or doesn't generate text.
     """
     if manifest.target != "cpu":
         raise UserError(f"{folder}: built for {manifest.target}; only cpu bundles are prepared")
+    if manifest.encoder is not None:
+        raise UserError(f"{folder}: a bundle for {manifest.task}; only bundles that generate text are prepared")
     prepared = folder / FOLDER
     try:
         with locked(folder, "another prepare or build") as waited:

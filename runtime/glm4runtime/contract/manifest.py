@@ -162,6 +162,9 @@ class Manifest:
             graphs={name: _graph(graphs.child(name)) for name in graphs.data},
             files={name: _file(name, files.child(name)) for name in files.data},
         )
+        pad = manifest.tokens.pad
+        if manifest.encoder is not None and pad is not None and not 0 <= pad < manifest.vocab_size:
+            raise tokens.error(f"pad is {shown(pad)}, expected a token id in 0..{manifest.vocab_size - 1}")
         for name in graph_names(manifest.target, task):
             if name not in manifest.graphs:
                 raise BundleError(f"{where}: no {name} graph; build the bundle again")

@@ -164,21 +164,26 @@ class Tokenizer:
         """
         return list(self._encoded(text, special=False).ids)
 
-    def encode_text(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+    def encode_text(self, text: str, most: int | None = None) -> tuple[list[int], list[tuple[int, int] | None]]:
         """Token ids of a whole text as transformers' tokenizer gives them, and the characters that each stands for.
 
-        None for tokens that tokenizer.json puts around a text. Errors as :meth:`encode`'s.
+        None for tokens that tokenizer.json puts around a text. most: how many tokens in all, of which those around the
+        text stay where it is cut at its end. Errors as :meth:`encode`'s.
         """
-        encoded = self._encoded(text, special=True)
+        encoded = self._encoded(text, special=True, most=most)
         marked = zip(encoded.offsets, encoded.special_tokens_mask, strict=True)
         return list(encoded.ids), [None if special else offsets for offsets, special in marked]
 
-    def _encoded(self, text: str, *, special: bool) -> tokenizers.Encoding:
+    def _encoded(self, text: str, *, special: bool, most: int | None = None) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # `tokenizers` would only say that it isn't a str
             raise UserError(f"text: not valid Unicode at character {error.start}: {error.reason}") from error
         with _refusing(UserError, "the tokenizer failed on this text; is its tokenizer.json damaged?"):
+            if most is None:
+                self._tokenizer.no_truncation()
+            else:
+                self._tokenizer.enable_truncation(most)
             return self._tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
