@@ -224,7 +224,7 @@ class QuantizedCheckpoint(Checkpoint):
             missing += absent
             wrong += differing
         for name, stored in self.tensors.items():
-            if expected_shape(name, config) is not None and stored.dtype not in FLOATS:
+            if expected_shape(name, config, encoding) is not None and stored.dtype not in FLOATS:
                 wrong.append(f"mis-typed {name}: {_named(stored.dtype)}, expected {_listed(FLOATS)}")
         found = {name: shape for name, shape in shapes.items() if not self._is_empty_bias(name)}
         return mismatches(found, config, encoding, missing, wrong)
