@@ -51,6 +51,7 @@ def described(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> str:
         text += f"; weights are dequantized and stored in {options.precision}"
     elif kept:
         block = f" in blocks of {formats.block}, {'symmetric' if formats.symmetric else 'asymmetric'}"
+        block = " by rows" if formats.qdq and formats.linear_bits == 8 else block
         text += f"; {kept} of {len(linears)} weights keep their own numbers, stored{block}"
     if formats is not None and kept < len(linears):
         text += f"; {len(linears) - kept} are dequantized and quantized again, to {options.precision}"

@@ -108,6 +108,7 @@ class BuildOptions:
             ("--kv-cache", self.kv_cache is not None),
             ("--attention plugin", self.attention == "plugin"),
             ("--calibrate", self.calibrate is not None),
+            ("--head-bits", self.head_bits is not None),
         ):
             if given:
                 raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")

@@ -18,7 +18,7 @@ from glm4export.commands.engine_options import (
     require_flavour,
 )
 from glm4export.weights.widths import BLOCKS, Bits
-from glm4runtime.contract import PRECISIONS, TARGETS, TASKS, Precision, Target, UserError
+from glm4runtime.contract import CAUSAL_LM, PRECISIONS, TARGETS, TASKS, Precision, Target, TaskName, UserError
 from glm4runtime.contract.encoder_spec import POOLINGS
 
 EXAMPLE = "example: glm4export build zai-org/GLM-4-9B-0414 -o glm-4-9b-fp16 --precision fp16"
@@ -143,13 +143,14 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4export.build.targets import detect_target
     from glm4export.sources.checkpoint import locate
     from glm4export.sources.lora import open_adapter
+    from glm4export.sources.task import wanted_task
     from glm4export.terminal.progress import byte_bar, note, stage
 
     location = locate(arguments.model, revision=arguments.revision, token=arguments.token)
     target = detect_target() if arguments.target == "auto" else arguments.target
     prefill = arguments.prefill_precision
     if prefill == "auto":
-        prefill, why = _choose_prefill(arguments.precision, target)
+        prefill, why = _choose_prefill(arguments.precision, target, wanted_task(location.folder, arguments.task))
         note(why)
     options = BuildOptions(
         arguments.precision,
@@ -201,10 +202,12 @@ def _check_rope(arguments: argparse.Namespace) -> None:
         raise UserError(f"--rope-factor {factor} must be a number above 1: how far the positions are stretched")
 
 
-def _choose_prefill(precision: Precision, target: Target) -> tuple[PrefillPrecision | None, str]:
+def _choose_prefill(precision: Precision, target: Target, task: TaskName | None) -> tuple[PrefillPrecision | None, str]:
     """What ``--prefill-precision auto`` comes to on this machine, and a line that says why."""
     from glm4export.bench.kernels import kernel_speeds
 
+    if task not in (CAUSAL_LM, None):
+        return None, f"--prefill-precision auto: none, since {task} has no prefill"
     if target != "cpu" or precision not in ("int8", "int4"):
         return None, "--prefill-precision auto: the weights of the precision, which has no others for prefill"
     speeds = kernel_speeds()

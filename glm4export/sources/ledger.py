@@ -63,9 +63,9 @@ def expected_tensors(config: Glm4Config, encoding: Encoding | None = None) -> It
     yield from outer.items()
 
 
-def expected_shape(name: str, config: Glm4Config) -> Shape | None:
+def expected_shape(name: str, config: Glm4Config, encoding: Encoding | None = None) -> Shape | None:
     """The shape that a tensor of this geometry has; None for one that it hasn't."""
-    return _expected_shape(name, config, *tensor_shapes(config))
+    return _expected_shape(name, config, *tensor_shapes(config, encoding))
 
 
 def unused_heads(names: Collection[str], encoding: Encoding | None) -> list[str]:

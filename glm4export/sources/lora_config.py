@@ -15,7 +15,7 @@ from typing import Any
 from glm4export.sources.files import read_json
 from glm4runtime.contract import UserError, shown
 
-_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")  # the others train heads that this model hasn't
+_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS")  # the others train heads that no GLM-4 has
 _BIASES = ("none", "all", "lora_only")
 _LARGEST_RANK = 2**16
 _LARGEST_LAYER = 2**31 - 1
@@ -136,7 +136,8 @@ def _targets(key: _Keys, saved: list[str]) -> Matcher:
         if layers is None:
             return True
         match = next((match for place in places if (match := place.match(module))), None)
-        return match is not None and int(match["layer"]) in layers
+        layer = match and match["layer"]  # None too where a pattern of its own has an alternative without one
+        return layer is not None and int(layer) in layers
 
     def targets(module: str) -> bool:
         if excluded(module) or any(pattern.match(module) for pattern in inside_saved):

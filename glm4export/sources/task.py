@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from glm4export.sources.config import ARCHITECTURES
+from glm4export.sources.checkpoint import CONFIG
+from glm4export.sources.config import ARCHITECTURES, config_data
 from glm4export.sources.config_keys import ConfigError
 from glm4graphs.encoder import Encoding
 from glm4runtime.contract import CAUSAL_LM, FEATURES, TOKEN_CLASSIFICATION, EncoderSpec, TaskName, UserError, shown
@@ -30,6 +32,14 @@ class Task:
         if self.encoding is None:
             return None
         return EncoderSpec(max_seq_len, self.labels, self.problem_type, self.encoding.pooling, self.encoding.normalize)
+
+
+def wanted_task(folder: Path, wanted: TaskName | Literal["auto"]) -> TaskName | None:
+    """The task that a build of the checkpoint will have; None where config.json names no class that is supported."""
+    if wanted != "auto":
+        return wanted
+    found = config_data(folder / CONFIG).get("architectures")
+    return next((task for name, task in ARCHITECTURES.items() if found == [name]), None)
 
 
 def read_task(

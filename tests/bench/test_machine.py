@@ -17,6 +17,7 @@ from glm4export.bench.kernels import KernelSpeeds
 from glm4runtime.backends.matmul_model import int4_model, matmul_model
 from glm4runtime.contract.onnxfile import read_graph
 from tests.helpers import checkpoints
+from tests.helpers.encoders import random_encoder
 
 
 def test_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +165,16 @@ def test_prefill_precision_auto(
     assert told in capsys.readouterr().err
     operators = {node.op for node in read_graph(out / "prefill.onnx").nodes}
     assert ("MatMulIntegerToFloat" in operators) == (prefill == "int8")
+
+
+@pytest.mark.parametrize("argv", [["--task", "features"], []], ids=["by option", "by class"])
+def test_prefill_precision_auto_where_there_is_no_prefill(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On every machine: nothing is measured, and nothing refused where int8 would have been faster."""
+    monkeypatch.setattr(kernels, "kernel_speeds", lambda: KernelSpeeds(3e11, 7e11))
+    model = checkpoints.random_model() if argv else random_encoder("features")
+    folder = checkpoints.save(model, tmp_path / "checkpoint")
+    build = ["build", str(folder), "-o", str(tmp_path / "bundle"), "--target", "cpu", "--precision", "int4"]
+    assert cli.main([*build, "--prefill-precision", "auto", *argv]) == 0
+    assert "--prefill-precision auto: none, since features has no prefill" in capsys.readouterr().err

@@ -98,6 +98,7 @@ def test_a_tied_checkpoint_of_a_language_model_needs_no_head(build_bundle: Build
             {"task": "features", "attention": "plugin", "precision": "fp16", "target": "tensorrt"},
             "--attention plugin goes with --task causal-lm, not with features",
         ),
+        ({"task": "features", "head_bits": 4, "precision": "int4"}, "--head-bits goes with --task causal-lm, not with"),
         ({"pooling": "mean"}, "--pooling mean goes with --task features, not with causal-lm"),
     ],
 )

@@ -12,12 +12,13 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Glm4ForCausalLM
 
 from glm4export.build.build import build
 from glm4export.build.options import BuildOptions
-from glm4export.sources.checkpoint import Location
+from glm4export.sources.checkpoint import CheckpointError, Location
 from glm4export.sources.config import ConfigError
 from glm4export.sources.lora import open_adapter
 from glm4export.verification.verify import verify
@@ -26,6 +27,7 @@ from glm4runtime import load
 from glm4runtime.contract import UserError
 from tests.conftest import Build
 from tests.helpers import adapters, checkpoints, quantized
+from tests.helpers.encoders import random_encoder
 from tests.helpers.heldout import HELDOUT
 from tests.helpers.logits import every_logit, exact_logits
 
@@ -58,6 +60,22 @@ def logits(model: Glm4ForCausalLM, *, halves: bool = False) -> np.ndarray:
             for name in ("model.embed_tokens.weight", "lm_head.weight"):
                 model.get_parameter(name).copy_(model.get_parameter(name).half().float())
         return np.asarray(model(torch.tensor([TOKENS])).logits[0].numpy())
+
+
+def test_a_classifiers_head_of_integers_is_refused(build_bundle: Build, tmp_path: Path) -> None:
+    """Beside quantized weights; without a scale nothing tells what they mean."""
+
+    def quantize(name: str, weight: Tensor) -> tuple[quantized.Parts, Tensor] | None:
+        of = quantized.rounded(weight, 4, 32)
+        return None if name == "score" else (quantized.gptq(of, v1=False), of.weight)
+
+    said = {**quantized.GPTQ, "checkpoint_format": "gptq_v2"}
+    folder = quantized.save(random_encoder("sequence-classification"), tmp_path, said, quantize)
+    build_bundle(folder, precision="fp32", target="cpu")
+    head = load_file(folder / "model.safetensors")["score.weight"]
+    checkpoints.change(folder, score__weight=head.to(torch.int8))
+    with pytest.raises(CheckpointError, match=r"mis-typed score\.weight: int8, expected float32 or float16"):
+        build_bundle(folder, precision="fp32", target="cpu")
 
 
 def packed(values: Tensor) -> np.ndarray:
@@ -164,12 +182,13 @@ def test_small_blocks_share_a_groups_scale(build_bundle: Build, tmp_path: Path) 
     assert np.abs(exact_logits(bundle, TOKENS) - logits(model, halves=True)).max() <= 1e-4
 
 
-def test_tensorrt_takes_int8_rows(build_bundle: Build, tmp_path: Path) -> None:
+def test_tensorrt_takes_int8_rows(build_bundle: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("compressed_tensors")
     model = checkpoints.random_model(**WIDE)
     scales = (model.get_parameter(DOWN).detach().abs().amax(1) / 127.5).bfloat16()
     folder = quantized.save_compressed(model, tmp_path / "int8", BY_ROWS, PER_TOKEN)
     stored = initializers(build_bundle(folder, precision="int8", target="tensorrt", max_seq_len=64), "step")
+    assert "12 of 12 weights keep their own numbers, stored by rows" in capsys.readouterr().err
     meant = model.get_parameter(DOWN).detach()
     np.testing.assert_allclose(stored[f"{DOWN}.int8_scales"].astype(np.float32), scales.float().numpy(), rtol=1e-3)
     exact = (meant / scales.float()[:, None]).round().T.numpy()

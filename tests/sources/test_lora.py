@@ -20,6 +20,7 @@ from glm4export.sources.tied import as_stored
 from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError
 from tests.helpers import adapters, checkpoints
+from tests.helpers.encoders import random_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # peft's, of its own options
 
@@ -127,6 +128,18 @@ def test_several_adapters_with_scales(dtype: torch.dtype, tmp_path: Path) -> Non
     assert not torch.equal(
         one.read(name, whole((128, 64))), merged(one, open_adapters((made[1], 1.0))).read(name, whole((128, 64)))
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "peft_task"), [("sequence-classification", "SEQ_CLS"), ("token-classification", "TOKEN_CLS")]
+)
+def test_an_adapter_of_a_classifier(task: str, peft_task: str, tmp_path: Path) -> None:
+    """peft saves the head whole without being asked to."""
+    model = random_encoder(task)
+    folder = checkpoints.save(model, tmp_path / "base")
+    adapter = adapters.train(model, tmp_path / "adapter", r=3, target_modules=["q_proj"], task_type=peft_task)
+    heads = {name for name, _ in model.named_parameters() if name.startswith("score.")}
+    assert heads <= assert_as_peft(model, folder, [(adapter, 1.0)])
 
 
 def test_an_adapter_of_the_backbone_alone(tmp_path: Path) -> None:

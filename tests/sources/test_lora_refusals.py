@@ -57,12 +57,17 @@ def refusal(base: Path, *folders: Path, scale: float = 1.0) -> str:
     return str(caught.value)
 
 
+def test_a_pattern_of_layers_with_an_alternative_that_names_none() -> None:
+    config = {**PLAIN, "layers_to_transform": [1], "layers_pattern": [r"model\.(?:layers)|.*q_proj"]}
+    assert not parse_adapter_config(config, "a").targets("model.layers.1.self_attn.q_proj")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; supported: LORA"),
         ({"peft_type": None}, "peft_type=None is not supported"),
-        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is not supported; supported: CAUSAL_LM, FEATURE_EXTRACTION"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "task_type='SEQ_2_SEQ_LM' is not supported; supported: CAUSAL_LM, FEATURE"),
         ({"r": 0}, "r=0 is not a rank; expected 1 to 65536"),
         ({"r": None}, "r=None is not a rank"),
         ({"r": True}, "r=True is not a rank"),

@@ -75,6 +75,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"group_0\.weights has num_bits=3, which is not supported; supported: 4, 8",
     ),
     "blocks": (groups({**FP8, "strategy": "block"}, format="float-quantized"), r"has strategy='block', which is not"),
+    "fp8 with zeros": (
+        groups({**FP8, "strategy": "channel", "symmetric": False}, format="float-quantized"),
+        r"group_0\.weights has symmetric=False, which is not supported; supported: True",
+    ),
     "nvfp4": (
         groups(INT4, format="nvfp4-pack-quantized"),
         r"has format='nvfp4-pack-quantized', which is not supported",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Glm4ForCausalLM
 
 from glm4export.sources.checkpoint import CheckpointError
@@ -251,6 +251,31 @@ def test_the_ledger_lists_what_stands_for_weights_at_once(mine: Path) -> None:
         "mis-typed model.norm.weight: int32, expected float32 or float16 or bfloat16",
     ):
         assert line in str(error.value), line
+
+
+@pytest.mark.parametrize("first", ["symmetric", "asymmetric"])
+def test_groups_with_and_without_zero_points(first: str, tmp_path: Path) -> None:
+    """A symmetric layout fits tensors of an asymmetric one too, but for their zero points."""
+    pytest.importorskip("compressed_tensors")
+    models = {kind: checkpoints.random_model() for kind in ("symmetric", "asymmetric")}
+    folders = {
+        kind: quantized.save_compressed(model, tmp_path / kind, {**INT4, "symmetric": kind == "symmetric"})
+        for kind, model in models.items()
+    }
+    plain, shifted = (load_file(folder / "model.safetensors") for folder in folders.values())
+    both = {name: tensor for name, tensor in plain.items() if ".down_proj." not in name}
+    save_file(
+        both | {name: t for name, t in shifted.items() if ".down_proj." in name},
+        folders[first] / "model.safetensors",
+    )
+    configs = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in folders.values()]
+    ordered = configs if first == "symmetric" else configs[::-1]
+    schemes = {f"group_{index}": each["config_groups"]["group_0"] for index, each in enumerate(ordered)}
+    quantized.say(folders[first], {**configs[0], "config_groups": schemes})
+    checkpoint = opened(folders[first])
+    for kind, name in (("asymmetric", f"{DOWN}.weight"), ("symmetric", f"{K_PROJ}.weight")):
+        meant = models[kind].get_parameter(name)
+        torch.testing.assert_close(checkpoint.read(name, whole(tuple(meant.shape))), meant.detach(), rtol=1e-6, atol=0)
 
 
 def test_a_weight_shape_that_is_not_the_weights_is_refused(tmp_path: Path) -> None:

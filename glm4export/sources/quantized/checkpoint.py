@@ -75,7 +75,9 @@ class QuantizedCheckpoint(Checkpoint):
             shape = expected_shape(name, config)
             if shape is None or len(shape) != 2:
                 continue  # the ledger lists its tensors
-            layout = min(declared.layouts, key=lambda layout: len(self._problems(module, layout, shape)[2]))
+            fits = {layout: len(self._problems(module, layout, shape)[2]) for layout in declared.layouts}
+            # of those that fit alike the one with most parts: a symmetric layout leaves zero points unread
+            layout = min(fits, key=lambda layout: (fits[layout], -len(layout.parts(*shape))))
             self.linears[name] = Linear(module, layout, (shape[0], shape[1]))
             parts = [f"{module}.{part}" for part in layout.parts(*shape)]
             file = next((stored.tensors[part].file for part in parts if part in stored.tensors), None)
@@ -224,7 +226,7 @@ class QuantizedCheckpoint(Checkpoint):
             missing += absent
             wrong += differing
         for name, stored in self.tensors.items():
-            if expected_shape(name, config) is not None and stored.dtype not in FLOATS:
+            if expected_shape(name, config, encoding) is not None and stored.dtype not in FLOATS:
                 wrong.append(f"mis-typed {name}: {_named(stored.dtype)}, expected {_listed(FLOATS)}")
         found = {name: shape for name, shape in shapes.items() if not self._is_empty_bias(name)}
         return mismatches(found, config, encoding, missing, wrong)

@@ -224,7 +224,7 @@ def _compressed_weights(keys: _Keys, packed: bool, activations: bool) -> Compres
     return Compressed(
         bits,
         group,
-        symmetric=keys.one_of("symmetric", (True, False), True),
+        symmetric=keys.one_of("symmetric", (True,) if is_float else (True, False), True),
         packed=packed,
         is_float=is_float,
         per_tensor=strategy == "tensor",
