@@ -19,6 +19,7 @@ _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS")  # the othe
 _BIASES = ("none", "all", "lora_only")
 _LARGEST_RANK = 2**16
 _LARGEST_LAYER = 2**31 - 1
+_MOST_REPEATS = 4  # in a pattern: each multiplies the ways to read a module's name by its length
 
 # They steer training, or say where things came from: the stored tensors hold all that they came to.
 _WITHOUT_EFFECT = {
@@ -242,6 +243,15 @@ class _Keys:
         return float(value)
 
     def pattern(self, name: str, text: str) -> re.Pattern[str]:
+        """A regular expression that takes no time to speak of: an adapter's author is a stranger."""
+        if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > _MOST_REPEATS:
+            raise AdapterError(
+                f"{self.where}: {name} repeats a group, or has more than {_MOST_REPEATS} repeats, which may take hours "
+                f"to match: {shown(text)}; write it with fewer, or list the modules"
+            )
+        return self._compiled(name, text)
+
+    def _compiled(self, name: str, text: str) -> re.Pattern[str]:
         try:
             return re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
@@ -249,4 +259,5 @@ class _Keys:
 
     def end_pattern(self, name: str, text: str) -> re.Pattern[str]:
         """As peft's get_pattern_key: the whole of a module's name, or its last components."""
-        return self.pattern(name, rf"(.*\.)?({text})$")
+        self.pattern(name, text)
+        return self._compiled(name, rf"(.*\.)?({text})$")

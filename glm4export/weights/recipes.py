@@ -394,7 +394,8 @@ def _given(expr: Expr, reader: Tensors, rows: tuple[int, int], ready: _Ready) ->
     if isinstance(expr, Scale):
         given = _given(expr.of, reader, rows, ready)
         if given is not None:
-            given.scales[max(expr.start - rows[0], 0) :] *= expr.factor  # exact: a power of two
+            # a power of two, so exact where fp16 holds it as a normal number: int8's smallest scales it doesn't
+            given.scales[max(expr.start - rows[0], 0) :] *= expr.factor
         return given
     raise InternalError(f"recipe {expr}: what came quantized can't be found below a {type(expr).__name__}")
 

@@ -79,6 +79,12 @@ def test_a_pattern_of_layers_with_an_alternative_that_names_none() -> None:
         ({"lora_alpha": 10**400}, "is not a number above 0"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern['q_proj']='8' is not a number above 0"),
         ({"target_modules": None}, "target_modules=None is not supported; expected a list of names, a regular expr"),
+        ({"target_modules": "(.|.)*!"}, "target_modules repeats a group, or has more than 4 repeats"),
+        ({"rank_pattern": {"(q+)+x": 2}}, "rank_pattern repeats a group"),
+        (
+            {"exclude_modules": ".*.*.*.*.*!"},
+            "exclude_modules repeats a group, or has more than 4 repeats, which may take hours to match",
+        ),
         ({"target_modules": "*"}, "target_modules holds no regular expression"),
         ({"target_modules": [1]}, "target_modules=[1] is not supported; expected a list of names"),
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not supported; expected a list of names"),
