@@ -90,7 +90,7 @@ def keep_traces(attack: Attack) -> None:
     """Trace in this process, without leaving a build, and have builds copy what that gave."""
     from glm4export.build import build
     from glm4export.build.options import BuildOptions
-    from glm4export.sources.config import read_config
+    from glm4export.sources.config_json import read_config
     from glm4runtime.contract import graph_names
 
     traced = functools.cache(build.trace)

@@ -17,7 +17,7 @@ from glm4export.build.build import compile_graph
 from glm4export.build.options import CALIBRATED, PRECISIONS_OF, BuildOptions
 from glm4export.graph.skeleton import Skeleton
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.weights.fp16 import fp16_scales
 from glm4graphs.encoder import Encoding
 from glm4runtime.contract import MODEL, Precision, Target, graph_names

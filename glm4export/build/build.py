@@ -28,7 +28,7 @@ from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.graph.trace import trace, trace_encoder
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
-from glm4export.sources.config import config_data, parse_config, read_token_ids, sequence_limit
+from glm4export.sources.config_json import config_data, parse_config, read_token_ids, sequence_limit
 from glm4export.sources.ledger import unused_heads
 from glm4export.sources.lora import Adapter, merged, source_of
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4export.build.options import CALIBRATED, PRECISIONS_OF, BuildOptions
-from glm4export.sources.config import sequence_limit
+from glm4export.sources.config_json import sequence_limit
 from glm4export.sources.ledger import tensor_shapes
 from glm4export.weights.storage import HEAD
 from glm4graphs.config import Glm4Config

@@ -13,7 +13,7 @@ import onnx
 from glm4export.inspection.estimate import estimate
 from glm4export.machine import huge_pages, memory_bytes
 from glm4export.sources.checkpoint import CONFIG, CheckpointError, Location
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.quantized.checkpoint import open_checkpoint, read_quantization
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED

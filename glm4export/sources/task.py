@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4export.sources.checkpoint import CONFIG
-from glm4export.sources.config import ARCHITECTURES, config_data
+from glm4export.sources.config_json import ARCHITECTURES, config_data
 from glm4export.sources.config_keys import ConfigError
 from glm4graphs.encoder import Encoding
 from glm4runtime.contract import CAUSAL_LM, FEATURES, TOKEN_CLASSIFICATION, EncoderSpec, TaskName, UserError, shown

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glm4export.calibration.streamed import Text, hidden_states
 from glm4export.sources.checkpoint import CONFIG, Checkpoint
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.phases import PROMPTS
 from glm4export.verification.verify import THRESHOLDS, kl_divergence, open_source
 from glm4export.weights.recipes import whole

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.lora import merged, recorded
 from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.verification.phases import PHASES, Run, run_phases

@@ -1,4 +1,4 @@
-"""The geometry of one GLM-4 model. Reading it from config.json, strictly, is ``glm4export.sources.config``'s work."""
+"""The geometry of one GLM-4 model. ``glm4export.sources.config_json`` reads it from config.json, strictly."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from transformers import Glm4ForCausalLM
 from glm4export.build.build import build
 from glm4export.build.options import BuildOptions
 from glm4export.sources.checkpoint import CheckpointError, Location
-from glm4export.sources.config import ConfigError
+from glm4export.sources.config_json import ConfigError
 from glm4export.sources.lora import open_adapter
 from glm4export.verification.verify import verify
 from glm4export.weights.fp16 import BRANCH_SCALE

@@ -13,7 +13,7 @@ from transformers import Glm4ForCausalLM
 
 from glm4export.build.options import BuildOptions
 from glm4export.inspection.estimate import cache_bytes_per_token, parameters, weight_bytes
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.verify import kl_divergence, verify
 from glm4export.weights.quantize import Scheme, quantize
 from glm4runtime import Session, load

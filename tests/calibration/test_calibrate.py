@@ -18,7 +18,7 @@ from glm4export.calibration.calibrate import Calibration, calibrate, token_seque
 from glm4export.calibration.gptq import _cut, compensate, compensations
 from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import Checkpoint, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.verify import kl_divergence
 from glm4export.weights.quantize import Scheme, quantize
 from glm4graphs.config import Glm4Config

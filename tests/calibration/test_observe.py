@@ -14,7 +14,7 @@ from transformers import DynamicCache, Glm4ForCausalLM
 from glm4export.calibration import observe as module
 from glm4export.calibration.observe import CACHE_HEADROOM, Observation, observe
 from glm4export.sources.checkpoint import Checkpoint
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4graphs.rope import rotary_tables
 from tests.helpers import checkpoints
 from tools.geometries import GEOMETRIES as FAMILY

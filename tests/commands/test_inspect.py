@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from glm4export import cli
 from glm4export.inspection.estimate import estimate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4runtime.contract import MANIFEST
 from tests.commands.conftest import EOS, Fails
 from tests.helpers.edits import edit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4graphs.encoder import EncoderGraph, Encoding
 from tests.helpers.checkpoints import save
 from tests.helpers.encoders import BATCHES, CLASSES, CONFIGS, PAD, batch, output_of, random_encoder

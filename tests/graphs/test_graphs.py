@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glm4export.graph.signature import SIGNATURES
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4graphs.graphs import GRAPHS, Graph
 from tests.helpers import checkpoints
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Glm4ForCausalLM
 
 from glm4export.sources.checkpoint import CONFIG
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.weights.fp16 import fp16_scales
 from glm4runtime import load, load_encoder

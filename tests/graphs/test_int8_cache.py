@@ -18,7 +18,7 @@ from transformers import DynamicCache, Glm4ForCausalLM
 from glm4export import cli
 from glm4export.build.options import BuildOptions
 from glm4export.inspection.estimate import cache_bytes_per_token, weight_bytes
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.verify import agreement, table, thresholds_of, verify
 from glm4runtime import Session, load
 from glm4runtime.backends.ort import OrtRunner

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 
-from glm4export.sources.config import parse_config
+from glm4export.sources.config_json import parse_config
 from glm4graphs.activations import ACTIVATIONS
 from glm4graphs.graphs import GRAPHS, Graph
 from glm4graphs.rope import rotary_tables

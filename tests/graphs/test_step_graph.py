@@ -16,7 +16,7 @@ from glm4export.calibration.calibrate import token_sequences
 from glm4export.calibration.observe import observe
 from glm4export.inspection.estimate import weight_bytes
 from glm4export.sources.checkpoint import Checkpoint, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.phases import PROMPTS
 from glm4export.verification.verify import kl_divergence
 from glm4export.weights.quantize import Scheme, quantize

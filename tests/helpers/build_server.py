@@ -26,7 +26,7 @@ from glm4export.build.options import BuildOptions
 from glm4export.bundle import folder as bundle_folder
 from glm4export.bundle import swap
 from glm4export.graph import trace
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.terminal import progress
 from glm4graphs.graphs import Graph
 from glm4runtime.contract import Manifest, graph_names

@@ -13,7 +13,7 @@ from glm4export.build.build import compile_graph
 from glm4export.build.options import BuildOptions
 from glm4export.graph.skeleton import Skeleton
 from glm4export.sources.checkpoint import CONFIG, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from tools.golden import GOLDEN, golden_skeletons, listing
 
 

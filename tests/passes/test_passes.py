@@ -15,7 +15,7 @@ from glm4export.build.options import BuildOptions
 from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, Pass
 from glm4export.passes.pipeline import pipeline
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.terminal.errors import InternalError
 from glm4export.weights.fp16 import Fp16Scales
 from glm4export.weights.recipes import Concat, Scale, Source, Transpose

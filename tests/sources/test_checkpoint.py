@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glm4export.sources.checkpoint import Checkpoint, CheckpointError
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.ledger import expected_tensors
 from glm4export.weights.recipes import whole
 from glm4runtime.contract import UserError

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.glm4 import modeling_glm4
 from transformers.utils.generic import TransformersKwargs
 
-from glm4export.sources.config import ConfigError, parse_config, read_token_ids
+from glm4export.sources.config_json import ConfigError, parse_config, read_token_ids
 from glm4export.sources.quantized.checkpoint import read_quantization
 from glm4export.sources.rope import ROPE_KEYS
 from glm4export.sources.task import read_task

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm4export.sources.checkpoint import Checkpoint, CheckpointError, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.ledger import expected_tensors
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import change

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Glm4Model
 
 from glm4export.sources.checkpoint import Checkpoint, Location
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.lora import Adapter, merged, recorded, source_of
 from glm4export.sources.tied import as_stored
 from glm4export.weights.recipes import whole

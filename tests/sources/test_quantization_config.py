@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm4export.sources.config import ConfigError
+from glm4export.sources.config_json import ConfigError
 from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.sources.quantized.declared import parse_quantization
 from glm4runtime.contract import UserError

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Glm4ForCausalLM
 
 from glm4export.sources.checkpoint import CheckpointError
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
 from glm4export.weights.quantize import Scheme
 from glm4export.weights.recipes import whole

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import Glm4Config
 
-from glm4export.sources.config import ARCHITECTURES
+from glm4export.sources.config_json import ARCHITECTURES
 from glm4export.sources.task import Task, read_task
 from glm4graphs.encoder import FEATURES as FEATURES_OF_GRAPHS
 from glm4graphs.encoder import HEADS, POOLINGS, Encoding

@@ -21,7 +21,7 @@ from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.inspection.facts import inspect_model
 from glm4export.sources import tied
 from glm4export.sources.checkpoint import Checkpoint, Location
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.verify import Report, table, verify
 from glm4export.weights.write import windows
 from glm4runtime import load

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glm4export.sources.config import ConfigError, read_token_ids
+from glm4export.sources.config_json import ConfigError, read_token_ids
 
 
 def write_tokens(folder: Path, config: dict[str, Any], generation: Any = None) -> Path:

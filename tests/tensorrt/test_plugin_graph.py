@@ -16,7 +16,7 @@ from glm4export.build.options import BuildOptions
 from glm4export.passes.lower_attention_plugin import attention_function
 from glm4export.passes.lower_attention_standard import AttentionInputs
 from glm4export.sources.checkpoint import locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.tensorrt.plugin.geometry import Geometry, split_sizes
 from glm4export.tensorrt.plugin.graph import use_plugins, write_plugin_graph
 from glm4export.verification.verify import kl_divergence

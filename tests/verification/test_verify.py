@@ -17,7 +17,7 @@ import torch
 from glm4export.calibration import streamed
 from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import Checkpoint
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.phases import PHASES
 from glm4export.verification.verify import (
     THRESHOLDS,

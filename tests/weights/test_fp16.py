@@ -11,7 +11,7 @@ from transformers import Glm4ForCausalLM
 
 from glm4export.build import build as compiler
 from glm4export.sources.checkpoint import Checkpoint, locate
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.verification.verify import kl_divergence
 from glm4export.weights.fp16 import BRANCH_SCALE, Fp16Scales, fp16_scales
 from glm4runtime.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm4export.sources.config import parse_config
+from glm4export.sources.config_json import parse_config
 from glm4export.terminal.errors import InternalError
 from glm4export.weights import recipes
 from glm4export.weights import write as weights

@@ -47,7 +47,7 @@ def config_case(folder: Path, seed: str, compiles: bool) -> str:
     """config.json and generation_config.json through everything that reads them, beside a checkpoint that is right."""
     from glm4export.inspection.facts import inspect_model, model_text
     from glm4export.sources.checkpoint import Checkpoint, Location
-    from glm4export.sources.config import read_config, read_token_ids
+    from glm4export.sources.config_json import read_config, read_token_ids
 
     mutator, data = Mutator(seed), json.loads(json.dumps(CONFIG))
     rope = mutator.random.random()
@@ -76,7 +76,7 @@ def compile_config(config: Any, choice: random.Random) -> None:
 
     from glm4export.build.build import compile_graph
     from glm4export.build.options import BuildOptions
-    from glm4export.sources.config import sequence_limit
+    from glm4export.sources.config_json import sequence_limit
     from glm4export.weights.fp16 import Fp16Scales
     from glm4export.weights.recipes import RotaryTable
 
@@ -96,7 +96,7 @@ def compile_config(config: Any, choice: random.Random) -> None:
 def file_case(folder: Path, seed: str, compiles: bool) -> str:
     """Shards and their index, or a single file: opened, checked, and read whole where they're accepted."""
     from glm4export.sources.checkpoint import Checkpoint
-    from glm4export.sources.config import read_config
+    from glm4export.sources.config_json import read_config
     from glm4export.weights.recipes import whole
 
     mutator = Mutator(seed)
@@ -212,7 +212,7 @@ def prepare(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from glm4export.sources.config import parse_config
+    from glm4export.sources.config_json import parse_config
     from glm4export.sources.ledger import expected_tensors
     from glm4runtime.contract import CacheSpec, FileSpec, GraphSpec, Manifest, TensorSpec, TokenIds, sha256_of
 

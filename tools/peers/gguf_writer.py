@@ -20,7 +20,7 @@ import torch
 from gguf import GGMLQuantizationType, TokenType
 
 from glm4export.sources.checkpoint import CONFIG, Checkpoint
-from glm4export.sources.config import read_config
+from glm4export.sources.config_json import read_config
 from glm4export.sources.ledger import expected_tensors
 from glm4graphs.config import Glm4Config
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm4export.sources.checkpoint import CONFIG, QUANTIZED_DTYPES, Checkpoint, CheckpointError, StoredTensor
-from glm4export.sources.config import config_data, read_config
+from glm4export.sources.config_json import config_data, read_config
 from glm4export.sources.ledger import expected_shape, mismatches
 from glm4export.sources.quantized.declared import HEAD_MODULE, Declared, parse_quantization
 from glm4export.sources.quantized.layouts import FLOATS, Layout, ReadPart, Shape

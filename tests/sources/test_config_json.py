@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm4export.sources.config import ConfigError, parse_config, read_config, sequence_limit
+from glm4export.sources.config_json import ConfigError, parse_config, read_config, sequence_limit
 from glm4graphs.config import (
     DynamicScaling,
     Glm4Config,
