@@ -40,8 +40,9 @@ from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.terminal.progress import Progress, note
 from glm4export.weights.fp16 import Fp16Scales, fp16_scales
 from glm4export.weights.quantize import Scheme
-from glm4export.weights.recipes import Recipe, Tensors
+from glm4export.weights.recipes import Recipe
 from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.tensors import Tensors
 from glm4export.weights.write import Layout, lay_out, write_weights
 from glm4graphs.config import Glm4Config
 from glm4graphs.encoder import Encoding

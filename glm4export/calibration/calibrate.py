@@ -22,7 +22,7 @@ from glm4export.calibration.observe import Observation, observe
 from glm4export.sources.checkpoint import Checkpoint, StoredTensor
 from glm4export.terminal.progress import Progress
 from glm4export.weights.quantize import Quantized, Scheme
-from glm4export.weights.recipes import Prequantized, Window
+from glm4export.weights.tensors import Prequantized, Window
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from glm4export.sources.checkpoint import Checkpoint
 from glm4export.terminal.progress import Progress
-from glm4export.weights.recipes import whole
 from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.tensors import whole
 from glm4export.weights.write import windows
 from glm4graphs.activations import Gating
 from glm4graphs.attention import attention

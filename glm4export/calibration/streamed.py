@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from glm4export.sources.checkpoint import Checkpoint
-from glm4export.weights.recipes import whole
 from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.tensors import whole
 from glm4export.weights.write import windows
 from glm4graphs.attention import rotate
 from glm4graphs.blocks import Attention, DecoderLayer, rms_norm

@@ -108,5 +108,5 @@ class BundleLM(TemplateLM):
             top_p=float(options.get("top_p") or 1.0),
             seed=options.get("seed"),
         )
-        prompt = self.tok_encode(context)[-(self.max_length - count) :]
+        prompt = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
         return self.session.stream(prompt, params, stop=[until] if isinstance(until, str) else until).read()

@@ -21,8 +21,8 @@ from torch import Tensor
 from glm4export.sources.files import read_json, refuse_pointer
 from glm4export.sources.ledger import mismatches, wrapped
 from glm4export.terminal.errors import MOST_LINES, listed, printable
-from glm4export.weights.recipes import Window
 from glm4export.weights.storage import EMBEDDING, SCORE
+from glm4export.weights.tensors import Window
 from glm4graphs.config import Glm4Config
 from glm4graphs.encoder import HEADS, Encoding
 from glm4runtime.contract import TEXT_FILES, UserError, shown

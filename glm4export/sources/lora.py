@@ -19,8 +19,8 @@ from glm4export.sources.checkpoint import ADAPTER, Checkpoint, Location, locate_
 from glm4export.sources.lora_config import AdapterConfig, AdapterError, read_adapter_config
 from glm4export.sources.lora_ledger import Delta, Plan, read_plan
 from glm4export.terminal.errors import printable
-from glm4export.weights.recipes import Window
 from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.tensors import Window
 from glm4export.weights.write import windows
 from glm4runtime.contract import sha256_of, shown
 

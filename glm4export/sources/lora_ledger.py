@@ -12,8 +12,8 @@ from glm4export.sources.checkpoint import Checkpoint
 from glm4export.sources.ledger import Shape
 from glm4export.sources.lora_config import AdapterConfig, AdapterError
 from glm4export.terminal.errors import MOST_LINES, listed
-from glm4export.weights.recipes import Window
 from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.tensors import Window
 from glm4export.weights.write import windows
 from glm4runtime.contract import shown
 

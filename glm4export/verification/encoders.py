@@ -16,8 +16,8 @@ from glm4export.sources.checkpoint import CONFIG, Checkpoint
 from glm4export.sources.config_json import read_config
 from glm4export.verification.phases import PROMPTS
 from glm4export.verification.verify import THRESHOLDS, kl_divergence, open_source
-from glm4export.weights.recipes import whole
 from glm4export.weights.storage import SCORE, SCORE_BIAS
+from glm4export.weights.tensors import whole
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import FEATURES, SEQUENCE_CLASSIFICATION, TOKENIZER, UserError
 from glm4runtime.encoder import Encoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glm4export.weights.recipes import Tensors
 from glm4export.weights.storage import EMBEDDING
+from glm4export.weights.tensors import Tensors
 from glm4export.weights.write import windows
 from glm4graphs.config import Glm4Config
 

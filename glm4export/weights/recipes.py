@@ -7,9 +7,9 @@ them, window by window, so that no tensor need ever be whole in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,60 +25,10 @@ from glm4export.weights.quantize import (
     quantize_rows_fp8,
     signed,
 )
+from glm4export.weights.tensors import Measured, Prequantized, Tensors, Window
 from glm4graphs.config import Glm4Config
 from glm4graphs.rope import rotary_tables
 from glm4runtime.contract import nbytes
-
-Window = tuple[tuple[int, int], ...]  # start and stop along each dim
-
-
-class Shaped(Protocol):
-    """A stored tensor, as far as anybody asks."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-class Tensors(Protocol):
-    """Stored tensors by name, read by windows: a checkpoint is one."""
-
-    @property
-    def tensors(self) -> Mapping[str, Shaped]: ...
-
-    def read(self, name: str, window: Window) -> Tensor:
-        """A copy of that window of the stored tensor, in its stored dtype."""
-        ...
-
-
-@runtime_checkable
-class Prequantized(Protocol):
-    """Stored tensors of which some come quantized: by calibration, or by whoever made the checkpoint."""
-
-    def quantized(self, name: str, scheme: Scheme, rows: tuple[int, int]) -> Quantized | None:
-        """Those rows in blocks by that scheme; None where they didn't come so."""
-        ...
-
-    def quantized_rows(
-        self, name: str, dtype: str, scale_dtype: torch.dtype, rows: tuple[int, int]
-    ) -> Quantized | None:
-        """Those rows in int8 or float8_e4m3fn [rows, columns] with a scale each [rows]; None as above."""
-        ...
-
-
-@runtime_checkable
-class Measured(Protocol):
-    """What a text told of a model, beside its tensors: see :mod:`glm4export.calibration.calibrate`."""
-
-    def input_reach(self, name: str) -> float:
-        """The largest magnitude that the input of the linear with that weight had in calibration."""
-        ...
-
-    def cache_scales(self, layer: int, part: str) -> Tensor:
-        """An int8 cache's step in each channel of a layer's ``key`` or ``value``: float32 [kv_heads, 1, head_dim]."""
-        ...
 
 
 class Expr(Protocol):
@@ -415,11 +365,6 @@ def map_sources(expr: Expr, change: Callable[[Source], Expr]) -> Expr:
     if isinstance(expr, RotaryTable | CacheScales | InputScale):
         return expr  # made without reading a tensor of the checkpoint
     raise InternalError(f"recipe {expr}: no pass knows how to change a {type(expr).__name__}")
-
-
-def whole(shape: tuple[int, ...]) -> Window:
-    """The window that covers a shape."""
-    return tuple((0, size) for size in shape)
 
 
 def _slices(window: Window) -> tuple[slice, ...]:

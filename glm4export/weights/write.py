@@ -19,7 +19,8 @@ from torch import Tensor
 
 from glm4export.terminal.progress import Progress
 from glm4export.weights.quantize import pack_signed
-from glm4export.weights.recipes import Expr, QuantizedPart, Recipe, RowQuantizedPart, Tensors, Window, whole
+from glm4export.weights.recipes import Expr, QuantizedPart, Recipe, RowQuantizedPart
+from glm4export.weights.tensors import Tensors, Window, whole
 from glm4runtime.contract import FileSpec, UserError
 
 ALIGNMENT = 4096  # bytes; a page, so that every tensor can be mapped on its own

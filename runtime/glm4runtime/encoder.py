@@ -73,7 +73,9 @@ def load_encoder(
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit and
     for a bundle that generates text, which :func:`glm4runtime.load` opens.
     """
-    require_settings(provider=provider, threads=threads, max_seq_len=max_seq_len, check_hashes=check_hashes)
+    require_settings(
+        provider=provider, threads=threads, max_seq_len=max_seq_len, check_hashes=check_hashes, truncate=truncate
+    )
     if not isinstance(bundle, str | os.PathLike):
         raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glm4export.evaluation.harness import BundleLM
-from glm4runtime import Session
+from glm4runtime import SamplingParams, Session
 from glm4runtime.contract import UserError
 from tests.helpers.demo import DEMO
 
@@ -116,6 +116,13 @@ def test_the_command_line_tells_of_a_mistake_in_one_line(
         runpy.run_module("glm4export.evaluation", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err == ("glm4export: error: nowhere: no such folder; `glm4export build` makes one\n")
+
+
+def test_an_empty_context_begins_with_the_prefix_token(demo_sessions: dict[str, Session]) -> None:
+    model = BundleLM(demo_sessions["fp32"].folder)
+    options = {"until": [], "max_gen_toks": 4}
+    text = model.session.stream([model.prefix_token_id], SamplingParams(max_new_tokens=4)).read()
+    assert model._generate("", options) == text
 
 
 def test_unknown_arguments_are_refused(demo_sessions: dict[str, Session]) -> None:

@@ -203,6 +203,8 @@ def test_what_another_bundle_does(
         load_encoder(embedder[1], max_seq_len=65)
     with pytest.raises(UserError, match="batch_tokens=0 is not a whole number above 0"):
         load_encoder(embedder[1], batch_tokens=0)
+    with pytest.raises(UserError, match="truncate='yes' is not True or False"):
+        load_encoder(embedder[1], truncate="yes")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="provider 'tensorrt' doesn't run a bundle for cpu"):
         load_encoder(embedder[1], provider="tensorrt")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from glm4export.sources.checkpoint import Checkpoint, CheckpointError
 from glm4export.sources.config_json import read_config
 from glm4export.sources.ledger import expected_tensors
-from glm4export.weights.recipes import whole
+from glm4export.weights.tensors import whole
 from glm4runtime.contract import UserError
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import change

@@ -17,7 +17,7 @@ from glm4export.sources.checkpoint import Checkpoint, Location
 from glm4export.sources.config_json import read_config
 from glm4export.sources.lora import Adapter, merged, recorded, source_of
 from glm4export.sources.tied import as_stored
-from glm4export.weights.recipes import whole
+from glm4export.weights.tensors import whole
 from glm4runtime.contract import UserError
 from tests.helpers import adapters, checkpoints
 from tests.helpers.encoders import random_encoder

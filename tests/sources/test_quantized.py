@@ -19,7 +19,7 @@ from glm4export.sources.checkpoint import CheckpointError
 from glm4export.sources.config_json import read_config
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
 from glm4export.weights.quantize import Scheme
-from glm4export.weights.recipes import whole
+from glm4export.weights.tensors import whole
 from tests.helpers import checkpoints, quantized
 from tests.helpers.checkpoints import change
 from tests.helpers.dequantize import dequantize

@@ -30,10 +30,9 @@ from glm4export.weights.recipes import (
     Scale,
     Source,
     Transpose,
-    Window,
     map_sources,
-    whole,
 )
+from glm4export.weights.tensors import Window, whole
 from glm4export.weights.write import ALIGNMENT, WeightError, lay_out, windows, write_weights
 from glm4graphs.rope import rotary_tables
 from tests.helpers.configs import config_of

@@ -97,7 +97,7 @@ def file_case(folder: Path, seed: str, compiles: bool) -> str:
     """Shards and their index, or a single file: opened, checked, and read whole where they're accepted."""
     from glm4export.sources.checkpoint import Checkpoint
     from glm4export.sources.config_json import read_config
-    from glm4export.weights.recipes import whole
+    from glm4export.weights.tensors import whole
 
     mutator = Mutator(seed)
     case = folder / "case"

@@ -19,8 +19,8 @@ from glm4export.sources.ledger import expected_shape, mismatches
 from glm4export.sources.quantized.declared import HEAD_MODULE, Declared, parse_quantization
 from glm4export.sources.quantized.layouts import FLOATS, Layout, ReadPart, Shape
 from glm4export.weights.quantize import Quantized, Scheme, pack
-from glm4export.weights.recipes import Window, whole
 from glm4export.weights.storage import HEAD
+from glm4export.weights.tensors import Window, whole
 from glm4graphs.config import Glm4Config
 from glm4graphs.encoder import Encoding
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glm4export.weights.quantize import unpack
-from glm4export.weights.recipes import Window, whole
+from glm4export.weights.tensors import Window, whole
 
 Shape = tuple[int, ...]
 ReadPart = Callable[[str, Window], Tensor]  # a window of one of a linear's tensors, by what it's called

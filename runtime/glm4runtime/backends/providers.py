@@ -33,9 +33,10 @@ def require_settings(
     prefill_chunk: Any = 512,
     check_hashes: Any = False,
     invariant: Any = False,
+    truncate: Any = False,
     huge_pages: Any = False,
 ) -> None:
-    """Raise UserError for arguments of :func:`glm4runtime.load` that fit no bundle on this machine."""
+    """Raise UserError for arguments of ``glm4runtime.load`` or ``load_encoder`` that fit no bundle on this machine."""
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider {shown(provider)} is not known; known: {', '.join(PROVIDERS)}")
     _require_number("prefill_chunk", prefill_chunk, 1)
@@ -48,7 +49,8 @@ def require_settings(
             f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
             "0 lets ONNX Runtime choose"
         )
-    for name, value in (("check_hashes", check_hashes), ("invariant", invariant), ("huge_pages", huge_pages)):
+    switches = {"check_hashes": check_hashes, "invariant": invariant, "truncate": truncate, "huge_pages": huge_pages}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not True or False")
 
