@@ -11,6 +11,8 @@ from glm4runtime.contract import UserError
 
 EXAMPLE = "example: glm4export verify glm-4-9b-fp16 --checkpoint ./GLM-4-9B-0414"
 
+_STEPS = 32  # of each prompt, where --steps doesn't say
+
 
 def configure(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -26,9 +28,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         help="a LoRA adapter it was built with; needed where that was a local folder, in the order of the build",
     )
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="instead of the built-in ones")
-    command.add_argument(
-        "--steps", type=int, default=32, metavar="N", help="decode steps per prompt (default: %(default)s)"
-    )
+    command.add_argument("--steps", type=int, metavar="N", help=f"decode steps per prompt (default: {_STEPS})")
     command.add_argument(
         "--long",
         action="store_true",
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             checkpoint=arguments.checkpoint,
             adapters=arguments.lora,
             prompts=arguments.prompt,
-            steps=arguments.steps,
+            steps=_STEPS if arguments.steps is None else arguments.steps,
             long=arguments.long,
             thresholds=thresholds,
         )
@@ -76,9 +76,13 @@ def _verify_encoder(arguments: argparse.Namespace) -> int:
     from glm4export.verification import encoders
     from glm4runtime import load_encoder
 
-    if arguments.long or arguments.invariant:
-        option = "--long" if arguments.long else "--invariant"
-        raise UserError(f"{option} goes with bundles that generate text; leave it out")
+    for option, given in (
+        ("--long", arguments.long),
+        ("--invariant", arguments.invariant),
+        ("--steps", arguments.steps is not None),
+    ):
+        if given:
+            raise UserError(f"{option} goes with bundles that generate text; leave it out")
     with load_encoder(
         arguments.bundle,
         provider=arguments.provider,

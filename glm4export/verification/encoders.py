@@ -64,6 +64,9 @@ def verify_encoder(
     precision's marks.
     """
     manifest = encoder.manifest
+    for option, given in (("--max-kl", max_kl), ("--min-top1", min_top1)):
+        if given is not None and len(encoder.spec.labels) < 2:
+            raise UserError(f"{option} compares labels, and {encoder.folder} has none to choose from; leave it out")
     source = open_source(manifest, checkpoint, adapters)
     config = read_config(encoder.folder / CONFIG)
     if TOKENIZER in manifest.files:

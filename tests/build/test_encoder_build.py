@@ -69,6 +69,8 @@ def test_features_of_any_checkpoint(
     for ids, found in zip(IDS, states(bundle), strict=True):
         with torch.no_grad():
             assert np.abs(found - model.model(torch.tensor([ids]))[0][0].numpy()).max() <= 2e-5
+    assert cli.main(["verify", str(bundle), "--checkpoint", str(folder), "--max-kl", "1"]) == 2
+    assert f"--max-kl compares labels, and {bundle} has none to choose from; leave it out" in capsys.readouterr().err
 
 
 def test_a_tied_checkpoint_of_a_language_model_needs_no_head(build_bundle: Build, tmp_path: Path) -> None:
@@ -198,6 +200,8 @@ def test_verify_finds_another_head(
     assert "FAILED: relative error" in capsys.readouterr().out
     assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--long"]) == 2
     assert "--long goes with bundles that generate text; leave it out" in capsys.readouterr().err
+    assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--steps", "5"]) == 2
+    assert "--steps goes with bundles that generate text; leave it out" in capsys.readouterr().err
     assert cli.main(["verify", str(bundle), "--checkpoint", str(tagger), "--prompt", ""]) == 2
     assert "the prompt '' is empty; at least one token is needed" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Make the calls, all at the same time, and return what they do in order. Raises the first one's error.
 
     Python handles signals in the main thread, between two of its instructions: behind a call there, Ctrl-C would wait.
-    Interrupted, this returns at once, and what the calls still make is dropped.
+    Interrupted, this returns at once, and what the calls still make is dropped; a Python that ends then waits for them.
     """
     done: list[T | None] = [None] * len(calls)
     failed: dict[int, BaseException] = {}
