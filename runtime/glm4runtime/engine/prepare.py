@@ -1,0 +1,85 @@
+"""A request made ready to be computed: token ids, stop tokens, samplers, parsers, grammars. In the caller's thread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.token_ids import checked_ids
+from glm4runtime.contract import UserError
+from glm4runtime.engine.handle import Feed
+from glm4runtime.engine.job import Answer, Job
+from glm4runtime.engine.request import Request, Usage
+from glm4runtime.sampling import Sampler
+from glm4runtime.text.assistant import THINK, AnswerParser
+from glm4runtime.text.bundle_text import BundleText
+from glm4runtime.text.stream import split_stop, stop_items
+
+
+class PromptTooLong(UserError):
+    """A prompt of ``tokens`` tokens, where a slot holds ``limit``."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, a slot holds {limit}; shorten it, or open or build the bundle with a "
+            "larger max_seq_len"
+        )
+        self.tokens, self.limit = tokens, limit
+
+
+class Preparation:
+    """Makes jobs of requests, from any thread."""
+
+    def __init__(self, runner: BatchRunner, text: BundleText) -> None:
+        self._manifest, self._limit = runner.manifest, runner.max_seq_len
+        self._text = text
+
+    def job(self, request: Request, now: float) -> Job:
+        """Raises UserError for what can't be answered, PromptTooLong among them."""
+        manifest = self._manifest
+        ids, prompt = self._prompt(request)
+        if len(ids) > self._limit:
+            raise PromptTooLong(len(ids), self._limit)
+        wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
+        tokenizer = self._text.tokenizer if wants_text else None
+        stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
+        stop = frozenset((*manifest.tokens.eos, *stop_ids))
+        count = max(request.n, request.best_of or 0)
+        feed = Feed(request.n)
+        feed.usage = Usage(len(ids), 0, 0)
+        job = Job(request, ids, stop, feed, self._limit, now)
+        if request.prompt_logprobs is not None:
+            job.prompt_logprobs = [None]
+        for index in range(count):
+            params = request.params
+            if params.seed is not None:
+                params = replace(params, seed=params.seed + index)
+            sampler = Sampler(params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop))
+            job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), None))
+        return job
+
+    def _prompt(self, request: Request) -> tuple[np.ndarray, str | None]:
+        """Token ids, int64 [n], and their text where it was one."""
+        if request.messages is not None:
+            prompt: str | None = self._text.template.render(
+                request.messages, request.tools, **dict(request.template_variables)
+            )
+        elif isinstance(request.prompt, str):
+            prompt = request.prompt
+        else:
+            return checked_ids(request.prompt, self._manifest.vocab_size), None
+        return checked_ids(self._text.tokenizer.encode(prompt or ""), self._manifest.vocab_size), prompt
+
+    def _parser(self, request: Request, prompt: str | None, strings: list[str]) -> AnswerParser | None:
+        if not self._text.has_tokenizer:
+            if strings:
+                raise UserError(f"stop: {strings[0]!r} is text, and this bundle has no tokenizer; give token ids")
+            return None
+        if request.messages is None:
+            return AnswerParser(self._text.tokenizer, stop_strings=strings, thinking=False)
+        opened = prompt is not None and prompt.rstrip().endswith(THINK)
+        return AnswerParser(
+            self._text.tokenizer, stop_strings=strings, thinking=opened or "auto", tools=bool(request.tools)
+        )
