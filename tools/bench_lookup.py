@@ -26,7 +26,8 @@ import numpy as np
 from glm4export.sources.checkpoint import locate
 from glm4runtime import Session, load
 from glm4runtime.invariance import find_granule
-from glm4runtime.lookup import Counts, PromptLookup
+from glm4runtime.lookup import PromptLookup
+from glm4runtime.speculation import Counts, Speculation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 4, 8, 16)
@@ -69,7 +70,7 @@ def four_ways(session: Session, case: Case, limit: int, granule: int) -> tuple[l
         runner.granule = width
         for most in (0, limit):
             runner.rewind(len(prompt))
-            lookup = PromptLookup(runner, prompt, most)
+            lookup = Speculation(runner, PromptLookup(prompt, most))
             found.append(seconds(lookup.decode, answer))
     runner.granule = 1
     return found, lookup.counts

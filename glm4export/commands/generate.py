@@ -56,7 +56,7 @@ def configure(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from glm4runtime import SamplingParams
-    from glm4runtime.lookup import check_limit
+    from glm4runtime.speculation import check_limit
 
     check_limit(arguments.lookup)
     if arguments.chat and (arguments.json or arguments.raw):

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glm4runtime.backends.runner import Runner
-from glm4runtime.lookup import Counts, PromptLookup, check_limit
+from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling import Sampler, SamplingParams
+from glm4runtime.speculation import Counts, Speculation, check_limit
 
 
 class Generation(Iterator[int]):
@@ -49,7 +50,7 @@ class Generation(Iterator[int]):
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
         self._logits = runner.prefill(ids[self.reused_tokens :])
-        self._lookup = PromptLookup(runner, ids, lookup)
+        self._lookup = Speculation(runner, PromptLookup(ids, lookup))
         self._token = -1  # the last one chosen, not yet in the cache
 
     @property

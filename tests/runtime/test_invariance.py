@@ -20,7 +20,7 @@ from glm4runtime import SamplingParams, Session, UserError, load
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import CacheSpec
 from glm4runtime.invariance import find_granule, make_invariant
-from glm4runtime.lookup import MAX_DRAFT
+from glm4runtime.speculation import MAX_DRAFT
 from tests.conftest import Build
 from tests.helpers import checkpoints
 

@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -187,16 +187,7 @@ class Engine:
         deadline = None if request.timeout is None else now + request.timeout
         with self._condition:
             self._require_open()
-            parent: int | None = None
-            ids = []
-            for answer in job.answers:
-                id = next(self._ids)
-                self._scheduler.submit(
-                    id, request.key, len(job.ids), request.params.max_new_tokens, deadline, parent=parent
-                )
-                parent = id if parent is None else parent
-                self._answers[id] = answer
-                ids.append(id)
+            self._queue(job, deadline)
             self._condition.notify_all()
         return Handle(job.feed, self._cancel)
 
@@ -266,6 +257,22 @@ class Engine:
             self._thread.join()
         self._text.close()
         _OPEN.discard(self)
+
+    def _queue(self, job: Job, deadline: float | None) -> None:
+        """Have all of a job's answers wait for slots, or none of them."""
+        key, tokens, limit = job.request.key, len(job.ids), job.request.params.max_new_tokens
+        ids: list[int] = []
+        try:
+            for _ in job.answers:
+                id, parent = next(self._ids), ids[0] if ids else None
+                together = job.beams is not None and parent is not None
+                self._scheduler.submit(id, key, tokens, limit, deadline, parent=parent, together=together)
+                ids.append(id)
+        except UserError:
+            for id in ids:
+                self._scheduler.cancel(id)
+            raise
+        self._answers.update(zip(ids, job.answers, strict=True))
 
     def _require_open(self) -> None:
         if self._death is not None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
+from glm4runtime.engine.beams import BeamGroup
 from glm4runtime.engine.handle import Feed
 from glm4runtime.engine.request import Delta, FinishReason, Request, Result
-from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling import Sampler
 from glm4runtime.sampling.logprobs import TokenLogprobs, log_probabilities
-from glm4runtime.text.assistant import AnswerParser
+from glm4runtime.speculation import Speculation
+from glm4runtime.text.assistant import AnswerDelta, AnswerParser
 from glm4runtime.text.structure import Matcher
 
 
@@ -28,7 +28,7 @@ class Answer:
         self.slot = -1
         self.rows = 0  # of the cache that are written
         self.tokens: list[int] = []  # chosen; the last one isn't in the cache yet
-        self.lookup: PromptLookup | None = None
+        self.speculation: Speculation | None = None  # such an answer has runs of its own
         self.finish_reason: FinishReason | None = None
         self.log_probability = 0.0  # of all its tokens together: what best_of compares
         self.whole = Delta(index)
@@ -47,7 +47,7 @@ class Answer:
         allowed = None if self.matcher is None else self.matcher.mask
         token = self.sampler(logits, allowed)
         shown = request.logprobs is not None or job.compares
-        scored = log_probabilities(logits, token, request.logprobs or 0) if shown else None
+        scored = log_probabilities(logits[None], [token], request.logprobs or 0)[0] if shown else None
         if scored is not None:
             self.log_probability += scored.logprob
         if self.matcher is not None:
@@ -56,13 +56,24 @@ class Answer:
             self.finish("stop", token)
             return
         self.tokens.append(token)
-        piece = Delta(self.index) if self.parser is None else self._told(self.parser.push(token))
+        piece = self._pushed(token)
         kept = (scored,) if scored is not None and request.logprobs is not None else ()
         self._tell(replace(piece, tokens=(token,), logprobs=kept))
         if self.parser is not None and self.parser.stopped is not None:
             self.finish("stop", self.parser.stopped)
-        elif len(self.tokens) >= request.params.max_new_tokens or self.job.room(len(self.tokens)) <= 0:
+        elif len(self.tokens) >= request.params.max_new_tokens or job.room(len(self.tokens)) <= 0:
             self.finish("length")
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take tokens that were chosen elsewhere, a stop token at their end perhaps, as the whole answer."""
+        stop = tokens[-1] if tokens and tokens[-1] in self.job.stop else None
+        self.tokens = list(tokens if stop is None else tokens[:-1])
+        for token in self.tokens:
+            self._tell(replace(self._pushed(token), tokens=(token,)))
+        self.finish("length" if stop is None else "stop", stop)
+
+    def _pushed(self, token: int) -> Delta:
+        return Delta(self.index) if self.parser is None else self._told(self.parser.push(token))
 
     def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
         """End it, with what was held back of its text."""
@@ -74,8 +85,8 @@ class Answer:
         self.finish_reason = reason
         self._tell(replace(piece, finish_reason=reason, stop=stop))
 
-    def _told(self, piece: Any) -> Delta:
-        return Delta(self.index, piece.thought, piece.content, tuple(piece.tool_calls))
+    def _told(self, piece: AnswerDelta) -> Delta:
+        return Delta(self.index, piece.thought, piece.content, piece.tool_calls)
 
     def _tell(self, delta: Delta) -> None:
         self.whole = self.whole.joined(delta)
@@ -94,13 +105,19 @@ class Job:
     capacity: int  # tokens that a slot holds
     submitted: float
     answers: list[Answer] = field(default_factory=list)
+    prompt_logits: np.ndarray | None = None  # float32 [vocab], behind the prompt; for the answers that start later
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    adapter: int = 0
+    beams: BeamGroup | None = None
+
+    @property
+    def salt(self) -> str:
+        """What cached prompts are told apart by, beside their tokens."""
+        return self.request.salt
 
     @property
     def compares(self) -> bool:
         """Whether only the best of its answers are given, at the end."""
-        return self.request.best_of is not None and self.request.best_of > self.request.n
+        return len(self.answers) > self.request.n or self.beams is not None
 
     def room(self, chosen: int) -> int:
         """Tokens that still have a row behind ``chosen`` ones, of which the last has none yet."""
@@ -118,9 +135,9 @@ class Job:
         """Bring the feed's usage up to date."""
         drafted = accepted = 0
         for answer in self.answers:
-            if answer.lookup is not None:
-                drafted += answer.lookup.counts.drafted
-                accepted += answer.lookup.counts.accepted
+            if answer.speculation is not None:
+                drafted += answer.speculation.counts.drafted
+                accepted += answer.speculation.counts.accepted
         self.feed.usage = replace(
             self.feed.usage,
             completion_tokens=sum(len(answer.tokens) for answer in self.answers),
@@ -145,8 +162,7 @@ class Job:
     def _chosen(self) -> list[Delta]:
         if not self.compares:
             return [answer.whole for answer in self.answers]
+        if self.beams is not None:
+            return [answer.whole for answer in self.answers[: self.request.n]]
         best = sorted(self.answers, key=lambda answer: -answer.log_probability / max(len(answer.tokens), 1))
         return [replace(answer.whole, choice=index) for index, answer in enumerate(best[: self.request.n])]
-
-
-Make = Callable[[Sequence[int]], Any]

@@ -15,11 +15,12 @@ import numpy as np
 
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.runner import MAX_RUN
-from glm4runtime.engine.job import Answer
+from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.prefix import PrefixStore
 from glm4runtime.engine.slot_runner import SlotRunner
 from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling.logprobs import log_probabilities
+from glm4runtime.speculation import Speculation
 from glm4runtime.text.structure import fill_masks
 
 
@@ -84,14 +85,25 @@ class Loop:
 
     def decode(self, answers: list[Answer]) -> None:
         """One more token for each."""
-        together = [answer for answer in answers if answer.lookup is None]
-        masks = self._masks.submit(fill_masks, [a.matcher for a in answers if a.matcher is not None])
+        together = [answer for answer in answers if answer.speculation is None and answer.tokens]
+        matchers = [answer.matcher for answer in answers if answer.matcher is not None]
+        masks = self._masks.submit(fill_masks, matchers) if matchers else None  # while the graph runs
         if together:
-            self._step(together, masks)
-        masks.result()
+            try:
+                rows = self._step(together)
+            except Exception as error:
+                if len(together) == 1:
+                    self._fail(together[0], error)
+                    together = []
+                else:
+                    together, rows = self._one_by_one(together)
+        if masks is not None:
+            masks.result()
+        if together:
+            self._take(together, rows)
         for answer in answers:
-            if answer.lookup is not None:
-                self._look_ahead(answer)
+            if answer.speculation is not None:
+                self._look_ahead(answer, answer.speculation)
 
     def end(self, answer: Answer) -> None:
         """Let go of an answer's slot; its rows stay in the store where that is wanted."""
@@ -102,27 +114,43 @@ class Loop:
         self.runner.release(answer.slot)
         answer.slot = -1
 
-    def _step(self, answers: list[Answer], masks: object) -> None:
-        slots, starts = [a.slot for a in answers], [a.rows for a in answers]
-        tokens = [a.tokens[-1] for a in answers]
-        try:
-            rows = self.runner.step(slots, tokens, starts)
-            self.failures_in_a_row = 0
-        except Exception as error:
-            if len(answers) == 1:
-                self._fail(answers[0], error)
-                return
-            for answer in answers:
-                self._step([answer], masks)
-            return
-        masks.result()
-        for answer, row in zip(answers, rows, strict=True):
-            answer.rows += 1
-            self._choose(answer, row)
+    def _step(self, answers: list[Answer]) -> np.ndarray:
+        """The logits behind each answer's last token, float32 [answers, vocab]. Raises what the graph raises."""
+        tokens = [answer.tokens[-1] for answer in answers]
+        rows = self.runner.step([a.slot for a in answers], tokens, [a.rows for a in answers])
+        self.failures_in_a_row = 0
+        return rows
 
-    def _look_ahead(self, answer: Answer) -> None:
+    def _one_by_one(self, answers: list[Answer]) -> tuple[list[Answer], np.ndarray]:
+        """The same for those whose own run doesn't fail."""
+        rows: dict[Answer, np.ndarray] = {}
+        for answer in answers:
+            try:
+                rows[answer] = self._step([answer])[0].copy()
+            except Exception as error:
+                self._fail(answer, error)
+        return list(rows), np.array(list(rows.values()))
+
+    def _take(self, answers: list[Answer], rows: np.ndarray) -> None:
+        """Choose each answer's next token from its row."""
+        places = {answer: place for place, answer in enumerate(answers)}
+        for answer, place in places.items():
+            answer.rows += 1
+            if answer.job.beams is None:
+                self._choose(answer, rows[place])
+        for job in {id(answer.job): answer.job for answer in answers if answer.job.beams is not None}.values():
+            if all(answer in places for answer in job.answers):  # else one failed, and with it all
+                self._advance(job, rows[[places[answer] for answer in job.answers]])
+
+    def _advance(self, job: Job, rows: np.ndarray) -> None:
         try:
-            row = answer.lookup.decode(answer.tokens[-1])
+            job.beams.advance(self.runner, rows)
+        except Exception as error:
+            self._fail(job.answers[0], error)
+
+    def _look_ahead(self, answer: Answer, speculation: Speculation) -> None:
+        try:
+            row = speculation.decode(answer.tokens[-1])
             self.failures_in_a_row = 0
         except Exception as error:
             self._fail(answer, error)
@@ -136,10 +164,13 @@ class Loop:
         answer.rows = len(job.ids)
         if job.request.lookup:
             slot = SlotRunner(self.runner, answer.slot, answer.rows)
-            answer.lookup = PromptLookup(slot, job.ids.tolist(), job.request.lookup)
+            answer.speculation = Speculation(slot, PromptLookup(job.ids.tolist(), job.request.lookup))
         if answer.matcher is not None:
             fill_masks([answer.matcher])
-        self._choose(answer, job.prompt_logits)
+        if job.beams is None:
+            self._choose(answer, job.prompt_logits)
+        elif all(beam.slot >= 0 and not beam.in_prompt for beam in job.answers):
+            self._advance(job, job.prompt_logits[None])
         if job.feed.timing.first_token is None:
             job.note(first_token=time.monotonic())
 
@@ -160,7 +191,7 @@ class Loop:
         rows = self.runner.verify(answer.slot, run, start)
         for at, row in enumerate(rows, start + 1):
             if at < len(job.ids):
-                job.prompt_logprobs.append(log_probabilities(row, int(job.ids[at]), job.request.prompt_logprobs))
+                job.prompt_logprobs += log_probabilities(row[None], job.ids[at : at + 1], job.request.prompt_logprobs)
         answer.rows = start + len(run)
         job.prompt_logits = rows[-1].copy()
 

@@ -9,6 +9,7 @@ import numpy as np
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import UserError
+from glm4runtime.engine.beams import BeamGroup
 from glm4runtime.engine.handle import Feed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.request import Request, Usage
@@ -46,7 +47,7 @@ class Preparation:
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
         stop = frozenset((*manifest.tokens.eos, *stop_ids))
-        count = max(request.n, request.best_of or 0)
+        count = max(request.n, request.best_of or 0, request.num_beams)
         feed = Feed(request.n)
         feed.usage = Usage(len(ids), 0, 0)
         job = Job(request, ids, stop, feed, self._limit, now)
@@ -58,6 +59,8 @@ class Preparation:
                 params = replace(params, seed=params.seed + index)
             sampler = Sampler(params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop))
             job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), None))
+        if request.num_beams > 1:
+            job.beams = BeamGroup(job)
         return job
 
     def _prompt(self, request: Request) -> tuple[np.ndarray, str | None]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from glm4runtime.contract import UserError, shown
-from glm4runtime.lookup import check_limit
 from glm4runtime.sampling import SamplingParams
+from glm4runtime.speculation import check_limit
 from glm4runtime.text.answers import ToolCall
 from glm4runtime.text.stream import Stop
 
