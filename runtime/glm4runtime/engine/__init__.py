@@ -5,3 +5,24 @@
 ...     for delta in engine.generate(Request(messages=[{"role": "user", "content": "Hello"}])):
 ...         print(delta.content, end="", flush=True)
 """
+
+from glm4runtime.engine.engine import Engine, EngineClosed, EngineStats
+from glm4runtime.engine.handle import Handle, RequestFailed
+from glm4runtime.engine.prepare import PromptTooLong
+from glm4runtime.engine.request import Delta, Request, Result, Timing, Usage
+from glm4runtime.engine.scheduler import QueueFull
+
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineClosed",
+    "EngineStats",
+    "Handle",
+    "PromptTooLong",
+    "QueueFull",
+    "Request",
+    "RequestFailed",
+    "Result",
+    "Timing",
+    "Usage",
+]

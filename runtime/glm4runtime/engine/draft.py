@@ -92,8 +92,8 @@ def require_same_vocabulary(
     """Raises BundleError where the draft's tokens aren't the model's."""
     if model.vocab_size != draft.vocab_size:
         raise BundleError(
-            f"the draft bundle has {draft.vocab_size} tokens, the bundle {model.vocab_size}; a draft must have the same "
-            "tokenizer"
+            f"the draft bundle has {draft.vocab_size} tokens, the bundle {model.vocab_size}; a draft must have the "
+            "same tokenizer"
         )
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         raise BundleError("the draft bundle has another tokenizer.json than the bundle; a draft must have the same one")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import itertools
 import os
+import platform
 import threading
 import time
 import weakref
@@ -12,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -22,7 +25,8 @@ from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wron
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
-from glm4runtime.engine.prefix import PrefixStore
+from glm4runtime.engine import prefix_file
+from glm4runtime.engine.prefix import PrefixStats, PrefixStore, block_for
 from glm4runtime.engine.prepare import Preparation
 from glm4runtime.engine.request import Request
 from glm4runtime.engine.scheduler import Scheduler, SchedulerStats
@@ -50,8 +54,7 @@ class EngineStats:
     cached_tokens: int  # of these: found in the prefix cache
     completion_tokens: int
     finished: dict[str, int]  # answers by finish_reason, and ``error``
-    prefix_bytes: int
-    prefix_evictions: int
+    prefixes: PrefixStats | None  # None where none are kept
 
 
 class Engine:
@@ -154,7 +157,8 @@ class Engine:
         )
         store = None
         if prefix_cache != "off":
-            store = PrefixStore(prefix_cache_bytes, row_bytes=runner.row_bytes, grid=runner.prompt_grid)
+            block = block_for(runner.prompt_grid)
+            store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=_identity(runner), block=block)
         self._store = store
         self._loop = Loop(runner, store, keep_answers=prefix_cache == "all")
         self._condition = threading.Condition()  # guards what follows; never held while a graph runs
@@ -220,8 +224,7 @@ class Engine:
                 cached_tokens=self._totals["cached"],
                 completion_tokens=self._totals["completion"],
                 finished=dict(self._finished),
-                prefix_bytes=0 if self._store is None else self._store.stored_bytes,
-                prefix_evictions=0 if self._store is None else self._store.evictions,
+                prefixes=None if self._store is None else self._store.stats(),
             )
 
     def eta(self) -> float:
@@ -235,12 +238,12 @@ class Engine:
         Raises UserError where there is none, or the file can't be written.
         """
         store = self._require_store()
-        self._call(lambda: store.save(Path(path)))
+        self._call(lambda: prefix_file.save(store, Path(path)))
 
     def restore_prefixes(self, path: str | Path) -> int:
-        """Take in what :meth:`save_prefixes` wrote; returns how many bytes. Raises UserError for any other file."""
+        """Take in what :meth:`save_prefixes` wrote; returns how many tokens. Raises UserError for any other file."""
         store = self._require_store()
-        return self._call(lambda: store.restore(Path(path)))
+        return self._call(lambda: prefix_file.restore(store, Path(path)))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; False where some are left after ``timeout`` seconds."""
@@ -416,6 +419,26 @@ class Engine:
                 prompt=usage.prompt_tokens, cached=usage.cached_tokens, completion=usage.completion_tokens
             )
         self._condition.notify_all()
+
+
+def _identity(runner: BatchRunner) -> bytes:
+    """Of all that rows depend on beside tokens: weights and graphs, the kernels that computed them, and how."""
+    kernels = [platform.machine(), *_cpu_flags(), *(f"{name} {version(name)}" for name in _installed())]
+    how = [runner.invariant, runner.prompt_grid, runner.prefill_chunk, *kernels]
+    return hashlib.sha256("\n".join([runner.manifest.to_json(), *map(str, how)]).encode()).digest()
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("flags", "Features"))})
+
+
+def _installed() -> list[str]:
+    known = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
+    return [name for name in known if any(True for _ in Distribution.discover(name=name))]
 
 
 def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:

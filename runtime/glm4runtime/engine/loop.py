@@ -45,16 +45,12 @@ class Loop:
         answer.slot, answer.rows = slot, 0
         if self.store is None or job.prompt_logprobs is not None:  # these need every row's logits
             return 0
-        grid = self.runner.prompt_grid
-        most = (len(job.ids) - 1) // grid * grid
-        with self.store.match(job.ids.tolist(), job.salt, most) as hit:
-            rows = hit.rows - hit.rows % grid
-            for first, block in hit.blocks:
-                if first < rows:
-                    self.runner.write_rows(slot, first, block)
-        answer.rows = rows
-        job.feed.usage = replace(job.feed.usage, cached_tokens=max(rows, job.feed.usage.cached_tokens))
-        return rows
+        with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
+            for first, block in hit:
+                self.runner.write_rows(slot, first, block)
+            answer.rows = hit.rows
+        job.feed.usage = replace(job.feed.usage, cached_tokens=max(answer.rows, job.feed.usage.cached_tokens))
+        return answer.rows
 
     def share(self, source: Answer, answer: Answer) -> None:
         """Give an answer the prompt that another one of its request has computed."""
@@ -199,5 +195,4 @@ class Loop:
         if self.store is None or answer.job.prompt_logprobs is not None:
             return
         runner, slot = self.runner, answer.slot
-        exact = len(ids) // runner.prompt_grid * runner.prompt_grid
-        self.store.insert(ids[:exact].tolist(), lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)
+        self.store.insert(ids, lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)

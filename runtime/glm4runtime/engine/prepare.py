@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from glm4runtime.engine.handle import Feed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.request import Request, Usage
 from glm4runtime.sampling import Sampler
-from glm4runtime.text.assistant import THINK, AnswerParser
+from glm4runtime.text.assistant import AnswerParser
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.stream import split_stop, stop_items
+from glm4runtime.text.structure import Matcher, Vocabulary, compile_structure
+from glm4runtime.text.turn import THINK
 
 
 class PromptTooLong(UserError):
@@ -47,6 +50,7 @@ class Preparation:
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
         stop = frozenset((*manifest.tokens.eos, *stop_ids))
+        matcher = self._matcher(request, prompt)
         count = max(request.n, request.best_of or 0, request.num_beams)
         feed = Feed(request.n)
         feed.usage = Usage(len(ids), 0, 0)
@@ -58,7 +62,8 @@ class Preparation:
             if params.seed is not None:
                 params = replace(params, seed=params.seed + index)
             sampler = Sampler(params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop))
-            job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), None))
+            job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), matcher))
+            matcher = None if matcher is None else matcher.copy()  # nothing is consumed yet
         if request.num_beams > 1:
             job.beams = BeamGroup(job)
         return job
@@ -75,6 +80,17 @@ class Preparation:
             return checked_ids(request.prompt, self._manifest.vocab_size), None
         return checked_ids(self._text.tokenizer.encode(prompt or ""), self._manifest.vocab_size), prompt
 
+    def _matcher(self, request: Request, prompt: str | None) -> Matcher | None:
+        structure = request.structure
+        if structure is None:
+            return None
+        thinking = request.messages is not None and _opened(prompt)
+        return compile_structure(structure, self._vocabulary, thinking=thinking)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self._text.tokenizer, self._manifest.vocab_size, self._manifest.tokens.eos)
+
     def _parser(self, request: Request, prompt: str | None, strings: list[str]) -> AnswerParser | None:
         if not self._text.has_tokenizer:
             if strings:
@@ -82,7 +98,11 @@ class Preparation:
             return None
         if request.messages is None:
             return AnswerParser(self._text.tokenizer, stop_strings=strings, thinking=False)
-        opened = prompt is not None and prompt.rstrip().endswith(THINK)
         return AnswerParser(
-            self._text.tokenizer, stop_strings=strings, thinking=opened or "auto", tools=bool(request.tools)
+            self._text.tokenizer, stop_strings=strings, thinking=_opened(prompt) or "auto", tools=bool(request.tools)
         )
+
+
+def _opened(prompt: str | None) -> bool:
+    """Whether a rendered conversation leaves the assistant inside a thought."""
+    return prompt is not None and prompt.rstrip().endswith(THINK)

@@ -194,7 +194,7 @@ def test_what_cannot_be_answered_is_said_at_once(load_engine: LoadEngine) -> Non
         engine.submit(Request([1, 999_999]))
     with pytest.raises(UserError, match="expected either prompt or messages, found neither"):
         Request()
-    with pytest.raises(UserError, match="num_beams=3 goes with no params.temperature"):
+    with pytest.raises(UserError, match=r"num_beams=3 goes with no params\.temperature"):
         Request([1], num_beams=3, params=SamplingParams(temperature=1))
     running = engine.submit(Request(prompt(5), params=LONG))
     wait_for(lambda: engine.stats().scheduler.running == 1)
