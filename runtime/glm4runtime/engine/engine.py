@@ -269,7 +269,7 @@ class Engine:
             for _ in job.answers:
                 id, parent = next(self._ids), ids[0] if ids else None
                 together = job.beams is not None and parent is not None
-                self._scheduler.submit(id, key, tokens, limit, deadline, parent=parent, together=together)
+                self._scheduler.submit(id, key, tokens, limit, deadline=deadline, parent=parent, together=together)
                 ids.append(id)
         except UserError:
             for id in ids:

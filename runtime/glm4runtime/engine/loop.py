@@ -81,7 +81,12 @@ class Loop:
 
     def decode(self, answers: list[Answer]) -> None:
         """One more token for each."""
-        together = [answer for answer in answers if answer.speculation is None and answer.tokens]
+        under_way = set(answers)
+        together = [
+            answer
+            for answer in answers
+            if answer.speculation is None and (answer.job.beams is None or under_way.issuperset(answer.job.answers))
+        ]
         matchers = [answer.matcher for answer in answers if answer.matcher is not None]
         masks = self._masks.submit(fill_masks, matchers) if matchers else None  # while the graph runs
         if together:

@@ -37,7 +37,7 @@ class Preparation:
     """Makes jobs of requests, from any thread."""
 
     def __init__(self, runner: BatchRunner, text: BundleText) -> None:
-        self._manifest, self._limit = runner.manifest, runner.max_seq_len
+        self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
         self._text = text
 
     def job(self, request: Request, now: float) -> Job:
@@ -46,6 +46,8 @@ class Preparation:
         ids, prompt = self._prompt(request)
         if len(ids) > self._limit:
             raise PromptTooLong(len(ids), self._limit)
+        if request.num_beams > self._slots:
+            raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots; ask for fewer")
         wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)

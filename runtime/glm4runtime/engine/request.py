@@ -57,9 +57,8 @@ class Request:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
-            raise UserError(
-                "request: expected either prompt or messages, found " + ("both", "none")[self.prompt is None]
-            )
+            found = "neither" if self.prompt is None else "both"
+            raise UserError(f"request: expected either prompt or messages, found {found}")
         if not isinstance(self.params, SamplingParams):
             raise UserError(f"request: params: expected SamplingParams, found {shown(self.params)}")
         if self.messages is None and (self.tools or self.template_variables):

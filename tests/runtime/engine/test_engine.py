@@ -117,7 +117,7 @@ def test_beams_are_those_of_transformers(load_engine: LoadEngine, penalty: float
     result = engine.generate(Request(ids, params=params, n=3, num_beams=4, length_penalty=penalty)).result()
     for found, row in zip(result.choices, wanted[:, len(ids) :].tolist(), strict=True):
         assert list(found.tokens) == row[: len(found.tokens)]
-    with pytest.raises(UserError, match="8 sequences have to run together, and there are 4 slots"):
+    with pytest.raises(UserError, match="num_beams=8, and the engine has 4 slots"):
         engine.submit(Request(ids, num_beams=8))
 
 
