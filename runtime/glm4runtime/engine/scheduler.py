@@ -15,51 +15,13 @@ can drive it through thousands of traces. A step is a :class:`Plan`; what came o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm4runtime.contract import UserError
+from glm4runtime.engine.plan import Plan, QueueFull, SchedulerStats
 
 LEAST_WIDTH = 16  # tokens; narrower chunks cost more in weights read than they save in waiting
 _DECAY = 0.8  # of a measurement's weight, at each one that follows
-
-
-class QueueFull(UserError):
-    """As many requests wait as may. ``retry_after``: seconds, at least 1, until a place should be free."""
-
-    def __init__(self, max_queue: int, retry_after: int) -> None:
-        super().__init__(
-            f"the queue is full: {max_queue} requests (max_queue) wait for a slot; "
-            f"try again in about {retry_after} s, or give the engine a longer queue or more slots"
-        )
-        self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step, to be carried out in the order of these fields."""
-
-    expired: list[int] = field(default_factory=list)  # past their deadline: they have no slot any more
-    admit: list[tuple[int, int]] = field(default_factory=list)  # id and the slot that it gets
-    copies: list[tuple[int, int]] = field(default_factory=list)  # prompt rows of the first id's slot to the second's
-    prefill: tuple[int, int] | None = None  # id, and the most tokens of its prompt to run now
-    decode: list[int] = field(default_factory=list)  # one token each, in one run
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is to be run: nobody waits either."""
-        return self.prefill is None and not self.decode and not self.copies
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """Sequences by what they do, and the speeds that decisions are based on (None: not measured so far)."""
-
-    waiting: int  # without a slot
-    running: int  # with one
-    prefilling: int  # of those with one, whose prompt isn't done
-    queued: dict[str, int]  # waiting, by key; keys where nobody waits are left out
-    prefill_tokens_per_second: float | None
-    decode_runs_per_second: float | None
 
 
 @dataclass
@@ -193,7 +155,7 @@ class Scheduler:
         admit = self._admit()
         self._decoding = [item.id for item in self._running.values() if not item.left]
         copies = self._copy()
-        return Plan(expired, admit, copies, self._chunk(bool(self._decoding or copies)), list(self._decoding))
+        return Plan(expired, admit, copies, self._chunk(), list(self._decoding))
 
     def reused(self, id: int, tokens: int) -> None:
         """The first tokens of a prompt were found in the prefix store; at least one is left to compute."""
@@ -299,17 +261,17 @@ class Scheduler:
                 item.rows = item.prompt_tokens
         return copies
 
-    def _chunk(self, anyone_decodes: bool) -> tuple[int, int] | None:
+    def _chunk(self) -> tuple[int, int] | None:
         undone = [item for item in self._running.values() if item.left]
         if not undone:
             return None
-        prompts = {item.group: item for item in reversed(undone)}.values()  # the first of each group computes it
-        chosen = max(prompts, key=lambda item: item.passed)
+        # Of each group only the one that came first is ever chosen: of equals the first is, and it has the least left.
+        chosen = max(undone, key=lambda item: item.passed)
         if chosen.passed < self.slots:
-            chosen = min(prompts, key=lambda item: item.left)
+            chosen = min(undone, key=lambda item: item.left)
         for item in undone:
             item.passed = 0 if item.group == chosen.group else item.passed + 1
-        return chosen.id, self._width() if anyone_decodes else self._most
+        return chosen.id, self._width() if self._decoding else self._most
 
     def _width(self) -> int:
         """The widest chunk that is done within the stall that is allowed; the narrowest where speed isn't known."""

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4runtime import UserError
-from glm4runtime.engine.scheduler import LEAST_WIDTH, Plan, QueueFull, Scheduler
+from glm4runtime.engine.plan import Plan, QueueFull
+from glm4runtime.engine.scheduler import LEAST_WIDTH, Scheduler
 
 KEYS = "abc"
 PROMPTS = (1, 15, 16, 17, 40, 64, 100, 170)
@@ -103,7 +104,7 @@ class Machine:
         decoding = [item.id for item in self.running() if item.done]
         self._admit(plan)
         self._copy(plan)
-        self._prefill(plan, bool(decoding or plan.copies))
+        self._prefill(plan, bool(decoding))
         assert sorted(plan.decode) == sorted(decoding)
         assert plan.idle == (not self.all), "whoever is here gets on"
         if plan.decode:
