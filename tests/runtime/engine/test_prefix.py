@@ -144,6 +144,7 @@ def used(blocks: int, uses: list[tuple[str, list[int], str]]) -> tuple[PrefixSto
             held.pop(0).release()
             model.pinned.pop(0)
         assert contents(store) == model.contents()
+        assert set(store._roots) == {salt for salt, _ in model.used}, "a salt without blocks is forgotten"
         assert store.stored_bytes == len(model.used) * BLOCK_BYTES <= store.capacity_bytes
     for hit in held:
         hit.release()

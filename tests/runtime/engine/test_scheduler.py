@@ -19,7 +19,7 @@ KEYS = "abc"
 PROMPTS = (1, 15, 16, 17, 40, 64, 100, 170)
 GROUPS = (1, 1, 1, 2, 3)  # sequences of a request
 PATIENCE = (None, None, 0.2, 2.0)  # seconds
-TRACES, OPERATIONS = 20, 8  # traces in an example, things that happen in a trace
+TRACES, OPERATIONS = 20, 7  # traces in an example, things that happen in a trace
 
 
 @dataclass
