@@ -60,10 +60,11 @@ def restore(store: PrefixStore, path: Path) -> int:
     """Fill an empty store with what was saved, as far as there is room, from what was used last on.
 
     Returns how many tokens. Nothing is taken unless the whole file is as it was written.
-    Raises UserError for a file that is missing, foreign, damaged, or of a store for something else.
+    Raises UserError for a file that is missing, foreign, damaged, or of a store for something else, and where the store
+    has blocks already.
     """
     if store.stored_bytes:
-        raise ValueError("restore: the store has blocks already; restore into a new one")
+        raise UserError(f"{path}: the prefix store has blocks already; restore before the first request")
     try:
         # A pipe is opened at once, to be refused, even where nobody writes to it.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

@@ -184,7 +184,7 @@ def filled(*texts: list[int], salt: str = "", blocks: int = 8) -> PrefixStore:
 
 
 def test_only_a_new_store_is_filled(saved: Path) -> None:
-    with pytest.raises(ValueError, match="the store has blocks already"):
+    with pytest.raises(UserError, match="the prefix store has blocks already"):
         restore(filled([1, 1]), saved)
 
 
