@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from glm4runtime.backends import prompt_runs
+from glm4runtime.backends.prompt_runs import lacking, prompt_runs, run_start
 from glm4runtime.backends.runner import MAX_RUN
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import Manifest, UserError
@@ -74,7 +74,7 @@ class BatchRunner(ABC):
         """
         granule, grid = self.prompt_granule, self.prompt_grid
         wide = min(self.prefill_chunk, max(granule, grid, width or self.prefill_chunk))
-        return list(prompt_runs.prompt_runs(min(start, end - 1), end, width=wide, granule=granule, grid=grid))
+        return list(prompt_runs(min(start, end - 1), end, width=wide, granule=granule, grid=grid))
 
     def prefill(self, slot: int, tokens: Sequence[int] | np.ndarray, start: int) -> np.ndarray:
         """Write rows ``start`` to ``len(tokens)`` of a slot in one run; returns the last token's logits, [vocab].
@@ -90,8 +90,8 @@ class BatchRunner(ABC):
         if len(runs) > 1:
             raise ValueError(f"prefill: rows {start} to {end} are {len(runs)} runs; prompt_runs() says which")
         border = runs[0][0]
-        first = prompt_runs.run_start(border, end, self.prompt_granule)
-        padding = prompt_runs.padding(end - first, self.prompt_granule)
+        first = run_start(border, end, self.prompt_granule)
+        padding = lacking(end - first, self.prompt_granule)
         return self._run_prompt(slot, np.append(ids[first:], [0] * padding), first, border, padding)
 
     def step(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
@@ -123,9 +123,10 @@ class BatchRunner(ABC):
 
     @abstractmethod
     def read_rows(self, slot: int, first: int, end: int) -> np.ndarray:
-        """A copy of a slot's rows ``first`` to ``end``: every layer's keys and values, uint8 [(end - first) * row_bytes].
+        """A copy of a slot's rows ``first`` to ``end``: all layers', uint8 [(end - first) * row_bytes].
 
-        The order of bytes is the runner's own: good for :meth:`write_rows` with as many rows, at the same ``first``.
+        Keys and values; the order of bytes is the runner's own: good for :meth:`write_rows` with as many rows, at the
+        same ``first``.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Where the runs of a prompt begin and end, so that its rows have the same bits however it is given. Pure.
 
 Kernels choose their way by how many tokens a run has; runs whose widths are multiples of a *granule* agree to the bit
-(:mod:`glm4runtime.invariance`). A granule of 1 asks for nothing.
+(:mod:`glm4runtime.backends.invariance`). A granule of 1 asks for nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def prompt_runs(first: int, end: int, *, width: int, granule: int, grid: int) ->
 def run_start(first: int, end: int, granule: int) -> int:
     """Where the run that writes rows ``first`` to ``end`` begins: as much earlier as its width needs.
 
-    From row 0 nothing is in front; the run is padded behind its end then, :func:`padding` says by how much.
+    From row 0 nothing is in front; the run is padded behind its end then, :func:`lacking` says by how much.
     """
-    return max(0, first - padding(end - first, granule))
+    return max(0, first - lacking(end - first, granule))
 
 
-def padding(count: int, granule: int) -> int:
-    """What ``count`` rows lack of a multiple of the granule."""
+def lacking(count: int, granule: int) -> int:
+    """What ``count`` rows lack to a multiple of the granule."""
     return -count % granule
