@@ -1,4 +1,4 @@
-"""Which places a step's slots get, and what moves for it: whatever the order of steps, no filler is in a slot's place."""
+"""Which places a step's slots get, and what moves for it: no filler is ever in a slot's place."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class BatchRunner(ABC):
     A slot is a number in 0..slots-1. Where ``invariant`` is True, a row's logits and cache have the same bits whatever
     other slots are in the run, however many, in any order, and however a prompt was cut into runs; rows that
     :meth:`step` writes are not those that :meth:`prefill` writes. The logits returned are the runner's own buffers,
-    float32, good until the next call of any method. A call that raises, or is interrupted, leaves the rows it was to
-    write, and no others, in any state.
+    float32, good until the next call of any method. A run that raises leaves the rows it was to write, and no others,
+    in any state.
     """
 
     manifest: Manifest
@@ -110,15 +110,15 @@ class BatchRunner(ABC):
     def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
         """The logits behind each of 1 to MAX_RUN tokens of one slot in one run, [len(tokens), vocab].
 
-        Rows from ``start`` on have them then; the next run's start says how many were right. Up to
-        ``prompt_granule`` - 1 rows behind the last one are written too, or, where the cache ends, rows in front of
-        ``start`` again. Raises UserError where there's no room, or for an id outside the vocabulary.
+        Rows from ``start`` on have them then; the next run's start says how many were right. The fillers behind them
+        need rows too, so that the run has a multiple of ``prompt_granule``: where the cache ends, take :meth:`step`.
+        Raises UserError where there's no room, or for an id outside the vocabulary.
         """
         count = len(tokens)
         if not 1 <= count <= MAX_RUN:
             raise ValueError(f"verify: {count} tokens, expected 1 to {MAX_RUN}")
         checked_ids(tokens, self.vocab_size, "a draft")
-        self._check_room(slot, start, start + count)
+        self._check_room(slot, start, start + count + lacking(count, self.prompt_granule))
         return self._run_draft(slot, tokens, start)
 
     @abstractmethod

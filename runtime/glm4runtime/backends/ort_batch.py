@@ -14,11 +14,13 @@ import numpy as np
 
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.cuda import open_cuda
 from glm4runtime.backends.graph_check import takes_positions
 from glm4runtime.backends.invariance import find_batch_granule, find_granule, require_granule
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
 from glm4runtime.backends.pool import DevicePool, HostPool, Pool
+from glm4runtime.backends.prompt_runs import lacking
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest
 
 _BUCKET = 256  # tokens: masks of a step get wider by as many, and are seldom bound again
@@ -106,7 +108,7 @@ class OrtBatchRunner(BatchRunner):
                 self._pool.write(place, first, kept)
 
     def _run_draft(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
-        fillers = -len(tokens) % self.prompt_granule
+        fillers = lacking(len(tokens), self.prompt_granule)
         self._filled[slot] = start + len(tokens)
         self._place_lane(slot)
         return self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)[: len(tokens)]
@@ -147,8 +149,6 @@ class OrtBatchRunner(BatchRunner):
         spec = self.manifest.cache
         if self._lane.device == "cpu":
             return HostPool(spec, max_seq_len, places)
-        from glm4runtime.backends.cuda import open_cuda
-
         return DevicePool(spec, max_seq_len, places, open_cuda("gpu"))
 
     def _measure(self) -> None:
@@ -160,7 +160,7 @@ class OrtBatchRunner(BatchRunner):
         if self._one_by_one:
             return
         lengths = [min(length, self.max_seq_len - 1) for length in _MEASURED]
-        widest = max(self.slots + -self.slots % len(_MEASURED), len(_MEASURED))
+        widest = self.slots + lacking(self.slots, len(_MEASURED))
         pool = self._new_pool(max(lengths) + 1, widest + 1)  # the last place has what all begin with
         self._lane.use_cache(partial(pool.bind, first=widest, count=1))
         rng = np.random.default_rng(0)

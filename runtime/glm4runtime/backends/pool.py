@@ -14,6 +14,7 @@ import numpy as np
 
 from glm4runtime.backends.cache import tensor_type
 from glm4runtime.backends.cuda import Cuda, Memory
+from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.contract import DTYPE_BYTES, CacheSpec, UserError, past_name, present_name
 
 _PARTS = ("key", "value")
@@ -97,6 +98,8 @@ class HostPool(Pool):
     device = "cpu"
 
     def _allocate(self, size: int) -> None:
+        if size > (available := memory_bytes()[1]):
+            raise MemoryError(f"{available / 1e9:.2f} GB are free")
         self._memory = np.empty(self._shape, np.uint8)
         self._memory.fill(0)
         self._address = self._memory.ctypes.data
