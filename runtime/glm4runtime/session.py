@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.huge_pages import collapse
+from glm4runtime.backends.invariance import make_invariant
 from glm4runtime.backends.providers import Provider, open_runner, require_settings
 from glm4runtime.backends.runner import Runner, refuse_closed
 from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
 from glm4runtime.generation import Generation
-from glm4runtime.invariance import make_invariant
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.scoring import Score, log_probabilities, score
 from glm4runtime.text.bundle_text import BundleText
@@ -42,9 +42,10 @@ def load(
     by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
     prompt takes. check_hashes: compare every file's sha256 first. invariant: the same tokens and logits, to the bit,
     for every ``lookup`` and however a prompt is split, at up to a fifth of a lone stream's speed in int8 and int4; see
-    :mod:`glm4runtime.invariance`. Without it, two logits that lie within rounding may change places. huge_pages: put
-    the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB, and steps take up
-    to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing).
+    :mod:`glm4runtime.backends.invariance`. Without it, two logits that lie within rounding may change places.
+    huge_pages: put the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB,
+    and steps take up to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for
+    nothing).
     chat_template: a Jinja template in place of the bundle's, as text or as the Path of a file.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
