@@ -51,7 +51,7 @@ def kept(logits: Logits, random: float = 0.0, stop: tuple[int, ...] = (), **para
     return found
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     rows,
     st.sampled_from([1.0, 0.6, 2.5]),
@@ -93,7 +93,7 @@ def xtc(probabilities: NDArray[np.float64], threshold: float, special: tuple[int
     return left / left.sum()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(rows, st.floats(0.001, 0.6), st.sampled_from([0, 5]), st.sampled_from([(), (1,)]))
 def test_xtc_by_its_definition(logits: Logits, threshold: float, top_k: int, stop: tuple[int, ...]) -> None:
     params = {"temperature": 1.5, "top_k": top_k}

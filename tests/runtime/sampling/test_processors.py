@@ -68,7 +68,7 @@ def dry_of(
     return {token: multiplier * base ** (length - allowed) for token, length in longest.items()}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     rows,
     texts,
@@ -128,7 +128,7 @@ def test_presence_and_frequency_by_openais_formula(
     np.testing.assert_allclose(found, logits - counts * frequency - (counts > 0) * presence, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     rows,
     texts,
