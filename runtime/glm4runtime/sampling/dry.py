@@ -26,8 +26,10 @@ class Dry(Processor):
     """
 
     def __init__(self, multiplier: float, base: float, allowed_length: int, breakers: Collection[int]) -> None:
-        self._multiplier, self._base, self._allowed = float(multiplier), float(base), allowed_length
-        self._most = int(np.log(_LARGEST) / np.log(base)) if base > 1.000001 else 0  # 1 ** n needs no bound
+        # No float64 holds an integer like 10 ** 400.
+        self._multiplier, self._base = float(min(multiplier, _LARGEST)), float(min(base, _LARGEST))
+        self._allowed = allowed_length
+        self._most = int(np.log(_LARGEST) / np.log(self._base)) if self._base > 1.000001 else 0  # 1 ** n needs no bound
         self._breakers = np.array(sorted(breakers), np.int64)
         self._repeats = np.zeros(0, np.int32)
         self._seen = 0  # tokens of the text that `_repeats` is about

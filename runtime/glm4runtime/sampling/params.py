@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -104,4 +105,5 @@ def _biases(given: Any) -> dict[int, float]:
         _check("logit_bias", token, Integral, "token ids as keys, integers >= 0", low=0)
         expected = f"a finite number for token {int(token)}"
         _check("logit_bias", bias, Real, expected, low=math.nextafter(-math.inf, 0))
-    return {int(token): float(bias) for token, bias in given.items()}
+    most = sys.float_info.max  # an integer may be larger
+    return {int(token): float(min(bias, most)) for token, bias in given.items()}
