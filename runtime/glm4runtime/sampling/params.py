@@ -85,7 +85,7 @@ class SamplingParams:
 def _check(name: str, value: Any, kind: type, expected: str, low: float, high: float = math.inf) -> None:
     # bool is an int to Python, but `top_k=True` is a mistake. NaN fails both comparisons.
     good_kind = isinstance(value, kind) and not isinstance(value, bool)
-    if not good_kind or not low <= value <= high or value == math.inf:
+    if not good_kind or not low <= value <= high or abs(value) == math.inf:
         raise UserError(f"{name}: expected {expected}, found {value!r}")
 
 
@@ -104,6 +104,7 @@ def _biases(given: Any) -> dict[int, float]:
     for token, bias in given.items():
         _check("logit_bias", token, Integral, "token ids as keys, integers >= 0", low=0)
         expected = f"a finite number for token {int(token)}"
-        _check("logit_bias", bias, Real, expected, low=math.nextafter(-math.inf, 0))
-    most = sys.float_info.max  # an integer may be larger
-    return {int(token): float(min(bias, most)) for token, bias in given.items()}
+        _check("logit_bias", bias, Real, expected, low=-math.inf)
+    most = int(sys.float_info.max)  # an integer may be larger
+    numbers = {token: min(int(bias), most) if isinstance(bias, Integral) else bias for token, bias in given.items()}
+    return {int(token): float(bias) for token, bias in numbers.items()}
