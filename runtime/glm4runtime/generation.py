@@ -34,8 +34,9 @@ class Generation(Iterator[int]):
         """Prefill the prompt now, as far as the cache doesn't begin with it; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens per run,
-        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, and for a lookup out of range; a
-        generation under way on the same runner then goes on undisturbed.
+        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, for a lookup out of range, and for
+        params with a token id that the vocabulary lacks; a generation under way on the same runner then goes on
+        undisturbed.
         """
         check_limit(lookup)
         ids = runner.check_prompt(prompt)
@@ -46,7 +47,7 @@ class Generation(Iterator[int]):
         self._runner = runner
         self._stop = frozenset(runner.manifest.tokens.eos if stop is None else stop)
         self._limit = params.max_new_tokens
-        self._sampler = Sampler(params, runner.manifest.vocab_size)
+        self._sampler = Sampler(params, runner.manifest.vocab_size, prompt=ids, stop=self._stop)
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
         self._logits = runner.prefill(ids[self.reused_tokens :])
