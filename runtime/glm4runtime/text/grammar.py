@@ -50,9 +50,8 @@ class Structure:
     def __post_init__(self) -> None:
         kinds = [f.name for f in fields(self)[:5] if getattr(self, f.name) not in (None, False)]
         if len(kinds) != 1:
-            raise StructureError(
-                f"structure: expected one of json_schema, json_object, regex, lark, tools, found {kinds}"
-            )
+            known = "json_schema, json_object, regex, lark, tools"
+            raise StructureError(f"structure: expected one of {known}, found {', '.join(kinds) or 'none'}")
         if self.function is not None and self.tools is None:
             raise StructureError(f"structure: function={self.function!r} goes with tools")
         for name in ("regex", "lark"):

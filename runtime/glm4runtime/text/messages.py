@@ -49,6 +49,8 @@ def in_template_s_form(
     reads_strings: bool | None = None
     for i in range(len(messages)) if "tool_call_id" in names else _by_call(messages):
         message = messages[i] if "text" in names else _joined(messages[i])
+        if message.get("content") == []:  # no parts; templates would write the brackets
+            message = {**message, "content": ""}
         if message["role"] == "developer" and "developer" not in names:  # OpenAI's later word for it
             message = {**message, "role": "system"}
         if message["role"] == "assistant" and THINK_END not in names:

@@ -47,13 +47,13 @@ def check_schema(schema: Any, what: str) -> int:
     for item in objects:
         keys = item.get("patternProperties")
         patterns += [key for key in keys if isinstance(key, str)] if isinstance(keys, Mapping) else []
-    _refuse(what, '"pattern", repetitions written out,', sum(map(repetition, patterns)), MAX_REPETITION)
+    _refuse(what, '"pattern" with repetitions written out', sum(map(repetition, patterns)), MAX_REPETITION)
     return size
 
 
 def check_regex(text: str, what: str) -> None:
     """Raises StructureError for one that passes a limit."""
-    _refuse(what, "characters, repetitions written out,", repetition(text), MAX_REPETITION)
+    _refuse(what, "characters with repetitions written out", repetition(text), MAX_REPETITION)
 
 
 def repetition(regex: str) -> int:
