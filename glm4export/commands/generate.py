@@ -17,7 +17,8 @@ from glm4runtime.contract import UserError
 if TYPE_CHECKING:
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session
-    from glm4runtime.text.stream import Stop, TextStream
+    from glm4runtime.text.stop import Stop
+    from glm4runtime.text.stream import TextStream
 
 EXAMPLE = 'example: glm4export generate glm4-demo-fp16 --prompt "What is the capital of France?"'
 

@@ -18,7 +18,8 @@ from glm4runtime.scoring import Score, log_probabilities, score
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.chat import ChatTemplate
 from glm4runtime.text.files import read_text_files
-from glm4runtime.text.stream import Stop, TextStream, split_stop, stop_items
+from glm4runtime.text.stop import Stop, split_stop, stop_items
+from glm4runtime.text.stream import TextStream
 from glm4runtime.text.tokenizer import Tokenizer
 
 
