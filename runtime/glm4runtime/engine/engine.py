@@ -22,10 +22,10 @@ from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.providers import Provider, open_batch_runner, require_settings
 from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.engine import prefix_file
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
-from glm4runtime.engine import prefix_file
 from glm4runtime.engine.prefix import PrefixStats, PrefixStore, block_for
 from glm4runtime.engine.prepare import Preparation
 from glm4runtime.engine.request import Request

@@ -17,7 +17,7 @@ from glm4runtime.engine.request import Request, Usage
 from glm4runtime.sampling import Sampler
 from glm4runtime.text.assistant import AnswerParser
 from glm4runtime.text.bundle_text import BundleText
-from glm4runtime.text.stream import split_stop, stop_items
+from glm4runtime.text.stop import split_stop, stop_items
 from glm4runtime.text.structure import Matcher, Vocabulary, compile_structure
 from glm4runtime.text.turn import THINK
 
@@ -47,7 +47,9 @@ class Preparation:
         if len(ids) > self._limit:
             raise PromptTooLong(len(ids), self._limit)
         if request.num_beams > self._slots:
-            raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots; ask for fewer")
+            raise UserError(
+                f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots; ask for fewer"
+            )
         wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)

@@ -11,7 +11,7 @@ from glm4runtime.contract import UserError, shown
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.speculation import check_limit
 from glm4runtime.text.answers import ToolCall
-from glm4runtime.text.stream import Stop
+from glm4runtime.text.stop import Stop
 
 if TYPE_CHECKING:
     from glm4runtime.sampling.logprobs import TokenLogprobs
