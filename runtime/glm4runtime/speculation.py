@@ -5,9 +5,9 @@ long as the next token, chosen from its logits like any other, is the one that w
 already there. Where guesses come from is another matter: :mod:`glm4runtime.lookup` copies them from the text itself.
 
 Every token is chosen from its own logits, so the text is the model's, whatever is guessed. But a row's last bits depend
-on the run that computes it (:mod:`glm4runtime.backends.invariance`): in fp32 and fp16 by up to 1e-5 and 3e-4 in the logits, in
-int8 and int4 by up to 0.2. So where two logits lie that close, a text with guesses may part from the text without:
-of 61 greedy texts of 200 tokens none did in fp32 and fp16, 20 in int8 and 25 in int4, each within 0.04. With
+on the run that computes it (:mod:`glm4runtime.backends.invariance`): in fp32 and fp16 by up to 1e-5 and 3e-4 in the
+logits, in int8 and int4 by up to 0.2. So where two logits lie that close, a text with guesses may part from the text
+without: of 61 greedy texts of 200 tokens none did in fp32 and fp16, 20 in int8 and 25 in int4, each within 0.04. With
 ``load(..., invariant=True)`` tokens, logits and cache are the same to the bit for every ``limit``, at the price of a
 second row in each run of plain decoding.
 """

@@ -26,10 +26,11 @@ from glm4runtime.engine import prefix_file
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
+from glm4runtime.engine.plan import SchedulerStats
 from glm4runtime.engine.prefix import PrefixStats, PrefixStore, block_for
 from glm4runtime.engine.prepare import Preparation
 from glm4runtime.engine.request import Request
-from glm4runtime.engine.scheduler import Scheduler, SchedulerStats
+from glm4runtime.engine.scheduler import Scheduler
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
 

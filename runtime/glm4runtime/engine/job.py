@@ -105,8 +105,8 @@ class Job:
     capacity: int  # tokens that a slot holds
     submitted: float
     answers: list[Answer] = field(default_factory=list)
-    prompt_logits: np.ndarray | None = None  # float32 [vocab], behind the prompt; for the answers that start later
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logits: np.ndarray = field(default_factory=lambda: np.empty(0))  # float32 [vocab], for answers that wait
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens but the first
     beams: BeamGroup | None = None
 
     @property
@@ -156,7 +156,7 @@ class Job:
         if self.compares:
             for delta in chosen:
                 self.feed.put(delta)
-        logprobs = None if self.prompt_logprobs is None else tuple(self.prompt_logprobs)
+        logprobs = None if self.request.prompt_logprobs is None else (None, *self.prompt_logprobs)
         self.feed.end(Result(tuple(chosen), self.feed.usage, self.feed.timing, logprobs))
 
     def _chosen(self) -> list[Delta]:

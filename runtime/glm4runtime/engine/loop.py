@@ -15,6 +15,7 @@ import numpy as np
 
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.runner import MAX_RUN
+from glm4runtime.engine.beams import BeamGroup
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.prefix import PrefixStore
 from glm4runtime.engine.slot_runner import SlotRunner
@@ -43,7 +44,7 @@ class Loop:
         """Give an answer its slot, with what the store has of its prompt; returns how many rows that is."""
         job = answer.job
         answer.slot, answer.rows = slot, 0
-        if self.store is None or job.prompt_logprobs is not None:  # these need every row's logits
+        if self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
             return 0
         with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
             for first, block in hit:
@@ -62,8 +63,8 @@ class Loop:
         """One run of an answer's prompt, of about ``width`` tokens; returns how many more of them are done."""
         job, runner, before = answer.job, self.runner, answer.rows
         try:
-            if job.prompt_logprobs is not None:
-                self._scored_run(answer)
+            if job.request.prompt_logprobs is not None:
+                self._scored_run(answer, job.request.prompt_logprobs)
             else:
                 _, end = runner.prompt_runs(before, len(job.ids), width)[0]
                 logits = runner.prefill(answer.slot, job.ids[:end], before)
@@ -139,13 +140,13 @@ class Loop:
             answer.rows += 1
             if answer.job.beams is None:
                 self._choose(answer, rows[place])
-        for job in {id(answer.job): answer.job for answer in answers if answer.job.beams is not None}.values():
-            if all(answer in places for answer in job.answers):  # else one failed, and with it all
-                self._advance(job, rows[[places[answer] for answer in job.answers]])
+        for job in {id(answer.job): answer.job for answer in answers}.values():
+            if job.beams is not None and all(beam in places for beam in job.answers):  # else one failed: all do
+                self._advance(job, job.beams, rows[[places[beam] for beam in job.answers]])
 
-    def _advance(self, job: Job, rows: np.ndarray) -> None:
+    def _advance(self, job: Job, beams: BeamGroup, rows: np.ndarray) -> None:
         try:
-            job.beams.advance(self.runner, rows)
+            beams.advance(self.runner, rows)
         except Exception as error:
             self._fail(job.answers[0], error)
 
@@ -171,7 +172,7 @@ class Loop:
         if job.beams is None:
             self._choose(answer, job.prompt_logits)
         elif all(beam.slot >= 0 and not beam.in_prompt for beam in job.answers):
-            self._advance(job, job.prompt_logits[None])
+            self._advance(job, job.beams, job.prompt_logits[None])
         if job.feed.timing.first_token is None:
             job.note(first_token=time.monotonic())
 
@@ -185,19 +186,19 @@ class Loop:
         self.failures_in_a_row += 1
         self.failed[answer] = error
 
-    def _scored_run(self, answer: Answer) -> None:
+    def _scored_run(self, answer: Answer, alternatives: int) -> None:
         """Up to MAX_RUN prompt tokens in a run that gives every row's logits."""
         job, start = answer.job, answer.rows
         run = job.ids[start : start + MAX_RUN].tolist()
         rows = self.runner.verify(answer.slot, run, start)
         for at, row in enumerate(rows, start + 1):
             if at < len(job.ids):
-                job.prompt_logprobs += log_probabilities(row[None], job.ids[at : at + 1], job.request.prompt_logprobs)
+                job.prompt_logprobs += log_probabilities(row[None], job.ids[at : at + 1], alternatives)
         answer.rows = start + len(run)
         job.prompt_logits = rows[-1].copy()
 
     def _keep(self, answer: Answer, ids: np.ndarray) -> None:
-        if self.store is None or answer.job.prompt_logprobs is not None:
+        if self.store is None or answer.job.request.prompt_logprobs is not None:
             return
         runner, slot = self.runner, answer.slot
         self.store.insert(ids, lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)

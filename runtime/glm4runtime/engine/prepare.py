@@ -47,9 +47,7 @@ class Preparation:
         if len(ids) > self._limit:
             raise PromptTooLong(len(ids), self._limit)
         if request.num_beams > self._slots:
-            raise UserError(
-                f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots; ask for fewer"
-            )
+            raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots")
         wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
@@ -59,8 +57,6 @@ class Preparation:
         feed = Feed(request.n)
         feed.usage = Usage(len(ids), 0, 0)
         job = Job(request, ids, stop, feed, self._limit, now)
-        if request.prompt_logprobs is not None:
-            job.prompt_logprobs = [None]
         for index in range(count):
             params = request.params
             if params.seed is not None:
