@@ -20,6 +20,7 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load
 from tests.helpers import checkpoints
 from tests.helpers.engine_builds import LAYERS
+from tests.helpers.kernels import KERNELS
 from tests.helpers.traces import kept_traces
 
 Build = Callable[..., Path]
@@ -59,6 +60,16 @@ def build_bundle(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def demo_bundles(build_bundle: Build) -> dict[str, Path]:
     """The embedded model, built once in every precision of the cpu target."""
     return {precision: build_bundle(None, precision=precision, target="cpu") for precision in ("fp32", "fp16")}
+
+
+@pytest.fixture(scope="session")
+def kernel_bundles(build_bundle: Build, demo_bundles: dict[str, Path]) -> Callable[[str], Path]:
+    """The embedded model by name of the kernels that compute it, :data:`tests.helpers.kernels.KERNELS`."""
+
+    def build(name: str) -> Path:
+        return demo_bundles[name] if name in demo_bundles else build_bundle(None, **{"target": "cpu", **KERNELS[name]})
+
+    return functools.cache(build)
 
 
 @pytest.fixture(scope="session")

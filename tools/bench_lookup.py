@@ -7,9 +7,9 @@
 The answers are given, not the model's: at each step the next token of the answer takes the place of the chosen one, and
 a guess is accepted where it equals it. So the speed is that of a model which gives these answers, and random weights
 do. Words are tokens, about as GLM-4's tokenizer cuts English. "invariant" pads runs, as ``load(..., invariant=True)``
-does (see glm4runtime/invariance.py). Rounds of the four ways are interleaved in one process, and medians of the rounds'
-ratios printed: machines are noisy. What a run over several tokens costs is printed first: it bounds the ratio, and
-grows where other programs use the machine's arithmetic.
+does (see glm4runtime/backends/invariance.py). Rounds of the four ways are interleaved in one process, and medians of
+the rounds' ratios printed: machines are noisy. What a run over several tokens costs is printed first: it bounds the
+ratio, and grows where other programs use the machine's arithmetic.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import numpy as np
 
 from glm4export.sources.checkpoint import locate
 from glm4runtime import Session, load
-from glm4runtime.invariance import find_granule
-from glm4runtime.lookup import Counts, PromptLookup
+from glm4runtime.backends.invariance import find_granule
+from glm4runtime.lookup import PromptLookup
+from glm4runtime.speculation import Counts, Speculation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WIDTHS = (2, 4, 8, 16)
@@ -69,7 +70,7 @@ def four_ways(session: Session, case: Case, limit: int, granule: int) -> tuple[l
         runner.granule = width
         for most in (0, limit):
             runner.rewind(len(prompt))
-            lookup = PromptLookup(runner, prompt, most)
+            lookup = Speculation(runner, PromptLookup(prompt, most))
             found.append(seconds(lookup.decode, answer))
     runner.granule = 1
     return found, lookup.counts

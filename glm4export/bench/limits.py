@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm4export.machine import cores, memory_bytes
+from glm4export.machine import cores
+from glm4runtime.backends.memory import memory_bytes
 
 _SECONDS = 1.0  # spent on each measured limit, at least
 _ARRAY_BYTES = 1 << 29  # read for the bandwidth, unless memory is short

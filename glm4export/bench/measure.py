@@ -15,8 +15,9 @@ import onnxruntime as ort
 from glm4export.bench.limits import Limits, measure_limits
 from glm4export.bench.report import Decode, Plan, Prefill, Report, Spread
 from glm4export.bench.workload import Workload, workload
-from glm4export.machine import describe, memory_bytes, process_memory
+from glm4export.machine import describe, process_memory
 from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.contract import (
     ATTENTION_MASK,

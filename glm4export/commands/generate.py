@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4export.commands.sampling_options import add_sampling_options, sampling_params
 from glm4export.commands.session_options import add_session_options, load_session
 from glm4runtime import signals
 from glm4runtime.contract import UserError
@@ -16,7 +17,8 @@ from glm4runtime.contract import UserError
 if TYPE_CHECKING:
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session
-    from glm4runtime.text.stream import Stop, TextStream
+    from glm4runtime.text.stop import Stop
+    from glm4runtime.text.stream import TextStream
 
 EXAMPLE = 'example: glm4export generate glm4-demo-fp16 --prompt "What is the capital of France?"'
 
@@ -37,11 +39,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
     )
-    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
-    command.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, which is greedy")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, which is off")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, which is off")
-    command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    add_sampling_options(command)
     command.add_argument(
         "--lookup",
         type=int,
@@ -55,8 +53,7 @@ def configure(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    from glm4runtime import SamplingParams
-    from glm4runtime.lookup import check_limit
+    from glm4runtime.speculation import check_limit
 
     check_limit(arguments.lookup)
     if arguments.chat and (arguments.json or arguments.raw):
@@ -64,13 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     for option, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
         if arguments.raw and value is not None:
             raise UserError(f"{option} needs the chat template; leave out --raw")
-    params = SamplingParams(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    params = sampling_params(arguments)
     with load_session(arguments, chat_template=arguments.chat_template) as session:
         if arguments.chat:
             with signals.raised():  # Ctrl-C ends an answer

@@ -11,13 +11,14 @@ from typing import Any
 import onnx
 
 from glm4export.inspection.estimate import estimate
-from glm4export.machine import huge_pages, memory_bytes
+from glm4export.machine import huge_pages
 from glm4export.sources.checkpoint import CONFIG, CheckpointError, Location
 from glm4export.sources.config_json import read_config
 from glm4export.sources.quantized.checkpoint import open_checkpoint, read_quantization
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.backends.graph_check import require_graphs
+from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.contract import TOKEN_CLASSIFICATION, BundleError, CacheSpec, Target, read_manifest
 from glm4runtime.contract.engine_spec import EngineSpec, read_engine_specs
 

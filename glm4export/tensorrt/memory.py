@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from glm4export.machine import memory_bytes
+from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.contract import UserError
 from glm4runtime.contract.onnxfile import read_graph
 

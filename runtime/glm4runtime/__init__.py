@@ -18,6 +18,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 if TYPE_CHECKING:
     from glm4runtime.contract import BundleError, UserError
     from glm4runtime.encoder import Classification, Encoder, load_encoder
+    from glm4runtime.engine import Delta, Engine, Request
     from glm4runtime.generation import Generation
     from glm4runtime.sampling import SamplingParams
     from glm4runtime.session import Session, load
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BundleError",
     "Classification",
+    "Delta",
     "Encoder",
+    "Engine",
     "Generation",
+    "Request",
     "SamplingParams",
     "Session",
     "Span",
@@ -44,6 +48,9 @@ _MODULES = {
     "Classification": "encoder",
     "Encoder": "encoder",
     "load_encoder": "encoder",
+    "Delta": "engine",
+    "Engine": "engine",
+    "Request": "engine",
     "Generation": "generation",
     "SamplingParams": "sampling",
     "Session": "session",

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glm4runtime.backends.runner import Runner
-from glm4runtime.lookup import Counts, PromptLookup, check_limit
+from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling import Sampler, SamplingParams
+from glm4runtime.speculation import Counts, Speculation, check_limit
 
 
 class Generation(Iterator[int]):
@@ -33,8 +34,9 @@ class Generation(Iterator[int]):
         """Prefill the prompt now, as far as the cache doesn't begin with it; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens per run,
-        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, and for a lookup out of range; a
-        generation under way on the same runner then goes on undisturbed.
+        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, for a lookup out of range, and for
+        params with a token id that the vocabulary lacks; a generation under way on the same runner then goes on
+        undisturbed.
         """
         check_limit(lookup)
         ids = runner.check_prompt(prompt)
@@ -45,11 +47,11 @@ class Generation(Iterator[int]):
         self._runner = runner
         self._stop = frozenset(runner.manifest.tokens.eos if stop is None else stop)
         self._limit = params.max_new_tokens
-        self._sampler = Sampler(params, runner.manifest.vocab_size)
+        self._sampler = Sampler(params, runner.manifest.vocab_size, prompt=ids, stop=self._stop)
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
         self._logits = runner.prefill(ids[self.reused_tokens :])
-        self._lookup = PromptLookup(runner, ids, lookup)
+        self._lookup = Speculation(runner, PromptLookup(ids, lookup))
         self._token = -1  # the last one chosen, not yet in the cache
 
     @property

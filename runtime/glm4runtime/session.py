@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.huge_pages import collapse
+from glm4runtime.backends.invariance import make_invariant
 from glm4runtime.backends.providers import Provider, open_runner, require_settings
 from glm4runtime.backends.runner import Runner, refuse_closed
-from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
 from glm4runtime.generation import Generation
-from glm4runtime.invariance import make_invariant
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.scoring import Score, log_probabilities, score
+from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.chat import ChatTemplate
 from glm4runtime.text.files import read_text_files
-from glm4runtime.text.stream import Stop, TextStream, split_stop, stop_items
+from glm4runtime.text.stop import Stop, split_stop, stop_items
+from glm4runtime.text.stream import TextStream
 from glm4runtime.text.tokenizer import Tokenizer
 
 
@@ -42,9 +43,10 @@ def load(
     by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
     prompt takes. check_hashes: compare every file's sha256 first. invariant: the same tokens and logits, to the bit,
     for every ``lookup`` and however a prompt is split, at up to a fifth of a lone stream's speed in int8 and int4; see
-    :mod:`glm4runtime.invariance`. Without it, two logits that lie within rounding may change places. huge_pages: put
-    the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB, and steps take up
-    to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing).
+    :mod:`glm4runtime.backends.invariance`. Without it, two logits that lie within rounding may change places.
+    huge_pages: put the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB,
+    and steps take up to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for
+    nothing).
     chat_template: a Jinja template in place of the bundle's, as text or as the Path of a file.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
@@ -65,11 +67,10 @@ def load(
     if not isinstance(bundle, str | os.PathLike):
         raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
     folder = Path(bundle)
-    template = None if chat_template is None else _template_source(chat_template)
     manifest = read_manifest(folder, check_hashes=check_hashes)
     if manifest.kv_cache is None:
         raise wrong_task(folder, manifest.task)
-    files = read_text_files(folder)
+    text = BundleText(folder, read_text_files(folder), chat_template)
     runner = open_runner(
         folder,
         manifest,
@@ -83,24 +84,13 @@ def load(
         collapse()
     if invariant:
         make_invariant(runner)
-    return Session(folder, manifest, runner, files, template)
+    return Session(folder, manifest, runner, text)
 
 
 def _listed(value: Any, what: str) -> list[Any]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise UserError(f"score: {what} is {value!r:.80}, expected a list")
     return list(value)
-
-
-def _template_source(template: str | Path) -> str:
-    if isinstance(template, str):
-        if "{" not in template:
-            raise UserError(f"chat_template: {template!r:.200} has no Jinja in it; give a file as a pathlib.Path")
-        return template
-    try:
-        return template.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{template}: can't be read: {error}") from error
 
 
 class Session:
@@ -112,20 +102,11 @@ class Session:
     ``with load(...) as session:`` frees weights and cache at its end, as :meth:`close` does.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        runner: Runner,
-        files: Mapping[str, bytes],
-        chat_template: str | None = None,
-    ) -> None:
-        """files: see :mod:`glm4runtime.text.files`. chat_template: source of one in place of theirs."""
+    def __init__(self, folder: Path, manifest: Manifest, runner: Runner, text: BundleText) -> None:
         self.folder = folder
         self.manifest = manifest
         self.runner = runner
-        self._files = dict(files)
-        self._chat_template = chat_template
+        self._text = text
 
     def __enter__(self) -> Session:
         self._require_open()
@@ -141,30 +122,23 @@ class Session:
         A forked child that closes the session it inherited leaves its parent's alone.
         """
         self.runner.close()
-        if isinstance(template := self.__dict__.pop("template", None), ChatTemplate):
-            template.close()
-        self.__dict__.pop("tokenizer", None)
+        self._text.close()
 
     def _require_open(self) -> None:
         if self.runner.closed:
             refuse_closed()
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises BundleError where it has none, or a broken one."""
         self._require_open()
-        path = self.folder / TOKENIZER
-        if TOKENIZER not in self._files:
-            raise BundleError(f"{path}: missing; this bundle takes token ids only, build it from a checkpoint with one")
-        tokenizer = Tokenizer.from_bytes(self._files[TOKENIZER], str(path))
-        del self._files[TOKENIZER]  # megabytes
-        return tokenizer
+        return self._text.tokenizer
 
-    @cached_property
+    @property
     def template(self) -> ChatTemplate:
         """The bundle's chat template, or the one that ``load`` was given. Raises UserError where there's none."""
         self._require_open()
-        return ChatTemplate.from_files(self.folder, self._files, self._chat_template)
+        return self._text.template
 
     def generate(
         self,

@@ -14,6 +14,7 @@ from glm4export import cli, machine
 from glm4export.bench import kernels
 from glm4export.bench import limits as bench_limits
 from glm4export.bench.kernels import KernelSpeeds
+from glm4runtime.backends import memory
 from glm4runtime.backends.matmul_model import int4_model, matmul_model
 from glm4runtime.contract.onnxfile import read_graph
 from tests.helpers import checkpoints
@@ -41,8 +42,8 @@ MEMINFO = "MemTotal:  8000 kB\nMemFree:  1000 kB\nMemAvailable:  6000 kB\n"
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Write files of a made-up /proc and /sys/fs/cgroup."""
-    monkeypatch.setattr(machine, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
 
     def write(**files: str) -> None:
         for name, text in {"proc/meminfo": MEMINFO, **files}.items():
@@ -72,7 +73,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 )  # fmt: skip
 def test_memory(files: dict[str, str], total: int, available: int, system: Callable[..., None]) -> None:
     system(**files)
-    assert machine.memory_bytes() == (total * 1024, available * 1024)
+    assert memory.memory_bytes() == (total * 1024, available * 1024)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from glm4export import cli
+from glm4runtime import SamplingParams
 from glm4runtime.contract import MANIFEST
 from tests.commands.conftest import Fails
 from tests.helpers.edits import drop, edit
@@ -34,6 +35,32 @@ def test_generate(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plain.out == facts["text"] + "\n" and plain.err == ""
     assert (facts["finish_reason"] == "length") is (facts["completion_tokens"] == 5)
     assert facts["prompt_tokens"] == len(make_raw().encode("[gMASK]<sop><|user|>\nhello").ids)
+
+
+def test_generate_with_sampling_options(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 2,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "typical_p": 0.8,
+        "xtc_probability": 0.3,
+        "xtc_threshold": 0.2,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.4,
+        "no_repeat_ngram_size": 4,
+        "seed": 9,
+    }
+    found = []
+    monkeypatch.setattr(
+        "glm4export.commands.generate.answer", lambda session, prompt, params, **named: found.append(params)
+    )
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    assert cli.main(["generate", str(built), "--prompt", "hello", *options]) == 0
+    assert found == [SamplingParams(**given)]
 
 
 def test_chat(built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +94,10 @@ def test_signals_are_exceptions_in_a_chat_alone(
         (["--prompt", "x", "--temperature", "nan"], r"temperature: expected a finite number >= 0, found nan"),
         (["--prompt", "x", "--top-p", "1.5"], r"top_p: expected a number from 0 to 1 \(1 turns it off\), found 1\.5"),
         (["--prompt", "x", "--top-k=-3"], r"top_k: expected an integer >= 0 \(0 turns it off\), found -3"),
+        (["--prompt", "x", "--min-p", "2"], r"min_p: expected a number from 0 to 1 \(0 turns it off\), found 2\.0"),
+        (["--prompt", "x", "--repetition-penalty", "0"], r"repetition_penalty: expected a finite number above 0"),
+        (["--prompt", "x", "--presence-penalty", "3"], r"presence_penalty: expected a number from -2 to 2 .* 3\.0"),
+        (["--prompt", "x", "--min-new-tokens", "300"], r"min_new_tokens: expected .* 0 to max_new_tokens=256"),
         (["--prompt", "x", "--seed=-3"], r"seed: expected an integer >= 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], r"max_new_tokens: expected an integer >= 1, found 0"),
         (["--prompt", "x", "--provider", "cuda"], r"CUDAExecutionProvider is not in the installed onnx.*\[gpu\]"),

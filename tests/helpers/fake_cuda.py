@@ -26,6 +26,7 @@ class cudaError_t(IntEnum):
 class cudaMemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class cudaStreamCaptureMode(IntEnum):
@@ -137,6 +138,17 @@ class FakeCuda:
 
     def _cudaMemcpy(self, to: int, source: int, size: int, kind: int) -> None:
         self._copy(to, source, size, kind, pageable=True)
+
+    def _cudaMemcpy2D(
+        self, to: int, to_pitch: int, source: int, pitch: int, width: int, height: int, kind: int
+    ) -> None:
+        assert 0 < width <= min(to_pitch, pitch) and height > 0
+        self.rule(not self.pending, "memory copied under work that waits")
+        for name, address, step in (("HostTo", source, pitch), ("ToHost", to, to_pitch)):
+            if name not in cudaMemcpyKind(kind).name:
+                self.require("device", address, (height - 1) * step + width)
+        for row in range(height):
+            ctypes.memmove(to + row * to_pitch, source + row * pitch, width)
 
     def _cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         assert stream in self.handles

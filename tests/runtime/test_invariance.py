@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,33 +17,23 @@ from hypothesis import strategies as st
 from glm4export import cli
 from glm4export.sources.checkpoint import locate
 from glm4runtime import SamplingParams, Session, UserError, load
+from glm4runtime.backends.invariance import find_granule, make_invariant
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import CacheSpec
-from glm4runtime.invariance import find_granule, make_invariant
-from glm4runtime.lookup import MAX_DRAFT
+from glm4runtime.speculation import MAX_DRAFT
 from tests.conftest import Build
 from tests.helpers import checkpoints
+from tests.helpers.kernels import KERNELS
 
 TEXT = locate(None).folder / "heldout.txt"
 REPEATING = "the whale and the sea and the whale and the sea and the whale and"
-# Every kernel of decoding and prefill gets its turn.
-BUNDLES: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"},
-    "fp16": {"precision": "fp16"},
-    "int8": {"precision": "int8"},
-    "int4": {"precision": "int4"},
-    "int4, prefill in int8": {"precision": "int4", "prefill_precision": "int8"},
-    "int4, blocks of 32, 4-bit head": {"precision": "int4", "block_size": 32, "head_bits": 4},
-    "int4 with an int8 cache": {"precision": "int4", "kv_cache": "int8", "calibrate": TEXT},
-    "a step graph": {"precision": "int4", "target": "tensorrt", "max_seq_len": 256},
-}
 CHUNK = 32
 
 
-@pytest.fixture(scope="module", params=BUNDLES)
-def session(request: pytest.FixtureRequest, build_bundle: Build) -> Session:
+@pytest.fixture(scope="module", params=KERNELS)
+def session(request: pytest.FixtureRequest, kernel_bundles: Callable[[str], Path]) -> Session:
     """The embedded model, invariant."""
-    bundle = build_bundle(None, **{"target": "cpu", **BUNDLES[request.param]})
+    bundle = kernel_bundles(request.param)
     sizes = {"max_seq_len": 231, "prefill_chunk": CHUNK}
     if find_granule(load(bundle, provider="cpu", **sizes).runner) is None:
         pytest.skip("this machine's kernels have no granule")
@@ -140,7 +130,7 @@ def test_same_bits_however_a_prompt_is_split(session: Session) -> None:
             assert prefilled(session.runner, [ids[a:b] for a, b in pairwise(cuts)]) == wanted
 
 
-@pytest.mark.parametrize("session", [name for name in BUNDLES if "int8 cache" not in name], indirect=True)
+@pytest.mark.parametrize("session", [name for name in KERNELS if "int8 cache" not in name], indirect=True)
 def test_same_bits_for_every_prefill_chunk(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = session.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:129]
     wanted = prefilled(session.runner, [ids])

@@ -15,7 +15,8 @@ from glm4export import cli
 from glm4export.sources.checkpoint import locate
 from glm4runtime import Generation, SamplingParams, Session, UserError, load
 from glm4runtime.backends.runner import MAX_RUN
-from glm4runtime.lookup import MAX_DRAFT, NgramIndex, PromptLookup
+from glm4runtime.lookup import NgramIndex, PromptLookup
+from glm4runtime.speculation import MAX_DRAFT, Speculation
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.interrupts import Interrupt
@@ -100,7 +101,7 @@ def test_how_many_tokens_a_run_has(
     runner.rewind()
     period = [5, 6, 7, 8, 9]
     runner.prefill(period)
-    text = PromptLookup(runner, period, lookup)
+    text = Speculation(runner, PromptLookup(period, lookup))
     for token in period * 8:
         text.decode(token)
     assert seen == widths

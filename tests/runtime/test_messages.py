@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from glm4export.sources.checkpoint import locate
 from glm4runtime.contract import UserError
 from glm4runtime.text.chat import ChatTemplate
+from glm4runtime.text.tokenizer import Tokenizer
 
 # As GLM-4-0414's own reads messages: the call's name as metadata, results from "observation"; others it passes over.
 GLM = """[gMASK]<sop>
@@ -109,7 +110,7 @@ def test_a_template_that_reads_calls_gets_them_as_transformers_gives_them(source
     "messages, message",
     [
         ([{"role": "function", "content": "21"}], r"messages\[0\] \(role 'function'\): .* leaves \['content'\] out"),
-        ([ASK, {"role": "developer", "content": "be kind"}], r"messages\[1\] \(role 'developer'\)"),
+        ([ASK, {"role": "critic", "content": "be kind"}], r"messages\[1\] \(role 'critic'\)"),
         ([{**ASK, "contents": "more"}], r"messages\[0\] \(role 'user'\): the chat template leaves \['contents'\] out"),
         ([{**ASK, "function_call": {"name": "f"}}], r"leaves \['function_call'\] out"),
         ([{**ASK, "prefix": True}], r"leaves \['prefix'\] out"),
@@ -197,3 +198,89 @@ def test_calls_that_are_none(source: str, calls: Any, message: str) -> None:
 
 def test_the_embedded_template_is_that_of_the_checkpoint() -> None:
     assert Path(locate(None).folder / "chat_template.jinja").read_text(encoding="utf-8") == DEMO
+
+
+def test_a_developers_message_is_the_systems() -> None:
+    said = {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]}
+    for source in (GLM, DEMO):
+        text = ChatTemplate(source).render([said, ASK])
+        assert text == reference(source, [{"role": "system", "content": "Be kind."}, ASK])
+    source = "{% for m in messages %}{{ m.role if m.role in ['developer', 'user'] }}{{ m.content }}{% endfor %}"
+    assert ChatTemplate(source).render([{**said, "content": "Be kind."}]) == "developerBe kind."
+
+
+@pytest.mark.parametrize("source", [GLM, DEMO, OPENAI], ids=["glm", "demo", "openai"])
+@pytest.mark.parametrize("content", ["<think>嗯嗯</think>\n晴。", "嗯嗯\n</think>\n\n晴。", "晴。"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_old_thoughts_are_not_in_the_prompt(source: str, content: str, parts: bool) -> None:
+    given = [{"type": "text", "text": content}] if parts else content
+    if parts and source == OPENAI:
+        pytest.skip("that template takes strings, and joins them")
+    message = {"role": "assistant", "content": given, "reasoning_content": "嗯嗯"}
+    text = ChatTemplate(source).render([ASK, message, ASK])
+    assert "嗯嗯" not in text and "think>" not in text and text.count("晴。") == 1
+    assert text == reference(source, [ASK, {"role": "assistant", "content": "晴。"}, ASK])
+
+
+def test_openais_shapes_of_a_tool_turn() -> None:
+    """Content null, absent, empty and in parts; ids and types; a result in parts."""
+    calls = [call("f", "{}", "call_1")]
+    result = {"role": "tool", "tool_call_id": "call_1", "name": "f", "content": [{"type": "text", "text": "晴"}]}
+    said = {"role": "assistant", "tool_calls": calls, "refusal": None, "audio": None, "function_call": None}
+    for source in (GLM, DEMO):
+        texts = {
+            ChatTemplate(source).render([ASK, {**said, **content}, result, ASK])
+            for content in ({}, {"content": None}, {"content": ""}, {"content": []})
+        }
+        assert len(texts) == 1
+        assert texts.pop().split("<|observation|>\n")[1].startswith("晴<|user|>")
+
+
+# As GLM-Z1-Rumination's: a system turn with the tools written out, the caller's own left out, calls as content.
+TOOLS = [
+    {"name": "search", "description": "Search.", "parameters": {"type": "object", "properties": {"query": {}}}},
+    {"name": "click", "description": "Follow a link.", "parameters": {"type": "object", "properties": {"link_id": {}}}},
+    {"name": "open", "description": "Open a page.", "parameters": {"type": "object", "properties": {"url": {}}}},
+    {"name": "finish", "description": "Finish.", "parameters": {"type": "object", "properties": {}}},
+]
+RUMINATION = (
+    "[gMASK]<sop><|system|>\n你是一个深度研究助手。\n\n"
+    + json.dumps(TOOLS)
+    + """
+{%- for message in messages if message.role != 'system' %}{%- set role = message['role'] %}
+{%- set visible = message['content'].split('</think>')[-1].strip() %}{%- set meta = message.get("metadata", "") %}
+{%- if role == 'user' %}<|user|>
+{{ visible }}{%- elif role == 'assistant' and not meta %}<|assistant|>
+{{ visible }}{%- elif role == 'assistant' and meta %}<|assistant|>{{ meta }}
+{{ visible }}{%- elif role == 'observation' %}<|observation|>
+{{ visible }}{%- endif %}{%- endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+)
+
+
+def test_ruminations_own_tools() -> None:
+    template = ChatTemplate(RUMINATION)
+    assert template.own_tools == TOOLS
+    said = {"role": "assistant", "content": None, "tool_calls": [call("search", '{"query": "天气"}', "a")]}
+    text = template.render([ASK, said, {"role": "tool", "tool_call_id": "a", "content": "【0†t†u】"}])
+    turn = '{"name": "search", "arguments": {"query": "天气"}}'
+    thought = {"role": "assistant", "content": f"<think>嗯</think>{turn}"}  # as the model's card keeps it
+    assert text == reference(RUMINATION, [ASK, thought, {"role": "observation", "content": "【0†t†u】"}])
+    assert text.endswith(f"<|assistant|>\n{turn}<|observation|>\n【0†t†u】<|assistant|>")
+    with pytest.raises(UserError, match=r"tools: .*tools of its own \(search, click, open, finish\), and needs none"):
+        template.render([ASK], [{"name": "search"}])
+    with pytest.raises(UserError, match=r"messages\[0\] \(role 'system'\)"):
+        template.render([{"role": "system", "content": "Be brief."}, ASK])
+    assert [ChatTemplate(source).own_tools for source in (GLM, DEMO, OPENAI, "{{ messages[0].parameters }}")] == [
+        []
+    ] * 4
+
+
+@pytest.mark.parametrize("source", [GLM, DEMO, RUMINATION], ids=["glm", "demo", "rumination"])
+def test_the_prefix_stands_once(source: str) -> None:
+    tokenizer = Tokenizer.from_file(locate(None).folder / "tokenizer.json")
+    prefix = [tokenizer.token_id(token) for token in ("[gMASK]", "<sop>")]
+    text = ChatTemplate(source).render([ASK, {"role": "assistant", "content": "晴。"}, ASK])
+    ids = tokenizer.encode(text)
+    assert ids[:2] == prefix and ids.count(prefix[0]) == ids.count(prefix[1]) == 1  # type: ignore[arg-type]
+    assert tokenizer.encode("[gMASK]<sop>hello") == [*prefix, *tokenizer.encode("hello")]  # a raw prompt, the same
+    assert tokenizer.encode("hello")[0] not in prefix

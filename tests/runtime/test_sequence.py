@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from glm4export.sources.checkpoint import locate
 from glm4runtime import Generation, SamplingParams, Session, UserError, load
+from glm4runtime.backends.invariance import find_granule
 from glm4runtime.backends.runner import Runner
 from glm4runtime.backends.sequence import TokenSequence
-from glm4runtime.invariance import find_granule
 
 from ..conftest import Build
 

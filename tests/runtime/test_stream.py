@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from glm4runtime.contract import UserError
 from glm4runtime.generation import Generation
 from glm4runtime.text.answers import ToolCall
-from glm4runtime.text.stream import StopStrings, TextStream, split_stop
+from glm4runtime.text.stop import StopStrings, split_stop
+from glm4runtime.text.stream import TextStream
 from glm4runtime.text.tokenizer import Tokenizer
 from tests.helpers.interrupts import Interrupt
 from tests.helpers.tokenizers import make_raw

@@ -27,7 +27,7 @@ from glm4runtime import load_encoder
 from glm4runtime.contract import UserError, read_manifest
 from glm4runtime.contract.engine_spec import Profile, read_engine_specs
 from glm4runtime.contract.onnxfile import read_graph
-from glm4runtime.lookup import MAX_DRAFT
+from glm4runtime.speculation import MAX_DRAFT
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.encoders import random_encoder

@@ -15,6 +15,11 @@ from glm4runtime.contract import CacheSpec, UserError, past_name, present_name
 _ONNX_BFLOAT16 = 16  # numpy has no such dtype; onnxruntime takes ONNX's number for it
 
 
+def tensor_type(dtype: str) -> Any:
+    """A dtype as bindings take it."""
+    return _ONNX_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
 class Buffer:
     """A tensor allocated once, that graphs read or write in place; a binding may cover only its beginning.
 
@@ -23,7 +28,7 @@ class Buffer:
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
         self.shape = tuple(shape)
-        self.dtype: Any = _ONNX_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+        self.dtype = tensor_type(dtype)
         self.device = device
         self._stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)  # of the same size
         try:

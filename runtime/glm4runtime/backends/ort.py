@@ -16,7 +16,7 @@ from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
-from glm4runtime.backends.runner import MAX_RUN, Runner
+from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
@@ -58,8 +58,9 @@ class OrtRunner(Runner):
         self._prefill, self._decode = self._graphs[PREFILL], self._graphs[self.step_graph]
         self._prefill_binding, self._decode_binding = self._prefill.io_binding(), self._decode.io_binding()
         self._verify_binding = self._decode.io_binding()
+        self._bind_cache: Callable[[Any], None] = self._cache.bind
+        self._over_cache: set[Any] = set()  # bindings that are over it
         for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
-            self._cache.bind(binding)
             self._logits.bind_output(binding, LOGITS, (1, 1, manifest.vocab_size))
         self._token.bind_input(self._decode_binding, INPUT_IDS)
         self._last.bind_input(self._prefill_binding, LOGIT_ROWS)
@@ -76,6 +77,15 @@ class OrtRunner(Runner):
     def cache_bits(self, rows: int) -> list[bytes]:
         return self._cache.bits(rows)
 
+    def use_cache(self, bind: Callable[[Any], None]) -> None:
+        """Run over the cache that ``bind`` binds; the runner's own, and what it told of it, is given up.
+
+        It has the bundle's shape but for its length, [1, kv_heads, any, head_dim].
+        """
+        self.__dict__.pop("_cache", None)
+        self._bind_cache = bind
+        self._over_cache.clear()
+
     @property
     def graphs(self) -> dict[str, Any]:
         """The onnxruntime sessions of the graphs that are open, by name, for runs over a cache of one's own."""
@@ -88,7 +98,8 @@ class OrtRunner(Runner):
 
     def _release(self) -> None:
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
-        del self._cache, self._mask, self._prompt, self._token, self._draft, self._logits, self._row
+        self.use_cache(refuse_closed)
+        del self._mask, self._prompt, self._token, self._draft, self._logits, self._row
         del self._rows, self._last, self._positions
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
@@ -104,7 +115,7 @@ class OrtRunner(Runner):
             mask.write(np.array([[1] * (count - padding) + [0] * padding]))
         mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
         self._bind_positions(binding, start, count)
-        self._prefill.run_with_iobinding(binding)
+        self._run(self._prefill, binding)
         return self._row
 
     def _run_token(self, token: int, start: int) -> np.ndarray:
@@ -112,7 +123,7 @@ class OrtRunner(Runner):
         self._token.upload()
         self._mask.bind_input(self._decode_binding, ATTENTION_MASK, (1, start + 1))
         self._bind_positions(self._decode_binding, start, 1)
-        self._decode.run_with_iobinding(self._decode_binding)
+        self._run(self._decode, self._decode_binding)
         return self._row
 
     def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
@@ -125,9 +136,15 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (1, count))
         self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
-        self._decode.run_with_iobinding(binding)
+        self._run(self._decode, binding)
         rows: np.ndarray = self._logits.array[0, :count]
         return rows
+
+    def _run(self, session: Any, binding: Any) -> None:
+        if binding not in self._over_cache:
+            self._bind_cache(binding)
+            self._over_cache.add(binding)
+        session.run_with_iobinding(binding)
 
     def _bind_positions(self, binding: Any, start: int, count: int) -> None:
         """Where a run's tokens stand, for graphs that are told."""

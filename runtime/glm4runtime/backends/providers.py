@@ -11,12 +11,14 @@ from glm4runtime.backends.graph_check import require_graphs, require_token_ids
 from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
 
 if TYPE_CHECKING:
+    from glm4runtime.backends.batch import BatchRunner
     from glm4runtime.backends.runner import Runner
 
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "engine"]
 ENGINE: Provider = "engine"
 GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+_MOST_SLOTS = 256  # more are a mistake: a step of so many takes as long as they do one by one
 _THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
 
 
@@ -88,15 +90,8 @@ def open_runner(
         prefill_chunk=prefill_chunk,
         check_hashes=check_hashes,
     )
-    chosen = provider or default_provider(manifest)
+    chosen = _chosen(folder, manifest, provider)
     has_step = manifest.target == TENSORRT
-    if chosen not in PROVIDERS:
-        raise UserError(f"provider {chosen!r} is not known; known: {', '.join(PROVIDERS)}")
-    if not has_step and chosen not in GRAPH_PROVIDERS:
-        raise UserError(
-            f"provider {chosen!r} runs bundles built with `--target tensorrt`; {folder} is for {manifest.target}: "
-            f"use {' or '.join(GRAPH_PROVIDERS)}, or build it again"
-        )
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
     if chosen == ENGINE:
@@ -105,15 +100,86 @@ def open_runner(
         return open_engine(
             folder, manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk, check_hashes=check_hashes
         )
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes)
     from glm4runtime.backends.ort import OrtRunner
-    from glm4runtime.backends.ort_session import require_provider
     from glm4runtime.backends.ort_step import OrtStepRunner
-    from glm4runtime.backends.prepare import check_prepared
 
-    require_provider(chosen)
-    if chosen == "cpu" and not has_step:
-        check_prepared(folder, manifest, check_hashes=check_hashes)
     runner = OrtStepRunner if has_step else OrtRunner
     return runner(
         folder, manifest, provider=chosen, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
     )
+
+
+def open_batch_runner(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    slots: int,
+    provider: str | None,
+    threads: int,
+    max_seq_len: int | None,
+    prefill_chunk: int,
+    check_hashes: bool = False,
+    invariant: bool = True,
+) -> BatchRunner:
+    """Open a bundle's graphs for ``slots`` sequences at once, 1 to 256; the other arguments as :func:`open_runner`'s.
+
+    invariant: measure which widths of runs agree to the bit, and keep to them:
+    :mod:`glm4runtime.backends.invariance`. Raises what :func:`open_runner` raises, and UserError for a bundle for
+    TensorRT, for caches that there's no memory for, and where no widths agree.
+    """
+    require_settings(
+        provider=provider,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        check_hashes=check_hashes,
+        invariant=invariant,
+    )
+    _require_number("slots", slots, 1)
+    if slots > _MOST_SLOTS:
+        raise UserError(f"slots={shown(slots)}: at most {_MOST_SLOTS} sequences run at once")
+    chosen = _chosen(folder, manifest, provider)
+    if manifest.target == TENSORRT:
+        raise UserError(
+            f"{folder}: built for {manifest.target}, whose graph takes one sequence; for several at once build it with "
+            f"`--target {'` or `--target '.join(GRAPH_PROVIDERS)}`, or load it as a session for each"
+        )
+    require_graphs(folder, manifest)
+    require_token_ids(folder, manifest)
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes)
+    from glm4runtime.backends.ort_batch import OrtBatchRunner
+
+    return OrtBatchRunner(
+        folder,
+        manifest,
+        slots=slots,
+        provider=chosen,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        invariant=invariant,
+    )
+
+
+def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:
+    """The provider that a bundle is run on. Raises UserError for one that doesn't fit it."""
+    chosen = provider or default_provider(manifest)
+    if chosen not in PROVIDERS:
+        raise UserError(f"provider {chosen!r} is not known; known: {', '.join(PROVIDERS)}")
+    if manifest.target != TENSORRT and chosen not in GRAPH_PROVIDERS:
+        raise UserError(
+            f"provider {chosen!r} runs bundles built with `--target tensorrt`; {folder} is for {manifest.target}: "
+            f"use {' or '.join(GRAPH_PROVIDERS)}, or build it again"
+        )
+    return chosen
+
+
+def _require_ready(folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool) -> None:
+    """Raise where onnxruntime hasn't got the provider, or what was prepared for it isn't what its note says."""
+    from glm4runtime.backends.ort_session import require_provider
+    from glm4runtime.backends.prepare import check_prepared
+
+    require_provider(chosen)
+    if chosen == "cpu" and manifest.target != TENSORRT:
+        check_prepared(folder, manifest, check_hashes=check_hashes)

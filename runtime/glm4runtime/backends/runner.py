@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from glm4runtime.backends.prompt_runs import lacking, prompt_runs, run_start
 from glm4runtime.backends.sequence import TokenSequence
 from glm4runtime.backends.token_ids import checked_ids, is_id
 from glm4runtime.contract import Manifest, UserError
 
 MAX_RUN = 16  # tokens that one run may verify; from about there on, cost grows as fast as width
-_PAIR = 2  # rows: runs of as many more or less agree to the bit on every CPU seen (glm4runtime.invariance)
+_PAIR = 2  # rows: runs of as many more or less agree to the bit on every CPU seen (glm4runtime.backends.invariance)
 _RUNS = ("_run_prompt", "_run_token", "_run_draft")
 
 
@@ -29,9 +30,9 @@ class Runner(ABC):
     ``length`` as it was, or after the last chunk of a prompt that was computed whole.
     The logits returned are the session's own buffer, overwritten by the next call.
 
-    ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.invariance.make_invariant` sets them. From then on
-    every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or tokens in front
-    are computed again.
+    ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.backends.invariance.make_invariant` sets them.
+    From then on every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or
+    tokens in front are computed again.
     """
 
     def __init__(self, manifest: Manifest, *, max_seq_len: int | None, prefill_chunk: int) -> None:
@@ -81,7 +82,7 @@ class Runner(ABC):
             exact = not self._coarse or first % self._grid == 0
             if not exact:
                 sequence.overwrite(first)
-            padding = -(last - first) % self.granule
+            padding = lacking(last - first, self.granule)
             chunk = sequence.written(first, last)
             row = self._run_prompt(np.append(chunk, [0] * padding) if padding else chunk, first, padding)
             sequence.extend(first, last, exact=exact)
@@ -138,7 +139,7 @@ class Runner(ABC):
             raise UserError(f"the cache has no room for {count} tokens behind {start}: it holds {self.max_seq_len}")
         self._check_ids(tokens)
         sequence.record(tokens, start)
-        extra = -count % self.granule
+        extra = lacking(count, self.granule)
         behind = min(extra, self.max_seq_len - end)  # fillers; at the cache's end, tokens in front instead
         first = start + behind - extra
         run = [*sequence.written(first, end).tolist(), *[int(tokens[-1])] * behind] if extra else tokens
@@ -192,14 +193,10 @@ class Runner(ABC):
         are rounded, bits depend on where chunks begin: there the grid is ``prefill_chunk``, and rows of the call before
         that aren't a prompt's own are computed again.
         """
-        granule, grid = self.granule, self._grid
-        width = self.prefill_chunk - self.prefill_chunk % granule
+        granule = self.granule
         first = min(self.length, self.sequence.exact) if self._coarse else self.length
-        first -= first % grid
-        while end - first > width:
-            yield first, first + width
-            first += width
-        yield max(0, first - -(end - first) % granule), end
+        for border, last in prompt_runs(first, end, width=self.prefill_chunk, granule=granule, grid=self._grid):
+            yield run_start(border, last, granule), last
 
     def _release(self) -> None:  # noqa: B027
         """Let go of what :meth:`close` frees."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ToolCall", "parse_tool_calls", "split_answer", "split_thought"]
+__all__ = ["ToolCall", "parse_tool_calls", "read_call", "read_object_call", "split_answer", "split_thought"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def split_answer(segments: Sequence[str]) -> tuple[str, list[ToolCall]]:
     """
     words, calls = [], []
     for segment in segments:
-        call = _only_call(segment)
+        call = read_call(segment)
         if call is None:
             thought, end, rest = segment.partition("</think>")
-            call = _only_call(rest) if end else None
+            call = read_call(rest) if end else None
             if call is not None:
                 segment = thought + end
             if segment.strip():
@@ -104,12 +104,28 @@ def split_answer(segments: Sequence[str]) -> tuple[str, list[ToolCall]]:
     return "\n".join(words), calls
 
 
-def _only_call(segment: str) -> ToolCall | None:
-    head = _CALL.match(segment)
+def read_call(text: str) -> ToolCall | None:
+    r"""The call that ``text`` is, ``name\n{json}`` and nothing else but whitespace around it; else None."""
+    head = _CALL.match(text)
     if head is None:
         return None
+    arguments = _object(text, head.end())
+    return None if arguments is None else ToolCall(head[1], arguments)
+
+
+def read_object_call(text: str) -> ToolCall | None:
+    """The same of ``{"name": "search", "arguments": {"query": "…"}}``, as GLM-Z1-Rumination writes its calls."""
+    call = _object(text, len(text) - len(text.lstrip()))
+    if call is None or call.keys() != {"name", "arguments"}:
+        return None
+    name, arguments = call["name"], call["arguments"]
+    return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
+
+
+def _object(text: str, start: int) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is from ``start`` to its end."""
     try:
-        arguments, end = _JSON.raw_decode(segment, head.end())
+        value, end = _JSON.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
-    return None if segment[end:].strip() else ToolCall(head[1], arguments)
+    return value if isinstance(value, dict) and not text[end:].strip() else None

@@ -7,7 +7,9 @@ sees plain JSON values only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +113,41 @@ class ChatTemplate:
         def show(messages: Sequence[dict[str, Any]], tools: Any = plain_tools) -> str:
             return self._process.render({**given, "messages": messages, "tools": tools})
 
-        turns = in_template_s_form(plain, self._process.names, show)
+        turns = in_template_s_form(plain, self._process.names, show, bool(self.own_tools))
         shaped = [turn.message for turn in turns]
         text = show(shaped)
         check_all_shown(turns, text, show)
         if plain_tools and show(shaped, None) == text:
-            raise UserError("tools: the chat template leaves them out, so the model wouldn't know of them")
+            own = ", ".join(tool["name"] for tool in self.own_tools)
+            raise UserError(
+                "tools: the chat template leaves them out, so the model wouldn't know of them"
+                + (f"; it has tools of its own ({own}), and needs none" if own else "")
+            )
         return text
+
+    @cached_property
+    def own_tools(self) -> list[dict[str, Any]]:
+        """Tools that the template itself tells the model of, as GLM-Z1-Rumination's search, click, open and finish.
+
+        They are a JSON list of functions with ``name`` and ``parameters`` in the prompt of an empty conversation; []
+        for others, and for templates that take tools.
+        """
+        if "tools" in self._process.names or '"parameters"' not in self.source:
+            return []
+        try:
+            text = self._process.render({**self._variables, "messages": [], "tools": None})
+        except UserError:
+            return []
+        for start in re.finditer(r'\[\s*\{\s*"name"', text):
+            try:
+                tools, _ = json.JSONDecoder().raw_decode(text, start.start())
+            except (ValueError, RecursionError):
+                continue
+            if all(
+                isinstance(tool, dict) and isinstance(tool.get("name"), str) and "parameters" in tool for tool in tools
+            ):
+                return list(tools)
+        return []
 
 
 def _check_dicts(name: str, values: Any) -> None:

@@ -3,7 +3,10 @@
 Callers write tool turns as OpenAI does: ``tool_calls`` on the assistant's message, results in the role ``tool``. The
 templates of GLM-4-0414 read a call as ``metadata``, the function's name, beside the arguments as ``content``, and
 results in the role ``observation``; what they don't read isn't in the prompt. So turns are rewritten where a template
-names only the latter, and a message that isn't seen all the same is refused.
+names only the latter, and a message that isn't seen all the same is refused. GLM-Z1-Rumination's template has its own
+tools written out in it, and its calls are ``{"name": …, "arguments": …}`` in the content.
+
+Old thoughts are none of the prompt's: GLM-Z1's templates cut them, for others they are taken out here.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm4runtime.contract import UserError
+from glm4runtime.text.answers import split_thought
+from glm4runtime.text.turn import THINK_END
 
 Message = dict[str, Any]
 Show = Callable[[Sequence[Message]], str]  # renders messages
@@ -31,8 +36,12 @@ class Turn:
     origin: int
 
 
-def in_template_s_form(messages: Sequence[Message], names: frozenset[str], show: Show) -> list[Turn]:
+def in_template_s_form(
+    messages: Sequence[Message], names: frozenset[str], show: Show, own_tools: bool = False
+) -> list[Turn]:
     """Rewrite what a template that names ``names`` wouldn't read. ``messages`` are plain copies.
+
+    own_tools: the template has its tools written out in it, as GLM-Z1-Rumination's.
 
     Raises UserError where a tool call isn't one.
     """
@@ -40,10 +49,17 @@ def in_template_s_form(messages: Sequence[Message], names: frozenset[str], show:
     reads_strings: bool | None = None
     for i in range(len(messages)) if "tool_call_id" in names else _by_call(messages):
         message = messages[i] if "text" in names else _joined(messages[i])
+        if message.get("content") == []:  # no parts; templates would write the brackets
+            message = {**message, "content": ""}
+        if message["role"] == "developer" and "developer" not in names:  # OpenAI's later word for it
+            message = {**message, "role": "system"}
+        if message["role"] == "assistant" and THINK_END not in names:
+            message = _without_thought(message)
         if message["role"] == "assistant" and message.get("tool_calls"):
             calls = _checked(message["tool_calls"], f'messages[{i}]["tool_calls"]')
             if "tool_calls" not in names and "metadata" in names:
-                turns += [Turn(part, i) for part in _as_metadata(message, calls)]
+                as_own = _as_content if own_tools else _as_metadata
+                turns += [Turn(part, i) for part in as_own(message, calls)]
                 continue
             if any(isinstance(arguments, str) for _, arguments in calls):
                 reads_strings = _reads_strings(show) if reads_strings is None else reads_strings
@@ -118,6 +134,30 @@ def _as_metadata(message: Message, calls: Sequence[tuple[str, Any]]) -> Iterator
     for name, arguments in calls:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         yield {"role": "assistant", "metadata": name, "content": text}
+
+
+def _as_content(message: Message, calls: Sequence[tuple[str, Any]]) -> Iterator[Message]:
+    """The same as GLM-Z1-Rumination writes them: the message's content is the call."""
+    others = {key: value for key, value in message.items() if key not in ("tool_calls", "content")}
+    if not _is_empty(message.get("content")):
+        yield {**others, "content": message["content"]}
+    for name, arguments in calls:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        yield {"role": "assistant", "content": json.dumps({"name": name, "arguments": value}, ensure_ascii=False)}
+
+
+def _without_thought(message: Message) -> Message:
+    """Without the thought in its content, for a template that would show it."""
+    content = message.get("content")
+    if isinstance(content, str) and THINK_END in content:
+        return {**message, "content": split_thought(content)[1]}
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        last = max((i for i, text in enumerate(texts) if isinstance(text, str) and THINK_END in text), default=None)
+        if last is not None:
+            kept = {**content[last], "text": str(texts[last]).partition(THINK_END)[2].strip()}
+            return {**message, "content": [kept, *content[last + 1 :]]}
+    return message
 
 
 def _with_object(call: Any) -> Any:

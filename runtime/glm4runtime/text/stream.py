@@ -5,84 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from glm4runtime.contract import UserError
 from glm4runtime.generation import Generation
 from glm4runtime.text.answers import ToolCall, split_answer
+from glm4runtime.text.stop import StopStrings
 from glm4runtime.text.tokenizer import Tokenizer
+from glm4runtime.text.turn import ASSISTANT
 
-ASSISTANT = "<|assistant|>"  # the token between an answer's words and calls, each of them a turn of its own
-
-Stop = str | int | Sequence[str | int]
 _UNREAD: Any = object()
-
-
-def stop_items(stop: Stop) -> list[object]:
-    """One or several, as a list."""
-    return list(stop) if isinstance(stop, list | tuple | set | frozenset) else [stop]
-
-
-def split_stop(stop: Stop, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[list[int], list[str]]:
-    """Token ids and strings out of ``stop``; a special token's text is both. Raises UserError for what is neither."""
-    ids, strings = [], []
-    for item in stop_items(stop):
-        if isinstance(item, str) and item:
-            strings.append(item)
-            token = None if tokenizer is None else tokenizer.token_id(item)
-            if tokenizer is not None and token is not None and tokenizer.is_special(token):  # text doesn't show it
-                ids.append(token)
-        elif isinstance(item, int | np.integer) and not isinstance(item, bool) and 0 <= item < vocab_size:
-            ids.append(int(item))
-        else:
-            raise UserError(
-                f"stop: expected token ids in 0..{vocab_size - 1} or strings that aren't empty, found {item!r}"
-            )
-    return ids, strings
-
-
-class StopStrings:
-    """Passes text on up to the first stop string, even where that is spread over several pieces.
-
-    That is the one that is complete first, of several the longest. ``found`` is it. The end of the text is held back
-    where it may turn out to be the beginning of one.
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.found: str | None = None
-        self._strings = sorted(set(strings), key=len, reverse=True)
-        self._held = ""
-
-    def push(self, piece: str) -> str:
-        """The text that is certain now and wasn't before this piece."""
-        text = self._held + piece
-        ends = [(at + len(string), at, string) for string in self._strings if (at := text.find(string)) >= 0]
-        if ends:
-            _, start, self.found = min(ends)
-            self._held = ""
-            return text[:start]
-        held = max((self._overlap(text, string) for string in self._strings), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def finish(self) -> str:
-        """What was held back, now that no more comes."""
-        held, self._held = self._held, ""
-        return held
-
-    def state(self) -> tuple[str | None, str]:
-        """What :meth:`restore` takes."""
-        return self.found, self._held
-
-    def restore(self, state: tuple[str | None, str]) -> None:
-        """Go back to what was seen then."""
-        self.found, self._held = state
-
-    @staticmethod
-    def _overlap(text: str, string: str) -> int:
-        """Length of the longest end of ``text`` that ``string`` begins with."""
-        longest = min(len(string) - 1, len(text))
-        return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
 
 class TextStream(Iterator[str]):

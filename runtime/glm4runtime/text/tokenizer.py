@@ -117,6 +117,7 @@ class Tokenizer:
             tokenizer.post_processor = None
         tokenizer.model.dropout = None
         self._tokenizer = tokenizer
+        self._most: int | None = None  # tokens that encodings are cut to
         self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._bytes: dict[int, bytes] = {}  # of the tokens streamed so far
 
@@ -180,10 +181,12 @@ class Tokenizer:
         except UnicodeEncodeError as error:  # `tokenizers` would only say that it isn't a str
             raise UserError(f"text: not valid Unicode at character {error.start}: {error.reason}") from error
         with _refusing(UserError, "the tokenizer failed on this text; is its tokenizer.json damaged?"):
-            if most is None:
-                self._tokenizer.no_truncation()
-            else:
-                self._tokenizer.enable_truncation(most)
+            if most != self._most:  # to set it takes the tokenizer for itself, while other threads may be encoding
+                if most is None:
+                    self._tokenizer.no_truncation()
+                else:
+                    self._tokenizer.enable_truncation(most)
+                self._most = most
             return self._tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

@@ -91,6 +91,7 @@ def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
         "cudaMallocHost": (16,),
         "cudaMemset": (256, 0, 16),
         "cudaMemcpy": (256, 512, 16, kind.cudaMemcpyHostToDevice),
+        "cudaMemcpy2D": (256, 32, 512, 64, 16, 2, kind.cudaMemcpyDeviceToDevice),
         "cudaMemcpyAsync": (256, 512, 16, kind.cudaMemcpyDeviceToHost, stream),
         "cudaMemset2DAsync": (256, 17, 1, 1, 1, stream),
         "cudaStreamCreateWithFlags": (cuda.cudaStreamNonBlocking,),

@@ -10,21 +10,24 @@ It is measured when a session is opened, since kernels differ between machines a
 its runs (:class:`glm4runtime.backends.runner.Runner`). Logits and cache, and so the tokens, greedy or seeded, are then
 the same for every ``lookup``, and for a prompt given whole or in parts. With an int8 cache that holds for one
 ``prefill_chunk``.
+
+The sequences of a step (:mod:`glm4runtime.backends.batch`) have a granule of their own: attention takes them otherwise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.contract import UserError
 
-__all__ = ["find_granule", "make_invariant"]
-
 _GRANULES = (1, 2, 4, 8)
-_WIDEST_STEP = 8  # tokens; what serves more at once does it in multiples of these
+_WIDEST_STEP = 8  # rows; what serves more at once does it in multiples of these
 _CONTEXT = 48  # tokens in front of the runs that are compared
 _STARTS = (48, 31, 16)  # where they begin: at one place bits may agree by luck
+_SHIFTS = (0, 3)  # of sequences in a step, so that each has neighbours of several kinds
 
 
 def make_invariant(runner: Runner) -> None:
@@ -33,17 +36,41 @@ def make_invariant(runner: Runner) -> None:
     A cache whose length is no multiple of the granule loses the rows over.
     Raises UserError where there's no granule, or cache or ``prefill_chunk`` are shorter than it.
     """
-    granule = find_granule(runner)
+    sizes = {"max_seq_len": runner.max_seq_len, "prefill_chunk": runner.prefill_chunk}
+    granule = require_granule(find_granule(runner), **sizes)
+    runner.max_seq_len -= runner.max_seq_len % granule
+    runner.granule, runner.invariant = granule, True
+
+
+def require_granule(granule: int | None, **sizes: int) -> int:
+    """The granule that was measured. Raises UserError where there's none, or one of ``sizes`` is below it."""
     if granule is None:
         raise UserError(
             "invariant: on this machine the bits of a token's logits depend on the run it is in, whatever widths are "
             f"multiples of (tried {', '.join(map(str, _GRANULES))}); load without invariant, which promises nothing"
         )
-    for name, value in (("max_seq_len", runner.max_seq_len), ("prefill_chunk", runner.prefill_chunk)):
+    for name, value in sizes.items():
         if value < granule:
             raise UserError(f"invariant: {name}={value}, but runs have multiples of {granule} tokens on this machine")
-    runner.max_seq_len -= runner.max_seq_len % granule
-    runner.granule, runner.invariant = granule, True
+    return granule
+
+
+def find_batch_granule(step: Callable[[Sequence[int]], Sequence[bytes]], sequences: int, most: int) -> int | None:
+    """The same for the sequences of a step; None where there's none up to 8.
+
+    step: runs the numbered sequences, below ``sequences`` and some of them twice, and gives the bits of each one's
+    logits and of the row it wrote; the same ones whenever it's called. Steps of 1 to 8 sequences are compared, and one
+    of ``most``, the most that are going to be.
+    """
+    widths = [*range(1, _WIDEST_STEP + 1), *([most] if most > _WIDEST_STEP else [])]
+    chosen = [[(shift + row) % sequences for row in range(width)] for width in widths for shift in _SHIFTS]
+    found = [list(zip(rows, step(rows), strict=True)) for rows in chosen]
+    for granule in _GRANULES:
+        wanted: dict[int, bytes] = {}
+        steps = (rows for rows in found if len(rows) % granule == 0)
+        if all(wanted.setdefault(sequence, bits) == bits for rows in steps for sequence, bits in rows):
+            return granule
+    return None
 
 
 def find_granule(runner: Runner) -> int | None:

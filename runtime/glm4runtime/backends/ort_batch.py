@@ -1,0 +1,243 @@
+"""Prefill and decode graphs in ONNX Runtime over the caches of many sequences.
+
+Prompts and drafts are runs of one sequence, as a session's; a step is one run over the first places of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.cuda import open_cuda
+from glm4runtime.backends.graph_check import takes_positions
+from glm4runtime.backends.invariance import find_batch_granule, find_granule, require_granule
+from glm4runtime.backends.ort import OrtRunner
+from glm4runtime.backends.places import Places
+from glm4runtime.backends.pool import DevicePool, HostPool, Pool
+from glm4runtime.backends.prompt_runs import lacking
+from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest
+
+_BUCKET = 256  # tokens: masks of a step get wider by as many, and are seldom bound again
+_MEASURED = (48, 31, 16, 5, 40, 23, 9, 1)  # tokens in front of the steps that are compared
+
+
+class OrtBatchRunner(BatchRunner):
+    """A bundle for ``cpu`` or ``cuda``.
+
+    Graphs built with ``--position-ids`` append to every sequence of a run at one row, so theirs run one by one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        slots: int,
+        provider: str,
+        threads: int = 0,
+        max_seq_len: int | None = None,
+        prefill_chunk: int = 512,
+        invariant: bool = True,
+    ) -> None:
+        """Open the graphs, measure the granules where ``invariant``, and allocate the caches.
+
+        Raises UserError for sizes out of range, a provider that can't start, caches for which there's no memory, and
+        where bits depend on the run whatever its width; BundleError for a damaged graph.
+        """
+        super().__init__(manifest, slots=slots, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+        self._lane = OrtRunner(
+            folder,
+            manifest,
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk,
+        )
+        self._one_by_one = takes_positions(manifest.graphs[PREFILL])
+        if invariant:
+            self._measure()
+        self._places = Places(slots, self.granule)
+        self._filled = [0] * slots  # rows of each slot that are worth moving
+        self._lane.use_cache(_refuse_unplaced)
+        self._at: int | None = None  # the place that the lane's runs are over
+        self._pool = self._new_pool(self.max_seq_len, self._places.count)
+        self._steps = None if self._one_by_one else _Steps(self._lane, self._pool)
+        self._logits = np.empty((slots, self.vocab_size), np.float32)
+
+    def read_rows(self, slot: int, first: int, end: int) -> np.ndarray:
+        self._check_room(slot, first, end)
+        return self._pool.read(self._places.place[slot], first, end).reshape(-1)
+
+    def write_rows(self, slot: int, first: int, block: np.ndarray) -> None:
+        rows, over = divmod(block.size, self.row_bytes)
+        if block.dtype != np.uint8 or over:
+            raise ValueError(f"write_rows: {block.dtype} {list(block.shape)}: not uint8 rows of {self.row_bytes} bytes")
+        self._check_room(slot, first, first + rows)
+        self._pool.write(self._places.place[slot], first, block.reshape(self._pool.block_shape(rows)))
+        self._filled[slot] = max(self._filled[slot], first + rows)
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        self._check_room(source, 0, rows)
+        self._check_room(target, 0, rows)
+        self._pool.copy(self._places.place[source], self._places.place[target], 0, rows)
+        self._filled[target] = rows
+
+    def release(self, slot: int) -> None:
+        self._check_room(slot, 0, 0)
+        self._filled[slot] = 0
+
+    def _release(self) -> None:
+        self._lane.close()
+        self._steps = None
+        self._pool.close()
+
+    def _run_prompt(self, slot: int, ids: np.ndarray, first: int, border: int, padding: int) -> np.ndarray:
+        self._filled[slot] = max(border, first + len(ids) - padding)
+        place = self._place_lane(slot)
+        kept = self._pool.read(place, first, border) if self.prompt_grid > self.prompt_granule else None
+        try:
+            return self._lane._run_prompt(ids, first, padding)
+        finally:
+            if kept is not None:  # this run computes them otherwise than theirs did
+                self._pool.write(place, first, kept)
+
+    def _run_draft(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
+        fillers = lacking(len(tokens), self.prompt_granule)
+        self._filled[slot] = start + len(tokens)
+        self._place_lane(slot)
+        return self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)[: len(tokens)]
+
+    def _run_step(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+        if self._steps is None:
+            for row, slot in enumerate(slots):
+                self._logits[row] = self._run_draft(slot, tokens[row : row + 1], starts[row])[0]
+            return self._logits[: len(slots)]
+        self._arrange(slots)
+        order = [self._places.place[slot] for slot in slots]
+        count = self._places.rows(len(slots))
+        placed_tokens, placed_starts = [0] * count, [0] * count
+        for slot, place, token, start in zip(slots, order, tokens, starts, strict=True):
+            placed_tokens[place], placed_starts[place] = token, start
+            self._filled[slot] = start + 1
+        rows = self._steps.run(placed_tokens, placed_starts)
+        if order == list(range(len(order))):
+            return rows[: len(order)]
+        return np.take(rows, order, axis=0, out=self._logits[: len(order)])
+
+    def _arrange(self, slots: Sequence[int]) -> None:
+        """Give the slots of a step their places."""
+        for one, other in self._places.moves(slots):
+            rows = [0 if (slot := self._places.slot(place)) is None else self._filled[slot] for place in (one, other)]
+            self._pool.exchange(one, other, *rows)
+            self._places.exchange(one, other)
+
+    def _place_lane(self, slot: int) -> int:
+        """Have the lane's runs over a slot's place; returns it."""
+        place = self._places.place[slot]
+        if place != self._at:
+            self._lane.use_cache(partial(self._pool.bind, first=place, count=1))
+            self._at = place
+        return place
+
+    def _new_pool(self, max_seq_len: int, places: int) -> Pool:
+        spec = self.manifest.cache
+        if self._lane.device == "cpu":
+            return HostPool(spec, max_seq_len, places)
+        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"))
+
+    def _measure(self) -> None:
+        """Set both granules; the lane's own cache is given up."""
+        sizes = {"max_seq_len": self.max_seq_len, "prefill_chunk": self.prefill_chunk}
+        self.prompt_granule = require_granule(find_granule(self._lane), **sizes)
+        self.max_seq_len -= self.max_seq_len % self.prompt_granule
+        self.invariant = True
+        if self._one_by_one:
+            return
+        lengths = [min(length, self.max_seq_len - 1) for length in _MEASURED]
+        widest = self.slots + lacking(self.slots, len(_MEASURED))
+        pool = self._new_pool(max(lengths) + 1, widest + 1)  # the last place has what all begin with
+        self._lane.use_cache(partial(pool.bind, first=widest, count=1))
+        rng = np.random.default_rng(0)
+        tokens: list[int] = rng.integers(0, self.vocab_size, max(lengths) + len(lengths)).tolist()
+        if max(lengths):
+            self._lane.prefill(tokens[: max(lengths)])
+        steps = _Steps(self._lane, pool)
+
+        def step(sequences: Sequence[int]) -> list[bytes]:
+            starts = [lengths[sequence] for sequence in sequences]
+            for place, start in enumerate(starts):
+                pool.copy(widest, place, 0, start)
+            logits = steps.run([tokens[-1 - sequence] for sequence in sequences], starts)
+            written = (pool.read(place, start, start + 1) for place, start in enumerate(starts))
+            return [row.tobytes() + own.tobytes() for row, own in zip(logits, written, strict=True)]
+
+        self.granule = require_granule(find_batch_granule(step, len(lengths), widest))
+        pool.close()
+
+
+class _Steps:
+    """Runs of one token for each of the first places of a pool; a binding for each number of them."""
+
+    def __init__(self, lane: OrtRunner, pool: Pool) -> None:
+        self._session, self._pool = lane.graphs[lane.step_graph], pool
+        self._chooses = lane.step_graph == PREFILL
+        device, places = lane.device, pool.places
+        self._tokens = Buffer((places, 1), "int64", device)
+        self._rows = Buffer((places, 1), "int64", device)  # zeros: the one row that there is
+        self._rows.clear()
+        self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
+        self._mask = Buffer((places * pool.max_seq_len,), "int64", device)
+        self._shape = (0, 0)  # rows and tokens that the mask is laid out for
+        self._lengths: list[int] = []  # ones in each of its rows
+        self._bindings: dict[int, Any] = {}
+        self._widths: dict[int, int] = {}  # tokens of the mask that each binding has
+
+    def run(self, tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+        """Append a token at each place, at row ``starts[place]``; returns logits float32 [len(tokens), vocab]."""
+        count = len(tokens)
+        binding = self._bindings.get(count) or self._bind(count)
+        self._tokens.host[:count, 0] = tokens
+        self._tokens.upload()
+        self._fill_mask([start + 1 for start in starts])
+        if self._widths[count] != self._shape[1]:
+            self._widths[count] = 0  # until it's bound: an interrupt may come between
+            self._mask.bind_input(binding, ATTENTION_MASK, self._shape)
+            self._widths[count] = self._shape[1]
+        self._session.run_with_iobinding(binding)
+        rows: np.ndarray = self._logits.array[:count, 0]
+        return rows
+
+    def _bind(self, count: int) -> Any:
+        binding = self._session.io_binding()
+        self._pool.bind(binding, 0, count)
+        self._tokens.bind_input(binding, INPUT_IDS, (count, 1))
+        if self._chooses:
+            self._rows.bind_input(binding, LOGIT_ROWS, (count, 1))
+        self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
+        self._bindings[count], self._widths[count] = binding, 0
+        return binding
+
+    def _fill_mask(self, lengths: list[int]) -> None:
+        """So many ones in each row. A mask wider than the longest row changes no bit."""
+        count = len(lengths)
+        width = min(-(-max(lengths) // _BUCKET) * _BUCKET, self._pool.max_seq_len)
+        mask = self._mask.host[: count * width].reshape(count, width)
+        if self._shape != (count, width):
+            self._shape = (0, 0)
+            mask[...] = 0
+            self._lengths = [0] * count
+            self._shape = (count, width)
+        for row, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+            mask[row, min(old, new) : max(old, new)] = new > old
+        self._lengths = lengths
+        self._mask.upload()
+
+
+def _refuse_unplaced(_: Any) -> None:
+    raise AssertionError("a run before its slot has a place")

@@ -1,0 +1,166 @@
+"""The caches of many sequences in one block of memory: any run of neighbouring places is a batch to a graph.
+
+[2 * layers, places, kv_heads, max_seq_len, head_dim], all of it written once at the start: memory that a system has
+promised and hasn't got is asked for then, not in the middle of somebody's answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from glm4runtime.backends.cache import tensor_type
+from glm4runtime.backends.cuda import Cuda, Memory
+from glm4runtime.backends.memory import memory_bytes
+from glm4runtime.contract import DTYPE_BYTES, CacheSpec, UserError, past_name, present_name
+
+_PARTS = ("key", "value")
+_AT_ONCE = 256  # rows that change places, so that what is kept beside them stays small
+
+
+class Pool(ABC):
+    """Caches at ``places`` places. Rows are given and taken as uint8 [2 * layers, kv_heads, rows, head's bytes]."""
+
+    device: str
+    _address: int
+
+    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int) -> None:
+        """Raises UserError, with the arithmetic, where there's no memory for it."""
+        self.max_seq_len, self.places = max_seq_len, places
+        self._spec, self._type = spec, tensor_type(spec.dtype)
+        width = spec.head_dim * DTYPE_BYTES[spec.dtype]
+        self._shape = (2 * spec.layers, places, spec.kv_heads, max_seq_len, width)  # in bytes
+        try:
+            self._allocate(places * max_seq_len * spec.bytes_per_token)
+        except (MemoryError, ValueError, UserError) as error:
+            size = places * max_seq_len * spec.bytes_per_token
+            raise UserError(
+                f"the caches take {size / 1e9:.2f} GB: {places} sequences of {max_seq_len} tokens of "
+                f"{spec.bytes_per_token} bytes ({spec.layers} layers, {spec.kv_heads} heads of {spec.head_dim} in "
+                f"{spec.dtype}); they cannot be had ({error}): ask for fewer slots or a smaller max_seq_len"
+            ) from None
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        """Bind past and present of every layer to ``count`` places from ``first`` on: graphs write in place."""
+        tensors, places, heads, rows, width = self._shape
+        shape = (count, heads, rows, self._spec.head_dim)
+        for tensor in range(tensors):
+            address = self._address + (tensor * places + first) * heads * rows * width
+            layer, part = tensor // 2, _PARTS[tensor % 2]
+            binding.bind_input(past_name(layer, part), self.device, 0, self._type, shape, address)
+            binding.bind_output(present_name(layer, part), self.device, 0, self._type, shape, address)
+
+    def block_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of a block of so many rows."""
+        tensors, _, heads, _, width = self._shape
+        return tensors, heads, rows, width
+
+    def exchange(self, one: int, other: int, rows: int, others: int) -> None:
+        """Give place ``one`` the first ``others`` rows of place ``other``, and it the first ``rows`` of ``one``."""
+        both = min(rows, others)
+        for first in range(0, both, _AT_ONCE):
+            end = min(first + _AT_ONCE, both)
+            kept = self.read(one, first, end)
+            self.copy(other, one, first, end)
+            self.write(other, first, kept)
+        if rows > both:
+            self.copy(one, other, both, rows)
+        elif others > both:
+            self.copy(other, one, both, others)
+
+    @abstractmethod
+    def read(self, place: int, first: int, end: int) -> np.ndarray:
+        """A copy of a place's rows ``first`` to ``end``."""
+
+    @abstractmethod
+    def write(self, place: int, first: int, block: np.ndarray) -> None:
+        """Put a block into a place from row ``first`` on."""
+
+    @abstractmethod
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        """Copy rows ``first`` to ``end`` of one place to those of another."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back."""
+
+    @abstractmethod
+    def _allocate(self, size: int) -> None:
+        """Have ``size`` bytes of zeros, all of them touched, at ``_address``."""
+
+
+class HostPool(Pool):
+    """In the host's memory."""
+
+    device = "cpu"
+
+    def _allocate(self, size: int) -> None:
+        if size > (available := memory_bytes()[1]):
+            raise MemoryError(f"{available / 1e9:.2f} GB are free")
+        self._memory = np.empty(self._shape, np.uint8)
+        self._memory.fill(0)
+        self._address = self._memory.ctypes.data
+
+    def read(self, place: int, first: int, end: int) -> np.ndarray:
+        return self._memory[:, place, :, first:end].copy()
+
+    def write(self, place: int, first: int, block: np.ndarray) -> None:
+        self._memory[:, place, :, first : first + block.shape[2]] = block
+
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        self._memory[:, target, :, first:end] = self._memory[:, source, :, first:end]
+
+    def close(self) -> None:
+        del self._memory
+
+
+class DevicePool(Pool):
+    """In a GPU's memory. Never run on one: docs/status.md."""
+
+    device = "cuda"
+
+    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda) -> None:
+        self._cuda, self._held = cuda, Memory(cuda)
+        super().__init__(spec, max_seq_len, places)
+
+    def _allocate(self, size: int) -> None:
+        self._address = self._held.device(size, "caches")
+
+    def read(self, place: int, first: int, end: int) -> np.ndarray:
+        block = np.empty(self.block_shape(end - first), np.uint8)
+        for tensor, part in enumerate(block):
+            self._transfer(_whole(part), self._at(tensor, place, first), part.shape, "cudaMemcpyDeviceToHost")
+        return block
+
+    def write(self, place: int, first: int, block: np.ndarray) -> None:
+        for tensor, part in enumerate(np.ascontiguousarray(block)):
+            self._transfer(self._at(tensor, place, first), _whole(part), part.shape, "cudaMemcpyHostToDevice")
+        self._cuda("cudaDeviceSynchronize")
+
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        for tensor in range(self._shape[0]):
+            to, of = self._at(tensor, target, first), self._at(tensor, source, first)
+            self._transfer(to, of, self.block_shape(end - first)[1:], "cudaMemcpyDeviceToDevice")
+        self._cuda("cudaDeviceSynchronize")  # ONNX Runtime's stream doesn't wait for this one
+
+    def close(self) -> None:
+        self._held.close()
+
+    def _at(self, tensor: int, place: int, row: int) -> tuple[int, int]:
+        """Address of a row in a place's first head, and bytes from there to the next head's."""
+        _, places, heads, rows, width = self._shape
+        return self._address + (((tensor * places + place) * heads) * rows + row) * width, rows * width
+
+    def _transfer(self, to: tuple[int, int], of: tuple[int, int], shape: Sequence[int], kind: str) -> None:
+        """Copy as many bytes of every head; to, of: address and bytes between heads; shape: heads, rows, width."""
+        heads, rows, width = shape
+        if rows:
+            self._cuda("cudaMemcpy2D", *to, *of, rows * width, heads, getattr(self._cuda.api.cudaMemcpyKind, kind))
+
+
+def _whole(part: np.ndarray) -> tuple[int, int]:
+    """Address of an array [heads, rows, width] and bytes between its heads."""
+    return part.ctypes.data, part.strides[0]

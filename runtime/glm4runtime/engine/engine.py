@@ -1,0 +1,462 @@
+"""Many requests at once on one bundle: the front door for services."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import os
+import platform
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib.metadata import Distribution, version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.huge_pages import collapse
+from glm4runtime.backends.providers import Provider, open_batch_runner, require_settings
+from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.engine import prefix_file
+from glm4runtime.engine.handle import Feed, Handle, RequestFailed
+from glm4runtime.engine.job import Answer, Job
+from glm4runtime.engine.loop import Loop
+from glm4runtime.engine.plan import SchedulerStats
+from glm4runtime.engine.prefix import PrefixStats, PrefixStore, block_for
+from glm4runtime.engine.prepare import Preparation
+from glm4runtime.engine.request import Request
+from glm4runtime.engine.scheduler import Scheduler
+from glm4runtime.text.bundle_text import BundleText
+from glm4runtime.text.files import read_text_files
+
+T = TypeVar("T")
+PrefixCache = Literal["prompt", "all", "off"]
+_FAILURES = 3  # runs that fail one after the other: from then on the engine isn't healthy
+
+
+class EngineClosed(UserError):
+    """The engine takes no more requests: it is draining, closed, or its thread has died."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Numbers of this moment, and totals since the engine was opened."""
+
+    healthy: bool  # its thread lives, and runs don't fail
+    last_step_age: float  # seconds since the thread last came round; it does at least once a second
+    slots: int
+    scheduler: SchedulerStats
+    prompt_tokens: int
+    cached_tokens: int  # of these: found in the prefix cache
+    completion_tokens: int
+    finished: dict[str, int]  # answers by finish_reason, and ``error``
+    prefixes: PrefixStats | None  # None where none are kept
+
+
+class Engine:
+    """A bundle in memory with slots for several sequences. Any thread may submit and cancel.
+
+    One thread of its own computes: see :mod:`glm4runtime.engine.loop`. With ``invariant`` a request's tokens and
+    log-probabilities have the same bits whatever runs beside it and whatever the prefix cache holds.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        slots: int = 8,
+        provider: Provider | None = None,
+        threads: int = 0,
+        max_seq_len: int | None = None,
+        prefill_chunk: int = 512,
+        check_hashes: bool = False,
+        invariant: bool = True,
+        huge_pages: bool = False,
+        chat_template: str | Path | None = None,
+        prefix_cache: PrefixCache = "prompt",
+        prefix_cache_bytes: int = 1 << 30,
+        max_queue: int = 64,
+        stall_ms: float = 200.0,
+    ) -> Engine:
+        """Open a bundle that ``glm4export build`` made; arguments that :func:`glm4runtime.load` has are the same here.
+
+        slots: sequences at once; each has a cache of max_seq_len tokens, whose memory is taken now. invariant: see the
+        class; without it lone streams in int8 and int4 are up to a fifth faster. prefix_cache: keep the cache rows of
+        prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits of decode steps), or
+        none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
+        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds.
+
+        Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
+        """
+        require_settings(
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk,
+            check_hashes=check_hashes,
+            invariant=invariant,
+            huge_pages=huge_pages,
+        )
+        if not isinstance(bundle, str | os.PathLike):
+            raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
+        if prefix_cache not in get_args(PrefixCache):
+            raise UserError(f"prefix_cache={shown(prefix_cache)}: expected {', '.join(get_args(PrefixCache))}")
+        folder = Path(bundle)
+        manifest = read_manifest(folder, check_hashes=check_hashes)
+        if manifest.kv_cache is None:
+            raise wrong_task(folder, manifest.task)
+        text = BundleText(folder, read_text_files(folder), chat_template)
+        runner = open_batch_runner(
+            folder,
+            manifest,
+            slots=slots,
+            provider=provider,
+            threads=threads,
+            max_seq_len=max_seq_len,
+            prefill_chunk=prefill_chunk,
+            check_hashes=check_hashes,
+            invariant=invariant,
+        )
+        if huge_pages:
+            collapse()
+        return cls(
+            runner,
+            text,
+            prefix_cache=prefix_cache,
+            prefix_cache_bytes=prefix_cache_bytes,
+            max_queue=max_queue,
+            stall_ms=stall_ms,
+        )
+
+    def __init__(
+        self,
+        runner: BatchRunner,
+        text: BundleText,
+        *,
+        prefix_cache: PrefixCache = "prompt",
+        prefix_cache_bytes: int = 1 << 30,
+        max_queue: int = 64,
+        stall_ms: float = 200.0,
+    ) -> None:
+        """Start the thread. runner: this engine's own from now on. Others as :meth:`load`'s."""
+        self.manifest: Manifest = runner.manifest
+        self.max_seq_len = runner.max_seq_len
+        self._runner, self._text = runner, text
+        self._preparation = Preparation(runner, text)
+        self._scheduler = Scheduler(
+            runner.slots,
+            max_queue=max_queue,
+            prefill_chunk=runner.prefill_chunk,
+            prompt_grid=runner.prompt_grid,
+            stall_seconds=stall_ms / 1000,
+        )
+        store = None
+        if prefix_cache != "off":
+            block = block_for(runner.prompt_grid)
+            store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=_identity(runner), block=block)
+        self._store = store
+        self._loop = Loop(runner, store, keep_answers=prefix_cache == "all")
+        self._condition = threading.Condition()  # guards what follows; never held while a graph runs
+        self._ids = itertools.count()
+        self._answers: dict[int, Answer] = {}  # by the scheduler's id
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._draining = self._closing = False
+        self._death: BaseException | None = None
+        self._last_step = time.monotonic()
+        self._totals: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="glm4-engine", daemon=True)
+        self._thread.start()
+        _OPEN.add(self)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, request: Request) -> Handle:
+        """Have a request answered; returns at once. Prompt and grammar are made ready in the calling thread.
+
+        Raises UserError for what can't be answered (a prompt that is too long: PromptTooLong), QueueFull where as many
+        wait as may, EngineClosed where no more are taken.
+        """
+        now = time.monotonic()
+        job = self._preparation.job(request, now)
+        deadline = None if request.timeout is None else now + request.timeout
+        with self._condition:
+            self._require_open()
+            self._queue(job, deadline)
+            self._condition.notify_all()
+        return Handle(job.feed, self._cancel)
+
+    def generate(self, request: Request) -> Handle:
+        """The same: iterate over what it returns, ``for`` or ``async for``."""
+        return self.submit(request)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bundle's tokenizer. Raises BundleError where it has none."""
+        return self._text.tokenizer
+
+    @property
+    def template(self) -> Any:
+        """The chat template. Raises UserError where there's none."""
+        return self._text.template
+
+    def stats(self) -> EngineStats:
+        """The numbers of this moment."""
+        with self._condition:
+            return EngineStats(
+                healthy=self._death is None
+                and not self._closing
+                and self._thread.is_alive()
+                and self._loop.failures_in_a_row < _FAILURES,
+                last_step_age=time.monotonic() - self._last_step,
+                slots=self._runner.slots,
+                scheduler=self._scheduler.stats(),
+                prompt_tokens=self._totals["prompt"],
+                cached_tokens=self._totals["cached"],
+                completion_tokens=self._totals["completion"],
+                finished=dict(self._finished),
+                prefixes=None if self._store is None else self._store.stats(),
+            )
+
+    def eta(self) -> float:
+        """Seconds that a request submitted now would wait for a slot, by measured speeds; 0 where it wouldn't."""
+        with self._condition:
+            return self._scheduler.eta()
+
+    def save_prefixes(self, path: str | Path) -> None:
+        """Write the prefix cache to a file, for :meth:`restore_prefixes` of the same bundle. Runs go on behind it.
+
+        Raises UserError where there is none, or the file can't be written.
+        """
+        store = self._require_store()
+        self._call(lambda: prefix_file.save(store, Path(path)))
+
+    def restore_prefixes(self, path: str | Path) -> int:
+        """Take in what :meth:`save_prefixes` wrote; returns how many tokens. Raises UserError for any other file."""
+        store = self._require_store()
+        return self._call(lambda: prefix_file.restore(store, Path(path)))
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those under way; False where some are left after ``timeout`` seconds."""
+        with self._condition:
+            self._draining = True
+            return self._condition.wait_for(lambda: not self._answers or self._death is not None, timeout)
+
+    def close(self) -> None:
+        """End the thread, and free graphs and cache. Requests under way end as ``cancelled``. Again: no effect."""
+        with self._condition:
+            self._draining = self._closing = True
+            self._condition.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._text.close()
+        _OPEN.discard(self)
+
+    def _queue(self, job: Job, deadline: float | None) -> None:
+        """Have all of a job's answers wait for slots, or none of them."""
+        key, tokens, limit = job.request.key, len(job.ids), job.request.params.max_new_tokens
+        ids: list[int] = []
+        try:
+            for _ in job.answers:
+                id, parent = next(self._ids), ids[0] if ids else None
+                together = job.beams is not None and parent is not None
+                self._scheduler.submit(id, key, tokens, limit, deadline=deadline, parent=parent, together=together)
+                ids.append(id)
+        except UserError:
+            for id in ids:
+                self._scheduler.cancel(id)
+            raise
+        self._answers.update(zip(ids, job.answers, strict=True))
+
+    def _require_open(self) -> None:
+        if self._death is not None:
+            raise EngineClosed(f"the engine's thread has died: {_told(self._death)}; load the bundle again")
+        if self._draining:
+            raise EngineClosed("the engine takes no more requests: it is being closed")
+
+    def _require_store(self) -> PrefixStore:
+        if self._store is None:
+            raise UserError("this engine keeps no prefixes: it was loaded with prefix_cache='off'")
+        return self._store
+
+    def _cancel(self, feed: Feed) -> None:
+        feed.cancelled = True
+        with self._condition:
+            self._condition.notify_all()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Have the engine's thread call a function between two steps, and wait for what it returns."""
+        future: Future[T] = Future()
+        with self._condition:
+            self._require_open()
+            self._calls.append((function, future))
+            self._condition.notify_all()
+        return future.result()
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except BaseException as error:  # a fault of ours: nobody may wait for it
+            self._death = error
+        finally:
+            with self._condition:
+                reason = (
+                    None if self._death is None else RequestFailed(f"the engine's thread died: {_told(self._death)}")
+                )
+                for answer in {id(a.job): a for a in self._answers.values()}.values():
+                    self._give_up(answer.job, reason)
+                self._answers.clear()
+                for _, future in self._calls:
+                    future.set_exception(EngineClosed("the engine was closed"))
+                self._calls.clear()
+                self._condition.notify_all()
+            self._loop.close()
+
+    def _give_up(self, job: Job, reason: Exception | None) -> None:
+        for answer in job.answers:
+            if reason is None:
+                answer.finish("cancelled")
+        job.close(reason)
+
+    def _step(self) -> bool:
+        """One step; False at the engine's end."""
+        with self._condition:
+            while not (self._answers or self._calls or self._closing):
+                self._last_step = time.monotonic()
+                self._condition.wait(1.0)
+            self._last_step = now = time.monotonic()
+            if self._closing:
+                return False
+            calls, self._calls = self._calls, []
+            gone = [id for id, answer in self._answers.items() if answer.job.feed.cancelled]
+            for id in gone:
+                self._scheduler.cancel(id)
+                self._end(id, "cancelled")
+            plan = self._scheduler.plan(now)
+            for id in plan.expired:
+                self._end(id, "timeout")
+        for function, future in calls:
+            _answer_call(function, future)
+        for id, slot in plan.admit:
+            answer = self._answers[id]
+            if answer.job.feed.timing.started is None:
+                answer.job.note(started=now)
+            self._admit(id, answer, slot)
+        ran = [*plan.decode]
+        for source, id in plan.copies:
+            self._loop.share(self._answers[source], self._answers[id])
+            ran.append(id)
+        if plan.prefill is not None:
+            self._prefill(*plan.prefill)
+            ran.append(plan.prefill[0])
+        if plan.decode:
+            began = time.monotonic()
+            self._loop.decode([self._answers[id] for id in plan.decode])
+            with self._condition:
+                self._scheduler.decoded(time.monotonic() - began)
+        self._settle(ran)
+        return True
+
+    def _admit(self, id: int, answer: Answer, slot: int) -> None:
+        rows = self._loop.admit(answer, slot)
+        with self._condition:
+            if rows:
+                self._scheduler.reused(id, rows)
+
+    def _prefill(self, id: int, width: int) -> None:
+        began = time.monotonic()
+        done = self._loop.prefill(self._answers[id], width)
+        with self._condition:
+            self._scheduler.prefilled(id, done, time.monotonic() - began)
+
+    def _settle(self, ran: list[int]) -> None:
+        """Let go of the answers that ended in this step."""
+        with self._condition:
+            for id in ran:
+                answer = self._answers.get(id)
+                if answer is None:  # it went with another one of its request
+                    continue
+                error = self._loop.failed.pop(answer, None)
+                if error is not None:
+                    self._fail(answer.job, error)
+                elif answer.finish_reason is not None:
+                    self._scheduler.finish(id)
+                    self._end(id, answer.finish_reason)
+                else:
+                    answer.job.count()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        for id in [id for id, answer in self._answers.items() if answer.job is job]:
+            self._scheduler.cancel(id)
+            self._loop.failed.pop(self._answers[id], None)
+            self._loop.end(self._answers.pop(id))
+            self._finished["error"] += 1
+        job.close(RequestFailed(f"the request failed: {_told(error)}"))
+        self._condition.notify_all()
+
+    def _end(self, id: int, reason: Any) -> None:
+        answer = self._answers.pop(id)
+        answer.finish(reason)
+        self._loop.end(answer)
+        self._finished[answer.finish_reason or reason] += 1
+        job = answer.job
+        if job.finished:
+            job.close()
+            usage = job.feed.usage
+            self._totals.update(
+                prompt=usage.prompt_tokens, cached=usage.cached_tokens, completion=usage.completion_tokens
+            )
+        self._condition.notify_all()
+
+
+def _identity(runner: BatchRunner) -> bytes:
+    """Of all that rows depend on beside tokens: weights and graphs, the kernels that computed them, and how."""
+    kernels = [platform.machine(), *_cpu_flags(), *(f"{name} {version(name)}" for name in _installed())]
+    how = [runner.invariant, runner.prompt_grid, runner.prefill_chunk, *kernels]
+    return hashlib.sha256("\n".join([runner.manifest.to_json(), *map(str, how)]).encode()).digest()
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("flags", "Features"))})
+
+
+def _installed() -> list[str]:
+    known = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
+    return [name for name in known if any(True for _ in Distribution.discover(name=name))]
+
+
+def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]:.300}"
+
+
+_OPEN: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_OPEN):
+        engine.close()

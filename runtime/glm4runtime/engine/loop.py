@@ -1,0 +1,204 @@
+"""What the engine computes between two looks at its mail.
+
+A step has at most one run of one prompt, then one run over every answer under way, then a run of its own for each
+answer that guesses ahead. A run that fails takes down whom it was for and nobody else: a step over several rows is
+then made again row by row, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.runner import MAX_RUN
+from glm4runtime.engine.beams import BeamGroup
+from glm4runtime.engine.job import Answer, Job
+from glm4runtime.engine.prefix import PrefixStore
+from glm4runtime.engine.slot_runner import SlotRunner
+from glm4runtime.lookup import PromptLookup
+from glm4runtime.sampling.logprobs import log_probabilities
+from glm4runtime.speculation import Speculation
+from glm4runtime.text.structure import fill_masks
+
+
+class Loop:
+    """Runs the graphs for answers, and chooses their tokens. One thread owns it."""
+
+    def __init__(self, runner: BatchRunner, store: PrefixStore | None, *, keep_answers: bool) -> None:
+        """store: of prompts' rows; None keeps none. keep_answers: keep rows that answers' own steps wrote, too."""
+        self.runner, self.store, self.keep_answers = runner, store, keep_answers
+        self.failed: dict[Answer, Exception] = {}  # since the last look
+        self.failures_in_a_row = 0  # runs; none has worked since
+        self._masks = ThreadPoolExecutor(1, "glm4-masks")
+
+    def close(self) -> None:
+        """Free graphs and cache."""
+        self._masks.shutdown()
+        self.runner.close()
+
+    def admit(self, answer: Answer, slot: int) -> int:
+        """Give an answer its slot, with what the store has of its prompt; returns how many rows that is."""
+        job = answer.job
+        answer.slot, answer.rows = slot, 0
+        if self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
+            return 0
+        with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
+            for first, block in hit:
+                self.runner.write_rows(slot, first, block)
+            answer.rows = hit.rows
+        job.feed.usage = replace(job.feed.usage, cached_tokens=max(answer.rows, job.feed.usage.cached_tokens))
+        return answer.rows
+
+    def share(self, source: Answer, answer: Answer) -> None:
+        """Give an answer the prompt that another one of its request has computed."""
+        job = answer.job
+        self.runner.copy_rows(source.slot, answer.slot, len(job.ids))
+        self._begin(answer)
+
+    def prefill(self, answer: Answer, width: int) -> int:
+        """One run of an answer's prompt, of about ``width`` tokens; returns how many more of them are done."""
+        job, runner, before = answer.job, self.runner, answer.rows
+        try:
+            if job.request.prompt_logprobs is not None:
+                self._scored_run(answer, job.request.prompt_logprobs)
+            else:
+                _, end = runner.prompt_runs(before, len(job.ids), width)[0]
+                logits = runner.prefill(answer.slot, job.ids[:end], before)
+                answer.rows = end
+                if not answer.in_prompt:
+                    job.prompt_logits = logits.copy()
+            self.failures_in_a_row = 0
+        except Exception as error:
+            self._fail(answer, error)
+            return len(job.ids) - before
+        if not answer.in_prompt:
+            self._keep(answer, job.ids)
+            self._begin(answer)
+        return answer.rows - before
+
+    def decode(self, answers: list[Answer]) -> None:
+        """One more token for each."""
+        under_way = set(answers)
+        together = [
+            answer
+            for answer in answers
+            if answer.speculation is None and (answer.job.beams is None or under_way.issuperset(answer.job.answers))
+        ]
+        matchers = [answer.matcher for answer in answers if answer.matcher is not None]
+        masks = self._masks.submit(fill_masks, matchers) if matchers else None  # while the graph runs
+        if together:
+            try:
+                rows = self._step(together)
+            except Exception as error:
+                if len(together) == 1:
+                    self._fail(together[0], error)
+                    together = []
+                else:
+                    together, rows = self._one_by_one(together)
+        if masks is not None:
+            masks.result()
+        if together:
+            self._take(together, rows)
+        for answer in answers:
+            if answer.speculation is not None:
+                self._look_ahead(answer, answer.speculation)
+
+    def end(self, answer: Answer) -> None:
+        """Let go of an answer's slot; its rows stay in the store where that is wanted."""
+        if answer.slot < 0:
+            return
+        if self.keep_answers and not answer.in_prompt:
+            self._keep(answer, np.append(answer.job.ids, answer.tokens)[: answer.rows])
+        self.runner.release(answer.slot)
+        answer.slot = -1
+
+    def _step(self, answers: list[Answer]) -> np.ndarray:
+        """The logits behind each answer's last token, float32 [answers, vocab]. Raises what the graph raises."""
+        tokens = [answer.tokens[-1] for answer in answers]
+        rows = self.runner.step([a.slot for a in answers], tokens, [a.rows for a in answers])
+        self.failures_in_a_row = 0
+        return rows
+
+    def _one_by_one(self, answers: list[Answer]) -> tuple[list[Answer], np.ndarray]:
+        """The same for those whose own run doesn't fail."""
+        rows: dict[Answer, np.ndarray] = {}
+        for answer in answers:
+            try:
+                rows[answer] = self._step([answer])[0].copy()
+            except Exception as error:
+                self._fail(answer, error)
+        return list(rows), np.array(list(rows.values()))
+
+    def _take(self, answers: list[Answer], rows: np.ndarray) -> None:
+        """Choose each answer's next token from its row."""
+        places = {answer: place for place, answer in enumerate(answers)}
+        for answer, place in places.items():
+            answer.rows += 1
+            if answer.job.beams is None:
+                self._choose(answer, rows[place])
+        for job in {id(answer.job): answer.job for answer in answers}.values():
+            if job.beams is not None and all(beam in places for beam in job.answers):  # else one failed: all do
+                self._advance(job, job.beams, rows[[places[beam] for beam in job.answers]])
+
+    def _advance(self, job: Job, beams: BeamGroup, rows: np.ndarray) -> None:
+        try:
+            beams.advance(self.runner, rows)
+        except Exception as error:
+            self._fail(job.answers[0], error)
+
+    def _look_ahead(self, answer: Answer, speculation: Speculation) -> None:
+        try:
+            row = speculation.decode(answer.tokens[-1])
+            self.failures_in_a_row = 0
+        except Exception as error:
+            self._fail(answer, error)
+            return
+        answer.rows += 1
+        self._choose(answer, row)
+
+    def _begin(self, answer: Answer) -> None:
+        """The prompt is in the cache: choose the first token."""
+        job = answer.job
+        answer.rows = len(job.ids)
+        if job.request.lookup:
+            slot = SlotRunner(self.runner, answer.slot, answer.rows)
+            answer.speculation = Speculation(slot, PromptLookup(job.ids.tolist(), job.request.lookup))
+        if answer.matcher is not None:
+            fill_masks([answer.matcher])
+        if job.beams is None:
+            self._choose(answer, job.prompt_logits)
+        elif all(beam.slot >= 0 and not beam.in_prompt for beam in job.answers):
+            self._advance(job, job.beams, job.prompt_logits[None])
+        if job.feed.timing.first_token is None:
+            job.note(first_token=time.monotonic())
+
+    def _choose(self, answer: Answer, logits: np.ndarray) -> None:
+        try:
+            answer.choose(logits)
+        except Exception as error:  # no numbers, or a grammar that allows nothing: this answer's own
+            self.failed[answer] = error
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        self.failures_in_a_row += 1
+        self.failed[answer] = error
+
+    def _scored_run(self, answer: Answer, alternatives: int) -> None:
+        """Up to MAX_RUN prompt tokens in a run that gives every row's logits."""
+        job, start = answer.job, answer.rows
+        run = job.ids[start : start + MAX_RUN].tolist()
+        rows = self.runner.verify(answer.slot, run, start)
+        for at, row in enumerate(rows, start + 1):
+            if at < len(job.ids):
+                job.prompt_logprobs += log_probabilities(row[None], job.ids[at : at + 1], alternatives)
+        answer.rows = start + len(run)
+        job.prompt_logits = rows[-1].copy()
+
+    def _keep(self, answer: Answer, ids: np.ndarray) -> None:
+        if self.store is None or answer.job.request.prompt_logprobs is not None:
+            return
+        runner, slot = self.runner, answer.slot
+        self.store.insert(ids, lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)

@@ -1,0 +1,108 @@
+"""A request made ready to be computed: token ids, stop tokens, samplers, parsers, grammars. In the caller's thread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.token_ids import checked_ids
+from glm4runtime.contract import UserError
+from glm4runtime.engine.beams import BeamGroup
+from glm4runtime.engine.handle import Feed
+from glm4runtime.engine.job import Answer, Job
+from glm4runtime.engine.request import Request, Usage
+from glm4runtime.sampling import Sampler
+from glm4runtime.text.assistant import AnswerParser
+from glm4runtime.text.bundle_text import BundleText
+from glm4runtime.text.stop import split_stop, stop_items
+from glm4runtime.text.structure import Matcher, Vocabulary, compile_structure
+from glm4runtime.text.turn import THINK
+
+
+class PromptTooLong(UserError):
+    """A prompt of ``tokens`` tokens, where a slot holds ``limit``."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, a slot holds {limit}; shorten it, or open or build the bundle with a "
+            "larger max_seq_len"
+        )
+        self.tokens, self.limit = tokens, limit
+
+
+class Preparation:
+    """Makes jobs of requests, from any thread."""
+
+    def __init__(self, runner: BatchRunner, text: BundleText) -> None:
+        self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
+        self._text = text
+
+    def job(self, request: Request, now: float) -> Job:
+        """Raises UserError for what can't be answered, PromptTooLong among them."""
+        manifest = self._manifest
+        ids, prompt = self._prompt(request)
+        if len(ids) > self._limit:
+            raise PromptTooLong(len(ids), self._limit)
+        if request.num_beams > self._slots:
+            raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots")
+        wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
+        tokenizer = self._text.tokenizer if wants_text else None
+        stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
+        stop = frozenset((*manifest.tokens.eos, *stop_ids))
+        matcher = self._matcher(request, prompt)
+        count = max(request.n, request.best_of or 0, request.num_beams)
+        feed = Feed(request.n)
+        feed.usage = Usage(len(ids), 0, 0)
+        job = Job(request, ids, stop, feed, self._limit, now)
+        for index in range(count):
+            params = request.params
+            if params.seed is not None:
+                params = replace(params, seed=params.seed + index)
+            sampler = Sampler(params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop))
+            job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), matcher))
+            matcher = None if matcher is None else matcher.copy()  # nothing is consumed yet
+        if request.num_beams > 1:
+            job.beams = BeamGroup(job)
+        return job
+
+    def _prompt(self, request: Request) -> tuple[np.ndarray, str | None]:
+        """Token ids, int64 [n], and their text where it was one."""
+        if request.messages is not None:
+            prompt: str | None = self._text.template.render(
+                request.messages, request.tools, **dict(request.template_variables)
+            )
+        elif isinstance(request.prompt, str):
+            prompt = request.prompt
+        else:
+            return checked_ids(request.prompt, self._manifest.vocab_size), None
+        return checked_ids(self._text.tokenizer.encode(prompt or ""), self._manifest.vocab_size), prompt
+
+    def _matcher(self, request: Request, prompt: str | None) -> Matcher | None:
+        structure = request.structure
+        if structure is None:
+            return None
+        thinking = request.messages is not None and _opened(prompt)
+        return compile_structure(structure, self._vocabulary, thinking=thinking)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self._text.tokenizer, self._manifest.vocab_size, self._manifest.tokens.eos)
+
+    def _parser(self, request: Request, prompt: str | None, strings: list[str]) -> AnswerParser | None:
+        if not self._text.has_tokenizer:
+            if strings:
+                raise UserError(f"stop: {strings[0]!r} is text, and this bundle has no tokenizer; give token ids")
+            return None
+        if request.messages is None:
+            return AnswerParser(self._text.tokenizer, stop_strings=strings, thinking=False)
+        return AnswerParser(
+            self._text.tokenizer, stop_strings=strings, thinking=_opened(prompt) or "auto", tools=bool(request.tools)
+        )
+
+
+def _opened(prompt: str | None) -> bool:
+    """Whether a rendered conversation leaves the assistant inside a thought."""
+    return prompt is not None and prompt.rstrip().endswith(THINK)

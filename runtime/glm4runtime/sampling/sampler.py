@@ -1,0 +1,108 @@
+"""From one row of logits to one token id.
+
+First processors change logits by the text so far (:mod:`glm4runtime.sampling.chain`), then the largest is taken, or
+filters leave some tokens to draw from (:mod:`glm4runtime.sampling.filters`). Names, order and meaning are
+transformers' where it has them. What is off costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm4runtime.contract import UserError
+from glm4runtime.sampling.chain import Chain, all_forbidden, check_mask, is_allowed
+from glm4runtime.sampling.filters import Filters, Positions, Weights
+from glm4runtime.sampling.history import History
+from glm4runtime.sampling.params import SamplingParams
+from glm4runtime.sampling.rows import Row, most_probable, token_ids
+
+
+class Sampler:
+    """Draws token ids from logits. Build it once, before the loop: it owns its scratch memory and its random stream.
+
+    The same parameters, seed, prompt and logits give the same tokens. One sampler serves one sequence at a time.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        *,
+        prompt: Sequence[int] | NDArray[np.integer[Any]] = (),
+        stop: Collection[int] = (),
+    ) -> None:
+        """prompt: what penalties count beside the answer. stop: the ids that min_new_tokens forbids and XTC spares.
+
+        Raises UserError for a token id outside the vocabulary.
+        """
+        self.params = params
+        self.vocab_size = vocab_size
+        self._forced = token_ids("forced_tokens", params.forced_tokens, vocab_size).tolist()
+        self._chain = Chain(params, vocab_size, stop)
+        self._history = History(token_ids("prompt", prompt if self._chain else (), vocab_size))
+        self._filters = None if params.temperature == 0 else Filters(params, vocab_size, stop)
+        self._random = np.random.Generator(np.random.PCG64(None if params.seed is None else int(params.seed)))
+
+    def __call__(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32] | None = None) -> int:
+        """Choose the next token, and take it into the text that penalties count.
+
+        Args:
+            logits: float32 [vocab_size]; read only. ``-inf`` forbids a token.
+            allowed: uint32 [ceil(vocab_size / 32)], as llguidance fills it: token i may come where bit ``i % 32`` of
+                word ``i // 32`` is set. None: any may.
+
+        Raises:
+            UserError: the largest logit is NaN or infinite, so there is no distribution to draw from; or params and
+                mask together forbid every token.
+            ValueError: an array is of another shape or type.
+        """
+        if logits.shape != (self.vocab_size,) or logits.dtype != np.float32:
+            raise ValueError(f"logits: expected float32 [{self.vocab_size}], found {logits.dtype} {list(logits.shape)}")
+        best = most_probable(logits)
+        if self._history.answered < len(self._forced):
+            best = self._forced_token(allowed)
+        else:
+            if self._chain or allowed is not None:
+                logits = self._chain(logits, self._history, allowed)
+                best = int(logits.argmax())
+                if logits[best] == -np.inf:
+                    raise all_forbidden()
+            if self._filters is not None:
+                ids, weights = self._kept(logits, logits[best])
+                drawn = self._filters.draw(weights, self._random.random())
+                best = drawn if ids is None else int(ids[drawn])
+        self._history.append(best)
+        return best
+
+    def record(self, token: int) -> None:
+        """Take in a token of the answer that was chosen elsewhere."""
+        self._history.append(int(token_ids("token", [token], self.vocab_size)[0]))
+
+    def state(self) -> Any:
+        """What :meth:`restore` takes: where the random stream and the text are."""
+        return None if self._filters is None else self._random.bit_generator.state, self._history.length
+
+    def restore(self, state: Any) -> None:
+        """Go back to where these were."""
+        random, self._history.length = state
+        if random is not None:
+            self._random.bit_generator.state = random
+        self._chain.forget()
+
+    def _forced_token(self, allowed: NDArray[np.uint32] | None) -> int:
+        token: int = self._forced[self._history.answered]
+        if allowed is not None:
+            check_mask(allowed, self.vocab_size)
+            if not is_allowed(allowed, token):
+                raise UserError(f"forced_tokens: token {token} is forbidden here by the mask of a grammar")
+        return token
+
+    def _kept(self, logits: Row, top: np.float32) -> tuple[Positions | None, Weights]:
+        """Ids that filters leave, ascending (None: all), and their unnormalised probabilities."""
+        if self._filters is None:
+            return np.array([logits.argmax()]), np.ones(1, np.float32)
+        return self._filters.kept(logits, top, self._random.random)

@@ -1,0 +1,97 @@
+"""Microseconds of CPU that choosing one token takes, at GLM-4's vocabulary: the median of many rows.
+
+python tools/bench_sampling.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from glm4runtime import SamplingParams
+from glm4runtime.sampling import Sampler
+from glm4runtime.sampling.logprobs import log_probabilities
+
+VOCAB = 151552
+HISTORY = 2000  # tokens of prompt and answer, a half each
+ROWS = 40
+PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+EVERYTHING = {
+    "temperature": 0.8,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.02,
+    "typical_p": 0.95,
+    "xtc_probability": 0.5,
+    **PENALTIES,
+    "dry_multiplier": 0.8,
+    "no_repeat_ngram_size": 4,
+    "logit_bias": {5: 1.0},
+    "banned_tokens": [6],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},
+    "top_k 40": {"temperature": 0.8, "top_k": 40},
+    "top_p 0.95": {"temperature": 0.8, "top_p": 0.95},
+    "top_k 40, top_p 0.95": {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+    "min_p 0.05": {"temperature": 0.8, "min_p": 0.05},
+    "typical_p 0.95": {"temperature": 0.8, "typical_p": 0.95},
+    "xtc": {"temperature": 0.8, "xtc_probability": 0.5},
+    f"penalties over {HISTORY}": PENALTIES,
+    f"dry over {HISTORY}": {"dry_multiplier": 0.8},
+    f"no_repeat_ngram over {HISTORY}": {"no_repeat_ngram_size": 4},
+    "everything": EVERYTHING,
+}
+
+
+def rows_like(kind: str) -> np.ndarray:
+    """Logits, float32 [ROWS, VOCAB]: a few likely tokens over a tail, as a trained model's, or all much alike."""
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((ROWS, VOCAB), np.float32) * (2.0 if kind == "peaked" else 0.3)
+    if kind == "peaked":
+        for row in logits:
+            row[random.integers(0, VOCAB, 40)] = np.linspace(22, 10, 40)
+    return logits
+
+
+def median_us(step: Callable[[np.ndarray], object], rows: np.ndarray) -> float:
+    """Of one call for each row, after one to warm up."""
+    step(rows[0])
+    seconds = []
+    for row in rows:
+        start = time.thread_time()
+        step(row)
+        seconds.append(time.thread_time() - start)
+    return statistics.median(seconds) * 1e6
+
+
+def main() -> None:
+    """Print the table."""
+    text = np.random.default_rng(1).integers(0, 500, HISTORY)
+    mask = np.random.default_rng(2).integers(0, 2**32, VOCAB // 32, np.uint32)
+    print(f"{'us a row':32}{'peaked':>10}{'flat':>10}")
+    results: dict[str, list[float]] = {}
+    for kind in ("peaked", "flat"):
+        rows = rows_like(kind)
+        for name, fields in CASES.items():
+            params = SamplingParams(seed=0, max_new_tokens=HISTORY, **fields)
+            sampler = Sampler(params, VOCAB, prompt=text[: HISTORY // 2])
+            for token in text[HISTORY // 2 :].tolist():
+                sampler.record(token)
+            results.setdefault(name, []).append(median_us(sampler, rows))
+            if name in ("greedy", "everything"):
+                masked = median_us(lambda row, sampler=sampler: sampler(row, mask), rows)
+                results.setdefault(f"{name}, mask", []).append(masked)
+        found = median_us(lambda row: log_probabilities(row[None], [5], 20), rows)
+        results.setdefault("log-probabilities, top 20", []).append(found)
+    for name, values in results.items():
+        print(f"{name:32}" + "".join(f"{value:10.0f}" for value in values))
+
+
+if __name__ == "__main__":
+    main()
