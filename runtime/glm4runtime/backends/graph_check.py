@@ -78,11 +78,14 @@ def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     return (PREFILL,) if _weighted(prefill) == _weighted(decode) else (PREFILL, DECODE)
 
 
-def _weighted(graph: Graph) -> Counter[tuple[str, ...]]:
-    """The operators that read stored numbers, with the names of what they read; int64 ones are shapes and indices."""
+def _weighted(graph: Graph) -> Counter[tuple[object, ...]]:
+    """The operators that read stored numbers, with attributes and the names of what they read.
+
+    int64 numbers are shapes and indices.
+    """
     numbers = {name for name, stored in graph.stored.items() if stored.dtype != "int64"}
-    read = ((node.domain, node.op, *(name for name in node.inputs if name in numbers)) for node in graph.nodes)
-    return Counter(node for node in read if len(node) > 2)
+    read = ((node, tuple(name for name in node.inputs if name in numbers)) for node in graph.nodes)
+    return Counter((node.domain, node.op, node.attributes, names) for node, names in read if names)
 
 
 def _require_vocabulary(path: Path, graph: Graph, vocab_size: int) -> None:
