@@ -167,8 +167,8 @@ class BuildOptions:
                 raise UserError(f"{option} {value} is not in 1..{most}")
         if self.target == TENSORRT:
             raise UserError(
-                f"--lora-slots does not go with --target {TENSORRT}, whose engines have no side paths; merge an adapter "
-                "with --lora, or build for cpu or cuda"
+                f"--lora-slots does not go with --target {TENSORRT}, whose engines have no side paths; merge an "
+                "adapter with --lora, or build for cpu or cuda"
             )
 
     def _check_qdq(self) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters in peft's layout, converted into the file that sessions load (:mod:`glm4runtime.contract.adapter_file`).
+"""LoRA adapters in peft's layout, converted into the file that sessions load: ``contract/adapter_file.py``.
 
 A bundle says which linears there are, so no checkpoint is needed. What isn't a low-rank product beside one of them
 can't be chosen as a bundle runs, and is refused: ``build --lora`` merges it.
@@ -7,7 +7,6 @@ can't be chosen as a bundle runs, and is refused: ``build --lora`` merges it.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -138,7 +137,7 @@ def _save(tensors: dict[str, Tensor], facts: dict[str, str], out: Path) -> None:
     part = out.with_name(f".{out.name}.part")
     try:
         save_file(tensors, part, metadata=facts)
-        os.replace(part, out)
+        part.replace(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written ({error})") from None
     finally:

@@ -1,7 +1,7 @@
 """Side paths for LoRA adapters that a session loads: ``y = W x + ((x Aᵀ) · gate) B`` beside every linear of a layer.
 
-A and B are inputs, with a default of no rows: a graph that is given none computes the base model, and other runtimes run
-it unchanged. The gate, an input too, says which of their rows each sequence of a batch uses: one product over the
+A and B are inputs, with a default of no rows: a graph that is given none computes the base model, and other runtimes
+run it unchanged. The gate, an input too, says which of their rows each sequence of a batch uses: one product over the
 adapters of a whole batch, each read once. Zeros in the gate make exact zeros, so a sequence's numbers are its own.
 """
 

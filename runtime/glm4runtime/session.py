@@ -163,7 +163,8 @@ class Session:
         lookup: guess up to this many tokens per run (0 to 15; 7 is a good number) where the text repeats itself, see
         :mod:`glm4runtime.lookup`. stop: further tokens to stop on, as ids or as a special token's text, beside the
         bundle's own; strings made of several tokens are for :meth:`stream` and :meth:`chat`. adapter: one of
-        :attr:`adapters`; None is the base model. Raises UserError for an adapter that isn't loaded, and for a prompt that isn't token ids of the vocabulary, or too long.
+        :attr:`adapters`; None is the base model. Raises UserError for an adapter that isn't loaded, and for a prompt
+        that isn't token ids of the vocabulary, or too long.
         """
         ids, strings = self._stops(stop)
         for string in strings:
@@ -202,8 +203,8 @@ class Session:
         """The assistant's answer to a conversation, piece by piece.
 
         messages: dicts with ``role`` and ``content``, tool calls and results in OpenAI's form or the template's; tools:
-        OpenAI-style function descriptions; lookup, stop, adapter: as :meth:`stream`. The stream's ``tool_calls`` are the calls
-        that the model asks for, and its ``content`` the words beside them.
+        OpenAI-style function descriptions; lookup, stop, adapter: as :meth:`stream`. The stream's ``tool_calls`` are
+        the calls that the model asks for, and its ``content`` the words beside them.
         """
         prompt = self.template.render(messages, tools)
         return self.stream(prompt, params, lookup=lookup, stop=stop, adapter=adapter)

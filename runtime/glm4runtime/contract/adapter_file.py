@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +39,7 @@ class AdapterFile:
     def read(cls, path: Path) -> AdapterFile:
         """Raises BundleError for another kind of file, and for a damaged one."""
         try:
-            size = os.path.getsize(path)
+            size = path.stat().st_size
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(size - 8, _LONGEST_HEADER):

@@ -1,4 +1,4 @@
-"""The manifest's ``lora``: what a bundle built with ``--lora-slots`` takes beside tokens, and how its inputs are called.
+"""The manifest's ``lora``: what a bundle built with ``--lora-slots`` takes beside tokens, and its inputs' names.
 
 Each linear of a layer, W, has a side path in the graph: ``y = W x + ((x Aᵀ) · gate) B``. A and B are inputs of as many
 rows as are given, none by default; the gate says which rows of them each sequence of a batch uses.
@@ -46,5 +46,5 @@ class LoraSpec:
         return cls(read.positive("slots"), read.positive("rank"), scale)
 
     def scaled_from(self, module: str, width: int) -> int:
-        """The first of B's columns, [rows, width], that branch_scale is for: up's half of gate_up, none of qkv, down."""
+        """The first of B's columns, [rows, width], that branch_scale is for: none of qkv_proj's or down_proj's."""
         return {"o_proj": 0, "gate_up_proj": width // 2}.get(module, width)
