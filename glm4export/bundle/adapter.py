@@ -39,7 +39,8 @@ def write_adapter(adapter: Adapter, bundle: Path, manifest: Manifest, out: Path)
     if manifest.lora is None:
         raise UserError(f"{bundle}: has no side paths for adapters; build it with --lora-slots N, or {_MERGE}")
     base = _BaseModel.of(bundle)
-    plan = read_plan(adapter.stored, adapter.config, adapter.scale, base)
+    tied = read_config(bundle / CONFIG).tie_word_embeddings
+    plan = read_plan(adapter.stored, adapter.config, adapter.scale, base, tied=tied, brought={})
     deltas = _products(adapter, plan)
     require_finite(adapter)
     rank = max(adapter.stored.tensors[a].shape[0] for _, a in deltas.values())
