@@ -55,6 +55,7 @@ from glm4runtime.contract import (
     FileSpec,
     GraphName,
     GraphSpec,
+    LoraSpec,
     Manifest,
     TensorSpec,
     TokenIds,
@@ -191,6 +192,7 @@ def build(
             tokens=tokens,
             kv_cache=_cache_spec(config, options, max_seq_len) if causal else None,
             encoder=task.spec(max_seq_len),
+            lora=_lora_spec(options, scales),
             graphs=graphs,
             files=_file_specs(folder, files),
         )
@@ -221,6 +223,12 @@ def compile_graph(
     for step in pipeline(options, name, scales):
         step(skeleton)
     return skeleton
+
+
+def _lora_spec(options: BuildOptions, scales: Fp16Scales | None) -> LoraSpec | None:
+    if options.lora_slots is None:
+        return None
+    return LoraSpec(options.lora_slots, options.slot_rank, 1.0 if scales is None else float(scales.branch))
 
 
 def _cache_spec(config: Glm4Config, options: BuildOptions, max_seq_len: int) -> CacheSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,11 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
 
 
 def load_session(
-    arguments: argparse.Namespace, *, check_hashes: bool = False, chat_template: Path | None = None
+    arguments: argparse.Namespace,
+    *,
+    check_hashes: bool = False,
+    chat_template: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Session:
     """Open the bundle as the options say; arguments as :func:`glm4runtime.load`'s."""
     from glm4runtime import load
@@ -44,4 +49,5 @@ def load_session(
         check_hashes=check_hashes,
         invariant=arguments.invariant,
         chat_template=chat_template,
+        adapters=adapters,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from glm4export.passes.add_lora_slots import add_lora_slots
 from glm4export.passes.counted import Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
@@ -46,6 +47,8 @@ class Options(Protocol):
     @property
     def attention(self) -> str: ...
     @property
+    def lora_dtype(self) -> str | None: ...
+    @property
     def simplify(self) -> bool: ...
     @property
     def inputs(self) -> str: ...
@@ -70,6 +73,8 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     if options.output_hidden_states:
         yield give_hidden_states(residual)
     yield fuse_qkv()
+    if options.lora_dtype is not None:
+        yield add_lora_slots(options.lora_dtype)
 
     if graph == PREFILL and options.prefill_precision == "int8":  # the layers'; the head stays the bundle's
         yield quantize_rows()

@@ -254,7 +254,7 @@ def merged(
     ]
     _require_distinct(adapters)
     for index, (adapter, plan) in enumerate(zip(adapters, plans, strict=True)):
-        _require_finite(adapter)
+        require_finite(adapter)
         for other, earlier in zip(adapters[:index], plans[:index], strict=True):
             if clash := _clash(earlier, plan):
                 raise AdapterError(f"{other.folder} and {adapter.folder}: {clash}; merge one of them")
@@ -271,7 +271,8 @@ def _require_distinct(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _require_finite(adapter: Adapter) -> None:
+def require_finite(adapter: Adapter) -> None:
+    """Raise AdapterError naming a tensor that holds an infinity or NaN."""
     for name, tensor in adapter.stored.tensors.items():
         for window in windows(tensor.shape):
             if not torch.isfinite(adapter.stored.read(name, window)).all():

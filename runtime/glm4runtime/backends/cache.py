@@ -74,6 +74,12 @@ class Buffer:
         """Bind the buffer's first elements, seen as ``shape`` (all of it when None), to a graph input."""
         binding.bind_input(name, self.device, 0, self.dtype, self.shape if shape is None else shape, self.address)
 
+    def bind_rows(self, binding: Any, name: str, first: int, count: int) -> None:
+        """Bind ``count`` rows of a matrix [rows, columns] from row ``first`` on to a graph input; none is possible."""
+        columns = self.shape[1]
+        address = self.address + first * columns * self._stored.itemsize
+        binding.bind_input(name, self.device, 0, self.dtype, (count, columns), address)
+
     def bind_output(self, binding: Any, name: str, shape: Sequence[int] | None = None) -> None:
         """The same for a graph output."""
         binding.bind_output(name, self.device, 0, self.dtype, self.shape if shape is None else shape, self.address)

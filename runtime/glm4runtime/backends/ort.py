@@ -5,13 +5,14 @@ The prefill graph computes steps too, and is the only one that is opened where d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.ort_session import device_of, open_session
@@ -33,6 +34,7 @@ class OrtRunner(Runner):
         threads: int = 0,
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
@@ -40,6 +42,7 @@ class OrtRunner(Runner):
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
+        self.pool = AdapterPool(manifest, device, adapters) if adapters else None
         self._cache = Cache(manifest.cache, self.max_seq_len, device)
         self._mask = Buffer((1, self.max_seq_len), "int64", device)
         self._mask.write(np.ones((1, self.max_seq_len), np.int64))
@@ -68,6 +71,17 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
+        self._selection: Selection | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return () if self.pool is None else self.pool.names
+
+    def _bind_adapter(self, name: str | None) -> None:
+        assert self.pool is not None, "there is no adapter to change to, or from"
+        self._selection = self.pool.select([name])
+        for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
+            self._selection.bind(binding)
 
     @property
     def cache(self) -> Cache:
@@ -100,7 +114,8 @@ class OrtRunner(Runner):
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         self.use_cache(refuse_closed)
         del self._mask, self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last, self._positions
+        del self._rows, self._last, self._positions, self._selection
+        self.pool = None
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -37,6 +38,7 @@ def require_settings(
     invariant: Any = False,
     truncate: Any = False,
     huge_pages: Any = False,
+    adapters: Any = None,
 ) -> None:
     """Raise UserError for arguments of ``glm4runtime.load`` or ``load_encoder`` that fit no bundle on this machine."""
     if provider is not None and provider not in PROVIDERS:
@@ -51,10 +53,23 @@ def require_settings(
             f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
             "0 lets ONNX Runtime choose"
         )
+    _require_adapters(adapters)
     switches = {"check_hashes": check_hashes, "invariant": invariant, "truncate": truncate, "huge_pages": huge_pages}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not True or False")
+
+
+def _require_adapters(adapters: Any) -> None:
+    if adapters is None:
+        return
+    if not isinstance(adapters, Mapping):
+        raise UserError(f"adapters={shown(adapters)} is not a dict of files by name")
+    for name, path in adapters.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise UserError(f"adapters: {shown(name)} is not a name: a text that can be printed")
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"adapters: {name} is {shown(path)}, expected the path of a file")
 
 
 def _require_number(name: str, value: Any, least: int | None = None) -> None:
@@ -77,6 +92,7 @@ def open_runner(
     max_seq_len: int | None,
     prefill_chunk: int,
     check_hashes: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Runner:
     """Open a bundle's graphs or its engine; arguments as :func:`glm4runtime.load`'s.
 
@@ -92,6 +108,10 @@ def open_runner(
     )
     chosen = _chosen(folder, manifest, provider)
     has_step = manifest.target == TENSORRT
+    if adapters and manifest.lora is None:
+        raise UserError(
+            f"{folder}: has no side paths for adapters; build it with --lora-slots N, or merge one with --lora"
+        )
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
     if chosen == ENGINE:
@@ -104,10 +124,16 @@ def open_runner(
     from glm4runtime.backends.ort import OrtRunner
     from glm4runtime.backends.ort_step import OrtStepRunner
 
-    runner = OrtStepRunner if has_step else OrtRunner
-    return runner(
-        folder, manifest, provider=chosen, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
-    )
+    settings: dict[str, Any] = {
+        "provider": chosen,
+        "threads": threads,
+        "max_seq_len": max_seq_len,
+        "prefill_chunk": prefill_chunk,
+    }
+    if has_step:
+        return OrtStepRunner(folder, manifest, **settings)
+    files = {name: Path(path) for name, path in (adapters or {}).items()}
+    return OrtRunner(folder, manifest, **settings, adapters=files)
 
 
 def open_batch_runner(
