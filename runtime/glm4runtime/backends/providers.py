@@ -197,9 +197,7 @@ def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:
     return chosen
 
 
-def _require_ready(
-    folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool, device_id: int = 0
-) -> None:
+def _require_ready(folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool, device_id: int = 0) -> None:
     """Raise where onnxruntime hasn't got the provider, or what was prepared for it isn't what its note says."""
     from glm4runtime.backends.ort_session import require_provider
     from glm4runtime.backends.prepare import check_prepared
