@@ -93,7 +93,7 @@ def _declared(value: ir.Value) -> str:
 
 
 def _node(node: ir.Node) -> str:
-    outputs = ", ".join(f"%{value.name}" for value in node.outputs)
+    outputs = ", ".join(f"%{value.name}" if value.name else "-" for value in node.outputs)
     inputs = ", ".join(_operand(value) for value in node.inputs)
     attributes = ", ".join(f"{name}={node.attributes[name].value}" for name in sorted(node.attributes))
     operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type

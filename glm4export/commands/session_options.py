@@ -22,12 +22,23 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
         help="default: the bundle's target; bundles for tensorrt run on their engine by default, and in ONNX Runtime "
         "on the other four",
     )
+    add_gpu_options(command)
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
     command.add_argument(
         "--invariant",
         action="store_true",
         help="the same tokens, to the bit, with and without --lookup; int8 and int4 then decode up to a fifth slower",
+    )
+
+
+def add_gpu_options(command: argparse.ArgumentParser) -> None:
+    """Which GPU, and how much of it."""
+    command.add_argument(
+        "--device-id", type=int, default=0, metavar="N", help="which visible GPU, for cuda and tensorrt (default: 0)"
+    )
+    command.add_argument(
+        "--gpu-mem-limit", type=float, metavar="GB", help="what may be taken of it, for cuda (default: all)"
     )
 
 
@@ -48,6 +59,8 @@ def load_session(
         max_seq_len=arguments.max_seq_len,
         check_hashes=check_hashes,
         invariant=arguments.invariant,
+        device_id=arguments.device_id,
+        gpu_mem_limit=arguments.gpu_mem_limit,
         chat_template=chat_template,
         adapters=adapters,
     )

@@ -9,6 +9,7 @@ from glm4export.passes.add_lora_slots import add_lora_slots
 from glm4export.passes.counted import Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
+from glm4export.passes.fuse_residual_norms import fuse_residual_norms
 from glm4export.passes.give_attentions import give_attentions
 from glm4export.passes.give_hidden_states import give_hidden_states
 from glm4export.passes.lift_weights import lift_weights
@@ -83,7 +84,7 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     if formats is not None and tensorrt:
         yield dequantize_linears(formats)
     elif formats is not None:
-        yield quantize_linears(formats)
+        yield quantize_linears(formats, int8_activations=options.target == "cpu")
         if options.inputs == "ids":
             yield quantize_embedding(formats)
 
@@ -105,3 +106,5 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
         yield widen_cache() if (options.target, graph) == ("cpu", PREFILL) else quantize_cache()
     if options.simplify:
         yield simplify()
+    if options.target == "cuda":  # behind simplify, which would name the outputs that it leaves out
+        yield fuse_residual_norms()

@@ -53,7 +53,7 @@ class Generation(Iterator[int]):
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
         self._logits = runner.prefill(ids[self.reused_tokens :])
-        self._lookup = Speculation(runner, PromptLookup(ids, lookup))
+        self._lookup = Speculation(runner, PromptLookup(ids, min(lookup, runner.draft_rows - 1)))
         self._token = -1  # the last one chosen, not yet in the cache
 
     @property

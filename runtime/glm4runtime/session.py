@@ -29,10 +29,12 @@ def load(
     provider: Provider | None = None,
     threads: int = 0,
     max_seq_len: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     check_hashes: bool = False,
     invariant: bool = False,
     huge_pages: bool = False,
+    device_id: int = 0,
+    gpu_mem_limit: float | None = None,
     chat_template: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> Session:
@@ -42,14 +44,16 @@ def load(
     engine (``engine``, the default), or in ONNX Runtime on ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, its
     execution providers of these names. threads: 0 lets ONNX Runtime choose. max_seq_len: length of the cache in tokens,
     by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
-    prompt takes. check_hashes: compare every file's sha256 first. invariant: the same tokens and logits, to the bit,
-    for every ``lookup`` and however a prompt is split, at up to a fifth of a lone stream's speed in int8 and int4; see
-    :mod:`glm4runtime.backends.invariance`. Without it, two logits that lie within rounding may change places.
-    huge_pages: put the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB,
-    and steps take up to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for
-    nothing).
-    chat_template: a Jinja template in place of the bundle's, as text or as the Path of a file. adapters:
-    files of ``glm4export adapter``, by the names that requests call them by, for a bundle built with ``--lora-slots``.
+    prompt takes; by default 512, and 2048 for int8 and int4 on ``cuda``. check_hashes: compare every file's sha256
+    first. invariant: the same tokens and logits, to the bit, for every ``lookup`` and however a prompt is split, at up
+    to a fifth of a lone stream's speed in int8 and int4; see :mod:`glm4runtime.backends.invariance`. Without it, two
+    logits that lie within rounding may change places. huge_pages: put the process's large blocks of memory into huge
+    pages, where Linux lets it: a second or two per GB, and steps take up to a seventh less
+    (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing). device_id: which of the
+    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. gpu_mem_limit: GB that cache, weights
+    and activations may take on it, for ``cuda``. chat_template: a Jinja template in place of the bundle's, as text or
+    as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests call them by, for a
+    bundle built with ``--lora-slots``.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 
@@ -83,6 +87,8 @@ def load(
         prefill_chunk=prefill_chunk,
         check_hashes=check_hashes,
         adapters=adapters,
+        device_id=device_id,
+        gpu_mem_limit=gpu_mem_limit,
     )
     if huge_pages:
         collapse()

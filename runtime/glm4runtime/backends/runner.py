@@ -30,6 +30,7 @@ class Runner(ABC):
     ``length`` as it was, or after the last chunk of a prompt that was computed whole.
     The logits returned are the session's own buffer, overwritten by the next call.
 
+    ``draft_rows``: tokens in a run beyond which it takes the time of several steps, so that drafts stay within.
     ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.backends.invariance.make_invariant` sets them.
     From then on every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or
     tokens in front are computed again.
@@ -45,6 +46,7 @@ class Runner(ABC):
         self.manifest = manifest
         self.max_seq_len = max_seq_len or limit
         self.prefill_chunk = min(prefill_chunk, self.max_seq_len)
+        self.draft_rows = MAX_RUN
         self.invariant = False
         self.granule = 1
         self.sequence = TokenSequence(self.max_seq_len)
