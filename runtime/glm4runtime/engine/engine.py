@@ -350,11 +350,12 @@ class Engine:
                 self._end(id, "timeout")
         for function, future in calls:
             _answer_call(function, future)
+        shared = {id for _, id in plan.copies}
         for id, slot in plan.admit:
             answer = self._answers[id]
             if answer.job.feed.timing.started is None:
                 answer.job.note(started=now)
-            self._admit(id, answer, slot)
+            self._admit(id, answer, slot, shared=id in shared)
         ran = [*plan.decode]
         for source, id in plan.copies:
             self._loop.share(self._answers[source], self._answers[id])
@@ -370,8 +371,8 @@ class Engine:
         self._settle(ran)
         return True
 
-    def _admit(self, id: int, answer: Answer, slot: int) -> None:
-        rows = self._loop.admit(answer, slot)
+    def _admit(self, id: int, answer: Answer, slot: int, *, shared: bool) -> None:
+        rows = self._loop.admit(answer, slot, shared=shared)
         with self._condition:
             if rows:
                 self._scheduler.reused(id, rows)

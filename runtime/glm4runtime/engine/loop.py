@@ -40,11 +40,14 @@ class Loop:
         self._masks.shutdown()
         self.runner.close()
 
-    def admit(self, answer: Answer, slot: int) -> int:
-        """Give an answer its slot, with what the store has of its prompt; returns how many rows that is."""
+    def admit(self, answer: Answer, slot: int, *, shared: bool = False) -> int:
+        """Give an answer its slot, with what the store has of its prompt; returns how many rows that is.
+
+        shared: none, since another one of its request is about to :meth:`share` its prompt.
+        """
         job = answer.job
         answer.slot, answer.rows = slot, 0
-        if self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
+        if shared or self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
             return 0
         with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
             for first, block in hit:
