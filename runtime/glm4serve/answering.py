@@ -113,7 +113,7 @@ class Run:
             prompt_tokens=total.prompt_tokens,
             cached_tokens=total.cached_tokens,
             completion_tokens=total.completion_tokens,
-            finish_reasons=self._reasons,
+            finish_reasons=self._reasons or ["cancelled"],
         )
         for handle in self.handles:
             if handle.timing.finished is not None and self._reasons:

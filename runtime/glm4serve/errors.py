@@ -80,6 +80,8 @@ def unavailable(message: str) -> ApiError:
 
 def invalid(errors: Sequence[Any], body: Any) -> ApiError:
     """400 out of pydantic's list of errors: each field by its path, and what was expected; nothing of the values."""
+    if errors[0]["type"] == "json_invalid":
+        return ApiError(400, f"body: not valid JSON: {errors[0]['ctx']['error']}", code="invalid_json")
     found: dict[str, str] = {}
     for item in errors:
         message = "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])

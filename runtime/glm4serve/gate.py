@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import time
 
+import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -106,8 +106,9 @@ class Gate:
         if not length and "transfer-encoding" not in headers and scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return receive
         try:
-            body = await asyncio.wait_for(_read(receive, limit), self._service.settings.body_timeout)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(self._service.settings.body_timeout):
+                body = await _read(receive, limit)
+        except TimeoutError:
             raise ApiError(408, "body: it didn't come in time", code="timeout", headers=_CLOSE) from None
         message: Message | None = {"type": "http.request", "body": body, "more_body": False}
 

@@ -92,17 +92,18 @@ class _Engines(Collector):
         )
         for generator in self._models.generators.values():
             stats, name = generator.engine.stats(), generator.name
+            kept = stats.prefixes
             values = {
                 "num_requests_running": stats.scheduler.running,
                 "num_requests_waiting": stats.scheduler.waiting,
                 "kv_cache_usage_perc": stats.scheduler.running / stats.slots,
                 "engine_last_step_age_seconds": stats.last_step_age,
-                "prefix_cache_bytes": stats.prefix_bytes,
                 "prompt_tokens": stats.prompt_tokens,
                 "generation_tokens": stats.completion_tokens,
-                "prefix_cache_queries": stats.prompt_tokens,
-                "prefix_cache_hits": stats.cached_tokens,
-                "prefix_cache_evictions": stats.prefix_evictions,
+                "prefix_cache_bytes": 0 if kept is None else kept.stored_bytes,
+                "prefix_cache_queries": 0 if kept is None else kept.query_tokens,
+                "prefix_cache_hits": 0 if kept is None else kept.hit_tokens,
+                "prefix_cache_evictions": 0 if kept is None else kept.evictions,
             }
             for key, value in values.items():
                 found[key].add_metric([name], value)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from json import JSONDecodeError
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -10,8 +11,6 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
-
-from glm4serve.errors import ApiError
 
 
 class Strict(BaseModel):
@@ -24,12 +23,12 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         """The body. Unlike Python's reader, this one has a limit of depth (200), and refuses NaN and lone surrogates.
 
-        Raises ApiError for what is no JSON.
+        Raises JSONDecodeError for what is no JSON, which FastAPI knows.
         """
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"body: not valid JSON: {error}", code="invalid_json") from error
+            raise JSONDecodeError(str(error), "", 0) from error
 
 
 class JsonRoute(APIRoute):

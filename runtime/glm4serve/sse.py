@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -56,8 +57,9 @@ class EventStream(Response):
     async def _pump(self, send: Send) -> None:
         async def write(message: Message) -> None:
             try:
-                await asyncio.wait_for(send(message), self._write_timeout)
-            except asyncio.TimeoutError:
+                with anyio.fail_after(self._write_timeout):  # before Python 3.12, wait_for may swallow a cancellation
+                    await send(message)
+            except TimeoutError:
                 raise SlowReader from None
 
         await write({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

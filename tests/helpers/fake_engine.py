@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import glm4export
 from glm4runtime.engine.engine import EngineClosed, EngineStats
 from glm4runtime.engine.handle import Feed, Handle
+from glm4runtime.engine.prefix import PrefixStats
 from glm4runtime.engine.prepare import PromptTooLong
 from glm4runtime.engine.request import Delta, Request, Result, Timing, Usage
 from glm4runtime.engine.scheduler import QueueFull, SchedulerStats
 from glm4runtime.sampling.logprobs import TokenLogprobs
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
-from tests.helpers.demo import DEMO
 
+
+ROOT = Path(glm4export.__file__).parents[1]
+DEMO = ROOT / "glm4export" / "demo"
 Script = Callable[[Request], Sequence[Delta]]  # of each choice: its deltas, the last with a finish_reason
 
 
@@ -26,6 +32,12 @@ def words(*texts: str, reason: str = "stop", **last: Any) -> list[Delta]:
     """Deltas of a text in pieces, one token each."""
     pieces = [Delta(content=text, tokens=(100 + i,)) for i, text in enumerate(texts)]
     return [*pieces, Delta(finish_reason=reason, **last)]  # type: ignore[arg-type]
+
+
+@functools.cache
+def _text() -> BundleText:
+    """The embedded model's tokenizer and template: one process for all engines, which ends with ours."""
+    return BundleText(DEMO, read_text_files(DEMO))
 
 
 class FakeEngine:
@@ -46,8 +58,7 @@ class FakeEngine:
         self.healthy, self.last_step_age = True, 0.0
         self.manifest = SimpleNamespace(to_json=lambda: "{}")
         self.max_seq_len = 512
-        self._text = BundleText(DEMO, read_text_files(DEMO))
-        self.tokenizer, self.template = self._text.tokenizer, self._text.template
+        self.tokenizer, self.template = _text().tokenizer, _text().template
         self._script = script if callable(script) else lambda request: script
         self._pause, self._max_queue, self._error = pause, max_queue, error
         self._finished: dict[str, int] = {}
@@ -84,13 +95,8 @@ class FakeEngine:
             cached_tokens=3,
             completion_tokens=5,
             finished=dict(self._finished),
-            prefix_bytes=0,
-            prefix_evictions=0,
+            prefixes=PrefixStats(2, 11, 3, 1, 4, 4096, 8192),
         )
-
-    def close(self) -> None:
-        """End the template's process."""
-        self._text.close()
 
     def _cancel(self, feed: Feed) -> None:
         feed.cancelled = True
