@@ -97,7 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{', '.join(bundles)} at {address}/v1 (Ctrl-C ends it)", flush=True)
 
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
-        models = {name: opened.enter_context(_opened(folder, arguments)) for name, folder in bundles.items()}
+        models: dict[str, Engine | Encoder] = {}
+        for name, folder in bundles.items():
+            model = models[name] = _opened(folder, arguments)
+            opened.callback(model.close)
         logs.configure()
         server.serve(
             create_app(models, settings),
@@ -147,7 +150,8 @@ def _settings(arguments: argparse.Namespace) -> Any:
     local = is_loopback(arguments.host)
     if not local and arguments.keys is None and not arguments.no_key:
         raise UserError(
-            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key to let everybody ask"
+            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key to let everybody "
+            "ask"
         )
     return Settings(
         keys=None if arguments.keys is None else Keys.from_file(arguments.keys),

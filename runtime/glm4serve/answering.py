@@ -106,8 +106,9 @@ class Run:
             return
         self._service.runs.discard(self)
         self.cancel()
-        usages = [handle.usage for handle in self.handles]
-        total = total_usage(usages)
+        if not self.handles:
+            return
+        total = total_usage(handle.usage for handle in self.handles)
         note(
             self._http,
             prompt_tokens=total.prompt_tokens,

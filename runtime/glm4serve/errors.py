@@ -8,10 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from glm4runtime.contract import BundleError, UserError
-from glm4runtime.engine.engine import EngineClosed
-from glm4runtime.engine.handle import RequestFailed
-from glm4runtime.engine.prepare import PromptTooLong
-from glm4runtime.engine.scheduler import QueueFull
+from glm4runtime.engine import EngineClosed, PromptTooLong, QueueFull, RequestFailed
 
 Shape = Callable[["ApiError"], dict[str, Any]]
 
@@ -82,11 +79,11 @@ def invalid(errors: Sequence[Any], body: Any) -> ApiError:
     """400 out of pydantic's list of errors: each field by its path, and what was expected; nothing of the values."""
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"body: not valid JSON: {errors[0]['ctx']['error']}", code="invalid_json")
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for item in errors:
         message = "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])
-        found.setdefault(_path(item["loc"][1:], body, item["type"] == "missing"), message)
-    parts = [f"{path}: {message}" for path, message in found.items()]
+        found.setdefault(_path(item["loc"][1:], body, item["type"] == "missing"), []).append(message)
+    parts = [f"{path}: {', or: '.join(dict.fromkeys(messages))}" for path, messages in found.items()]
     more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
     code = codes.get(errors[0]["type"], "invalid_value")

@@ -67,13 +67,14 @@ class Models:
 
     def find(self, name: str | None) -> Generator | Embedder:
         """Of either kind. Raises ApiError."""
-        return _found(name, {**self.generators, **self.embedders}, {}, "")
+        known: dict[str, Generator | Embedder] = {**self.generators, **self.embedders}
+        return _found(name, known, {}, "")
 
 
 def _found(name: str | None, wanted: Mapping[str, _M], others: Mapping[str, object], instead: str) -> _M:
     if name is None and len(wanted) == 1:
         return next(iter(wanted.values()))
-    if name in wanted:
+    if name is not None and name in wanted:
         return wanted[name]
     if name in others:
         raise ApiError(400, f"model: {name!r} {instead}", code="wrong_model", param="model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request as HttpRequest
 
@@ -15,7 +15,13 @@ from glm4serve.settings import Settings
 
 if TYPE_CHECKING:
     from glm4runtime.engine import Engine
-    from glm4serve.answering import Run
+
+
+class Cancellable(Protocol):
+    """Answers under way."""
+
+    def cancel(self) -> None:
+        """End them, and tell whom they are for."""
 
 
 class Service:
@@ -29,7 +35,7 @@ class Service:
         self.started = int(time.time())
         self.draining = False  # no more requests are taken
         self.in_flight = 0  # requests that are not yet answered, but for those for health
-        self.runs: set[Run] = set()
+        self.runs: set[Cancellable] = set()
 
     def abort(self) -> None:
         """End every answer under way; their clients are told."""

@@ -22,7 +22,6 @@ from glm4runtime.sampling.logprobs import TokenLogprobs
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
 
-
 ROOT = Path(glm4export.__file__).parents[1]
 DEMO = ROOT / "glm4export" / "demo"
 Script = Callable[[Request], Sequence[Delta]]  # of each choice: its deltas, the last with a finish_reason

@@ -99,7 +99,7 @@ def test_half_characters_in_log_probabilities(serve: Serve) -> None:
     body = {**ASK, "logprobs": True, "top_logprobs": 2}
     whole = ask(app, CHAT, body).json()["choices"][0]["logprobs"]["content"]
     assert [entry["token"] for entry in whole] == ["bytes:\\xc3", "bytes:\\xa9"]
-    assert bytes(sum((entry["bytes"] for entry in whole), [])).decode() == "é"
+    assert b"".join(bytes(entry["bytes"]) for entry in whole).decode() == "é"
     assert whole[0]["top_logprobs"][1]["logprob"] == -9999.0
     chunks = events(ask(app, CHAT, {**body, "stream": True}))[:-1]
     streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm4export.sources.checkpoint import locate
 from glm4runtime import Encoder, load_encoder
 from glm4serve import create_app
 from tests.helpers.asgi import CHAT, ask
+from tests.helpers.checkpoints import save_with_tokenizer
+from tests.helpers.encoders import random_encoder
 
 PATH = "/v1/embeddings"
 
 
 @pytest.fixture(scope="module")
-def encoder(build_bundle: Callable[..., Path]) -> Iterator[Encoder]:
-    """The embedded model's hidden states, pooled."""
-    bundle = build_bundle(locate(None).folder, task="features", pooling="mean", target="cpu", precision="fp32")
+def encoder(build_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encoder]:
+    """A random model's hidden states, pooled; its tokens are bytes."""
+    checkpoint = save_with_tokenizer(random_encoder("features", vocab_size=256), tmp_path_factory.mktemp("features"))
+    bundle = build_bundle(checkpoint, pooling="mean", target="cpu", precision="fp32")
     with load_encoder(bundle, max_seq_len=64) as opened:
         yield opened
 
@@ -45,7 +47,7 @@ def test_embeddings(encoder: Encoder) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [[10**7]]}, "text 0"),
+        ({"input": [[10**7]]}, "token id 10000000"),
         ({"input": "a " * 200}, "at most 64 fit"),
         ({"input": "a", "dimensions": 8}, "dimensions: unknown field"),
     ],

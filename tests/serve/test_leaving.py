@@ -60,7 +60,7 @@ def test_a_client_that_does_not_read(serve: Serve) -> None:
 
 def test_silence_is_broken(serve: Serve) -> None:
     """So that what stands between doesn't take the connection for dead."""
-    app, engine = serve(words("a", "b"), Settings(ping=0.05), pause=0.2)
+    app, _ = serve(words("a", "b"), Settings(ping=0.05), pause=0.2)
 
     async def done(messages: list[Any]) -> bool:
         return any(message.get("more_body") is False for message in messages)

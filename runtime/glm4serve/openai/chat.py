@@ -79,8 +79,12 @@ def _engine_request(body: ChatRequest, generator: Generator) -> Request:
         raise ApiError(400, "stream_options: goes with stream true", code="invalid_value", param="stream_options")
     variables = body.chat_template_kwargs or {}
     if reserved := _RESERVED & variables.keys():
-        name = min(reserved)
-        raise ApiError(400, f"chat_template_kwargs: {name} isn't the client's to set", code="invalid_value", param="chat_template_kwargs")
+        raise ApiError(
+            400,
+            f"chat_template_kwargs: {min(reserved)} isn't the client's to set",
+            code="invalid_value",
+            param="chat_template_kwargs",
+        )
     most = body.max_completion_tokens or body.max_tokens
     return Request(
         messages=template_messages(body.messages),

@@ -53,7 +53,7 @@ class ChatAnswer:
 
     def delta(self, prompt: int, delta: Delta) -> Iterator[str]:
         """A chunk, where there's something to tell."""
-        index, told = delta.choice, {}
+        index, told = delta.choice, dict[str, Any]()
         if delta.thought:
             told["reasoning_content"] = delta.thought
         if delta.content:

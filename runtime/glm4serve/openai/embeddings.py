@@ -43,8 +43,8 @@ class EmbeddingRequest(PassedOver):
         if isinstance(self.input, str):
             return [self.input]
         if isinstance(self.input[0], int):
-            return [list(self.input)]  # type: ignore[arg-type]
-        return list(self.input)  # type: ignore[arg-type]
+            return [list(self.input)]
+        return list(self.input)
 
 
 @router.post("/v1/embeddings", response_model=None)
