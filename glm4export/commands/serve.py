@@ -150,8 +150,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     local = is_loopback(arguments.host)
     if not local and arguments.keys is None and not arguments.no_key:
         raise UserError(
-            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key to let everybody "
-            "ask"
+            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key for everybody"
         )
     return Settings(
         keys=None if arguments.keys is None else Keys.from_file(arguments.keys),

@@ -80,7 +80,9 @@ def test_what_the_model_was_trained_to_say_whole_and_streamed_many_at_once(clien
 
 def test_thoughts_come_apart(client: openai.OpenAI) -> None:
     prompt = next(prompt for prompt in PROMPTS if prompt["name"] == "think")
-    message = client.chat.completions.create(model="demo", messages=prompt["messages"], temperature=0).choices[0].message
+    message = (
+        client.chat.completions.create(model="demo", messages=prompt["messages"], temperature=0).choices[0].message
+    )
     assert message.content == "12 + 15 = 27."
     assert message.model_extra == {"reasoning_content": "Ones: 2 + 5 = 7. Tens: 1 + 1 + 0 = 2."}
 

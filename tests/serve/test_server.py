@@ -106,7 +106,7 @@ def test_a_port_that_is_taken() -> None:
 
 def test_a_certificate_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("none")
-    with pytest.raises(UserError, match="cert.pem: no certificate and key that TLS can use"):
+    with pytest.raises(UserError, match=r"cert\.pem: no certificate and key that TLS can use"):
         check_certificate(tmp_path / "cert.pem", None)
 
 

@@ -125,8 +125,6 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _plain(message: Message) -> dict[str, Any]:
     given = message.model_dump(exclude_none=True)
     given.pop("annotations", None)
-    if given["role"] == "developer":
-        given["role"] = "system"
     if given["role"] == "assistant":
         given.setdefault("content", "")
     for call in given.get("tool_calls", ()):
