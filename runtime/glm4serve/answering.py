@@ -58,9 +58,11 @@ async def submit(http: HttpRequest, generator: Generator, requests: Sequence[Req
             asked = replace(request, key=owner_of(http), timeout=settings.request_timeout)
             # In a thread: the template runs in another process, and a grammar may take a while.
             run.handles.append(await anyio.to_thread.run_sync(generator.engine.submit, asked))
-    except Exception as error:
+    except BaseException as error:
         run.close()
-        raise told(error, param) from error
+        if isinstance(error, Exception):
+            raise told(error, param) from error
+        raise
     return run
 
 

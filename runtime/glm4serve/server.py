@@ -19,6 +19,7 @@ from glm4runtime.contract import UserError
 from glm4serve import logs
 from glm4serve.service import Service
 
+_KEEP_ALIVE = 75  # seconds; clients give up idle connections after 5 or 60, and have to be the first
 _CUT = 5.0  # seconds that answers have to tell their clients that the server ends them
 
 
@@ -70,6 +71,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(_CUT),
         ssl_certfile=certificate,
         ssl_keyfile=key,
