@@ -18,6 +18,7 @@ COMMANDS = {
     "engine": "build TensorRT engines for a finished bundle; no checkpoint needed",
     "adapter": "convert a LoRA adapter for sessions of a bundle built with --lora-slots",
     "generate": "answer a prompt, or chat",
+    "serve": "answer over HTTP, many at once: OpenAI's API, metrics, limits",
     "embed": "one embedding per text, of a bundle built with --task features and --pooling",
     "classify": "labels of texts or of spans in them, of a classifier's bundle",
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
@@ -79,6 +80,9 @@ _EXTRAS = {
     "tqdm": "compile",
     "onnxruntime": "cpu",
     "matplotlib": "bench",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
 }
 
 

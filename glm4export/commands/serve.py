@@ -1,0 +1,185 @@
+"""``glm4export serve``: bundles behind an HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.contract import UserError, read_manifest
+
+if TYPE_CHECKING:
+    from glm4runtime.encoder import Encoder
+    from glm4runtime.engine import Engine
+
+EXAMPLE = "example: glm4export serve glm-4-9b-int4 --port 8000"
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.set_defaults(opens_session=True)
+    command.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="its folder's name is the model's name")
+    command.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME=BUNDLE",
+        help="a bundle under another name; again for more bundles, each with slots and a cache of its own",
+    )
+    engine = command.add_argument_group("each engine")
+    engine.add_argument("--provider", choices=PROVIDERS, help="default: the bundle's target")
+    engine.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
+    engine.add_argument("--slots", type=int, default=8, metavar="N", help="answers at once (default: %(default)s)")
+    engine.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer (default: the bundle's)"
+    )
+    engine.add_argument(
+        "--max-queue", type=int, default=64, metavar="N", help="requests that may wait (default: %(default)s); then 429"
+    )
+    engine.add_argument(
+        "--prefix-cache",
+        choices=("prompt", "all", "off"),
+        default="prompt",
+        help="what is kept of finished requests for others that begin alike (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--prefix-cache-mb", type=int, default=1024, metavar="MB", help="memory for it (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--stall-ms", type=float, default=200.0, metavar="MS", help="how long a new prompt may hold up answers"
+    )
+    engine.add_argument(
+        "--no-invariant",
+        action="store_true",
+        help="lone answers in int8 and int4 up to a fifth faster, but their bits then depend on what runs beside them",
+    )
+    engine.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file in place of the bundle's")
+    http = command.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="default: %(default)s, which only this machine reaches")
+    http.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s; 0: a free one")
+    http.add_argument("--keys", type=Path, metavar="FILE", help="API keys: a line each, KEY or NAME KEY")
+    http.add_argument("--no-key", action="store_true", help="another --host for everybody who reaches it, without keys")
+    http.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask")
+    http.add_argument("--certificate", type=Path, metavar="FILE", help="TLS: the certificate, PEM")
+    http.add_argument("--certificate-key", type=Path, metavar="FILE", help="TLS: its private key, PEM")
+    http.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: %(default)s)"
+    )
+    http.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that answers under way have after SIGTERM (default: %(default)s)",
+    )
+    http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
+    command.add_argument("--json", action="store_true", help="print a line of JSON with the address when it's ready")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from glm4serve import create_app, logs, server
+
+    bundles = _bundles(arguments)
+    settings = _settings(arguments)
+    if arguments.certificate is not None:
+        server.check_certificate(arguments.certificate, arguments.certificate_key)
+
+    def ready(address: str) -> None:
+        if arguments.json:
+            print(json.dumps({"url": address, "models": list(bundles)}), flush=True)
+        else:
+            print(f"{', '.join(bundles)} at {address}/v1 (Ctrl-C ends it)", flush=True)
+
+    with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
+        models: dict[str, Engine | Encoder] = {}
+        for name, folder in bundles.items():
+            model = models[name] = _opened(folder, arguments)
+            opened.callback(model.close)
+        logs.configure()
+        server.serve(
+            create_app(models, settings),
+            bound,
+            drain=arguments.drain,
+            certificate=arguments.certificate,
+            key=arguments.certificate_key,
+            ready=ready,
+        )
+    return 0
+
+
+def _bundles(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Folders by the models' names, each looked at before any is opened."""
+    named = [] if arguments.bundle is None else [(arguments.bundle.resolve().name, arguments.bundle)]
+    for text in arguments.name:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            raise UserError(f"--name {text}: expected NAME=BUNDLE")
+        named.append((name, Path(folder)))
+    if not named:
+        raise UserError("which bundle? give its folder, or --name NAME=BUNDLE")
+    bundles = dict(named)
+    if len(bundles) != len(named):
+        raise UserError("two bundles have the same name; give each its own with --name NAME=BUNDLE")
+    for folder in bundles.values():
+        manifest = read_manifest(folder)
+        if manifest.kv_cache is None and (manifest.encoder is None or manifest.encoder.pooling is None):
+            raise UserError(
+                f"{folder}: gives neither text nor one embedding per text; the latter takes a build with --pooling"
+            )
+    return bundles
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    from glm4serve.keys import Keys
+    from glm4serve.server import is_loopback
+    from glm4serve.settings import Settings
+
+    for name in ("timeout", "drain"):
+        if not 0 <= getattr(arguments, name) <= 86400:
+            raise UserError(f"--{name} {getattr(arguments, name)}: expected seconds from 0 to 86400")
+    if arguments.certificate_key is not None and arguments.certificate is None:
+        raise UserError("--certificate-key goes with --certificate")
+    if arguments.keys is not None and arguments.no_key:
+        raise UserError("--keys and --no-key exclude each other")
+    local = is_loopback(arguments.host)
+    if not local and arguments.keys is None and not arguments.no_key:
+        raise UserError(
+            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key for everybody"
+        )
+    return Settings(
+        keys=None if arguments.keys is None else Keys.from_file(arguments.keys),
+        # Without keys, a page whose name was pointed at this machine could ask as if it were ours.
+        hosts=_LOOPBACK if local and arguments.keys is None else (),
+        cors_origins=tuple(arguments.cors_origin),
+        request_timeout=arguments.timeout or None,
+        slots_page=arguments.slots_page,
+    )
+
+
+def _opened(folder: Path, arguments: argparse.Namespace) -> Engine | Encoder:
+    from glm4runtime import load_encoder
+    from glm4runtime.engine import Engine
+
+    if read_manifest(folder).kv_cache is None:
+        return load_encoder(
+            folder, provider=arguments.provider, threads=arguments.threads, max_seq_len=arguments.max_seq_len
+        )
+    return Engine.load(
+        folder,
+        slots=arguments.slots,
+        provider=arguments.provider,
+        threads=arguments.threads,
+        max_seq_len=arguments.max_seq_len,
+        invariant=not arguments.no_invariant,
+        chat_template=arguments.chat_template,
+        prefix_cache=arguments.prefix_cache,
+        prefix_cache_bytes=arguments.prefix_cache_mb << 20,
+        max_queue=arguments.max_queue,
+        stall_ms=arguments.stall_ms,
+    )
