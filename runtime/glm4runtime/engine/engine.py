@@ -168,7 +168,7 @@ class Engine:
         """Start the thread. runner, draft: this engine's own from now on. Others as :meth:`load`'s."""
         self.manifest: Manifest = runner.manifest
         self.max_seq_len = runner.max_seq_len
-        self._runner, self._text = runner, text
+        self.folder, self.runner, self._text = text.folder, runner, text
         self._preparation = Preparation(runner, text, drafts=draft is not None)
         self._scheduler = Scheduler(
             runner.slots,
@@ -240,7 +240,7 @@ class Engine:
                 and self._thread.is_alive()
                 and self._loop.failures_in_a_row < _FAILURES,
                 last_step_age=time.monotonic() - self._last_step,
-                slots=self._runner.slots,
+                slots=self.runner.slots,
                 scheduler=self._scheduler.stats(),
                 prompt_tokens=self._totals["prompt"],
                 cached_tokens=self._totals["cached"],
@@ -262,12 +262,24 @@ class Engine:
         Raises UserError where there is none, or the file can't be written.
         """
         store = self._require_store()
-        self._call(lambda: prefix_file.save(store, Path(path)))
+        self.call(lambda: prefix_file.save(store, Path(path)))
 
     def restore_prefixes(self, path: str | Path) -> int:
         """Take in what :meth:`save_prefixes` wrote; returns how many tokens. Raises UserError for any other file."""
         store = self._require_store()
-        return self._call(lambda: prefix_file.restore(store, Path(path)))
+        return self.call(lambda: prefix_file.restore(store, Path(path)))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Have the engine's thread call a function between two steps, and wait for what it returns or raises.
+
+        Nothing else is computed meanwhile: for measurements, and for looking at :attr:`runner`.
+        """
+        future: Future[T] = Future()
+        with self._condition:
+            self._require_open()
+            self._calls.append((function, future))
+            self._condition.notify_all()
+        return future.result()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; False where some are left after ``timeout`` seconds."""
@@ -316,15 +328,6 @@ class Engine:
         feed.cancelled = True
         with self._condition:
             self._condition.notify_all()
-
-    def _call(self, function: Callable[[], T]) -> T:
-        """Have the engine's thread call a function between two steps, and wait for what it returns."""
-        future: Future[T] = Future()
-        with self._condition:
-            self._require_open()
-            self._calls.append((function, future))
-            self._condition.notify_all()
-        return future.result()
 
     # What follows runs in the engine's thread.
 

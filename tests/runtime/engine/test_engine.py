@@ -249,14 +249,14 @@ def test_cancels_at_random_points_free_their_slots(load_engine: LoadEngine) -> N
 
 def failing(engine: Engine, name: str, wrong: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a method of the runner fail where ``wrong`` says so of its arguments."""
-    right = getattr(engine._runner, name)
+    right = getattr(engine.runner, name)
 
     def run(*arguments: Any) -> Any:
         if wrong(*arguments):
             raise RuntimeError("the graph failed")
         return right(*arguments)
 
-    monkeypatch.setattr(engine._runner, name, run)
+    monkeypatch.setattr(engine.runner, name, run)
 
 
 def test_a_failing_run_takes_down_whom_it_was_for(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_failing_run_takes_down_whom_it_was_for(load_engine: LoadEngine, monke
 
 def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
-    step = engine._runner.step
+    step = engine.runner.step
 
     def poisoned(slots: Any, tokens: Any, starts: Any) -> Any:
         rows = step(slots, tokens, starts)
@@ -289,7 +289,7 @@ def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatc
                 row[:] = np.nan
         return rows
 
-    monkeypatch.setattr(engine._runner, "step", poisoned)
+    monkeypatch.setattr(engine.runner, "step", poisoned)
     params = SamplingParams(max_new_tokens=20, min_new_tokens=20)
     bad, good = (engine.submit(Request(prompt(n), params=params)) for n in (50, 9))
     with pytest.raises(RequestFailed, match="finite maximum"):
