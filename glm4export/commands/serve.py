@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime.backends.providers import PROVIDERS
-from glm4runtime.contract import UserError, read_manifest
+from glm4export.commands.slot_options import add_slot_options, answering_manifest, open_slots
+from glm4runtime.contract import UserError
 
 if TYPE_CHECKING:
     from glm4runtime.encoder import Encoder
@@ -22,7 +22,6 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 def configure(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    command.set_defaults(opens_session=True)
     command.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="its folder's name is the model's name")
     command.add_argument(
         "--name",
@@ -31,34 +30,13 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="NAME=BUNDLE",
         help="a bundle under another name; again for more bundles, each with slots and a cache of its own",
     )
-    engine = command.add_argument_group("each engine")
-    engine.add_argument("--provider", choices=PROVIDERS, help="default: the bundle's target")
-    engine.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
-    engine.add_argument("--slots", type=int, default=8, metavar="N", help="answers at once (default: %(default)s)")
-    engine.add_argument(
-        "--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer (default: the bundle's)"
-    )
+    engine = add_slot_options(command)
     engine.add_argument(
         "--max-queue", type=int, default=64, metavar="N", help="requests that may wait (default: %(default)s); then 429"
     )
     engine.add_argument(
-        "--prefix-cache",
-        choices=("prompt", "all", "off"),
-        default="prompt",
-        help="what is kept of finished requests for others that begin alike (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--prefix-cache-mb", type=int, default=1024, metavar="MB", help="memory for it (default: %(default)s)"
-    )
-    engine.add_argument(
         "--stall-ms", type=float, default=200.0, metavar="MS", help="how long a new prompt may hold up answers"
     )
-    engine.add_argument(
-        "--no-invariant",
-        action="store_true",
-        help="lone answers in int8 and int4 up to a fifth faster, but their bits then depend on what runs beside them",
-    )
-    engine.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file in place of the bundle's")
     http = command.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="default: %(default)s, which only this machine reaches")
     http.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s; 0: a free one")
@@ -99,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in bundles.items():
-            model = models[name] = _opened(folder, arguments)
+            model = models[name] = open_slots(
+                folder, arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms
+            )
             opened.callback(model.close)
         logs.configure()
         server.serve(
@@ -127,11 +107,7 @@ def _bundles(arguments: argparse.Namespace) -> dict[str, Path]:
     if len(bundles) != len(named):
         raise UserError("two bundles have the same name; give each its own with --name NAME=BUNDLE")
     for folder in bundles.values():
-        manifest = read_manifest(folder)
-        if manifest.kv_cache is None and (manifest.encoder is None or manifest.encoder.pooling is None):
-            raise UserError(
-                f"{folder}: gives neither text nor one embedding per text; the latter takes a build with --pooling"
-            )
+        answering_manifest(folder)
     return bundles
 
 
@@ -159,27 +135,4 @@ def _settings(arguments: argparse.Namespace) -> Any:
         cors_origins=tuple(arguments.cors_origin),
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
-    )
-
-
-def _opened(folder: Path, arguments: argparse.Namespace) -> Engine | Encoder:
-    from glm4runtime import load_encoder
-    from glm4runtime.engine import Engine
-
-    if read_manifest(folder).kv_cache is None:
-        return load_encoder(
-            folder, provider=arguments.provider, threads=arguments.threads, max_seq_len=arguments.max_seq_len
-        )
-    return Engine.load(
-        folder,
-        slots=arguments.slots,
-        provider=arguments.provider,
-        threads=arguments.threads,
-        max_seq_len=arguments.max_seq_len,
-        invariant=not arguments.no_invariant,
-        chat_template=arguments.chat_template,
-        prefix_cache=arguments.prefix_cache,
-        prefix_cache_bytes=arguments.prefix_cache_mb << 20,
-        max_queue=arguments.max_queue,
-        stall_ms=arguments.stall_ms,
     )

@@ -9,7 +9,22 @@
 leaving), and the same protocol's writer, which makes its form of the deltas.
 """
 
-from glm4serve.app import create_app
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from glm4serve.settings import Settings
 
+if TYPE_CHECKING:
+    from glm4serve.app import create_app
+
 __all__ = ["Settings", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    """FastAPI is imported by those who want the application: ``glm4serve.batch`` does without."""
+    if name != "create_app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from glm4serve.app import create_app
+
+    return create_app

@@ -21,9 +21,9 @@ from starlette.requests import Request as HttpRequest
 from glm4runtime.engine.request import Delta, Request, Result, Usage
 from glm4serve import logs
 from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.event_stream import EventStream, disconnected
 from glm4serve.models import Generator
 from glm4serve.service import Service, note, owner_of, service_of
-from glm4serve.sse import EventStream, disconnected
 
 if TYPE_CHECKING:
     from glm4runtime.engine.handle import Handle
@@ -110,7 +110,7 @@ class Run:
         self.cancel()
         if not self.handles:
             return
-        total = total_usage(handle.usage for handle in self.handles)
+        total = sum((handle.usage for handle in self.handles), Usage(0, 0, 0))
         note(
             self._http,
             prompt_tokens=total.prompt_tokens,
@@ -184,17 +184,3 @@ async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Delta]
     finally:
         for future in coming:
             future.cancel()
-
-
-def total_usage(usages: Iterable[Usage]) -> Usage:
-    """The sum."""
-    total = Usage(0, 0, 0)
-    for usage in usages:
-        total = Usage(
-            total.prompt_tokens + usage.prompt_tokens,
-            total.cached_tokens + usage.cached_tokens,
-            total.completion_tokens + usage.completion_tokens,
-            total.drafted_tokens + usage.drafted_tokens,
-            total.accepted_tokens + usage.accepted_tokens,
-        )
-    return total

@@ -15,9 +15,10 @@ from starlette.responses import JSONResponse
 
 from glm4runtime.encoder import Encoder
 from glm4serve import health, tokens
-from glm4serve.errors import ApiError, invalid, respond
+from glm4serve.errors import ApiError, invalid
 from glm4serve.gate import Gate
 from glm4serve.openai import chat, completions, embeddings, listing
+from glm4serve.responses import respond
 from glm4serve.service import Service
 from glm4serve.settings import Settings
 

@@ -44,13 +44,14 @@ class Embedder:
         if self.pending > self._queue:  # one of them is being computed
             raise queue_full(f"the queue is full: {self._queue} requests wait for this model", 1)
         self.pending += 1
-        future = self._thread.submit(self._embed, texts)
+        future = self._thread.submit(self.compute, texts)
         try:
             return await asyncio.wrap_future(future)
         finally:
             self.pending -= 1
 
-    def _embed(self, texts: Sequence[str | list[int]]) -> Embeddings:
+    def compute(self, texts: Sequence[str | list[int]]) -> Embeddings:
+        """Their embeddings, in the calling thread. Raises UserError as :meth:`Encoder.embed` does."""
         encoder = self.encoder
         most = encoder.max_seq_len if encoder.truncate else None
         ids = [encoder.tokenizer.encode_text(text, most)[0] if isinstance(text, str) else text for text in texts]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from starlette.responses import JSONResponse
 
 from glm4runtime.contract import BundleError, UserError
 from glm4runtime.engine import EngineClosed, PromptTooLong, QueueFull, RequestFailed
-
-Shape = Callable[["ApiError"], dict[str, Any]]
 
 
 class ApiError(Exception):
@@ -35,16 +31,6 @@ class ApiError(Exception):
 def openai_shape(error: ApiError) -> dict[str, Any]:
     """OpenAI's error object, in answers and in streams."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
-
-
-#: Whose form an error has, by how the path begins; OpenAI's where none fits.
-SHAPES: dict[str, Shape] = {}
-
-
-def respond(path: str, error: ApiError) -> JSONResponse:
-    """The error as this path's protocol gives it."""
-    shape = next((shape for start, shape in SHAPES.items() if path.startswith(start)), openai_shape)
-    return JSONResponse(shape(error), error.status, error.headers)
 
 
 def told(error: Exception, param: str | None = None) -> ApiError:

@@ -11,9 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
-from glm4serve.errors import ApiError, respond, told, unavailable
+from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.event_stream import SlowReader
+from glm4serve.responses import respond
 from glm4serve.service import Service
-from glm4serve.sse import SlowReader
 
 #: Answered without a key, and while the service drains: what a balancer asks.
 OPEN = frozenset({"/health", "/ready"})

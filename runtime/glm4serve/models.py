@@ -74,6 +74,8 @@ class Models:
 def _found(name: str | None, wanted: Mapping[str, _M], others: Mapping[str, object], instead: str) -> _M:
     if name is None and len(wanted) == 1:
         return next(iter(wanted.values()))
+    if name is None and not wanted and others:
+        name = next(iter(others))
     if name is not None and name in wanted:
         return wanted[name]
     if name in others:

@@ -12,9 +12,10 @@ from starlette.requests import Request as HttpRequest
 
 from glm4runtime.contract import UserError
 from glm4serve.errors import told
+from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.openai.messages import Message, Tool, template_messages, template_tools
-from glm4serve.schema import JsonRoute, Strict
+from glm4serve.schema import Strict
 from glm4serve.service import service_of
 
 router = APIRouter(route_class=JsonRoute)

@@ -19,7 +19,7 @@ from glm4runtime.text.assistant import AnswerParser
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.stop import split_stop, stop_items
 from glm4runtime.text.structure import Matcher, Vocabulary, compile_structure
-from glm4runtime.text.turn import THINK
+from glm4runtime.text.turn import in_thought
 
 
 class PromptTooLong(UserError):
@@ -87,7 +87,7 @@ class Preparation:
         structure = request.structure
         if structure is None:
             return None
-        thinking = request.messages is not None and _opened(prompt)
+        thinking = request.messages is not None and prompt is not None and in_thought(prompt)
         return compile_structure(structure, self._vocabulary, thinking=thinking)
 
     @cached_property
@@ -99,13 +99,8 @@ class Preparation:
             if strings:
                 raise UserError(f"stop: {strings[0]!r} is text, and this bundle has no tokenizer; give token ids")
             return None
-        if request.messages is None:
+        if request.messages is None or prompt is None:
             return AnswerParser(self._text.tokenizer, stop_strings=strings, thinking=False)
         return AnswerParser(
-            self._text.tokenizer, stop_strings=strings, thinking=_opened(prompt) or "auto", tools=bool(request.tools)
+            self._text.tokenizer, stop_strings=strings, thinking=in_thought(prompt) or "auto", tools=bool(request.tools)
         )
-
-
-def _opened(prompt: str | None) -> bool:
-    """Whether a rendered conversation leaves the assistant inside a thought."""
-    return prompt is not None and prompt.rstrip().endswith(THINK)

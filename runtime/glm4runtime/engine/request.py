@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from glm4runtime.contract import UserError, shown
@@ -140,6 +140,10 @@ class Usage:
     completion_tokens: int  # stop tokens are not counted
     drafted_tokens: int = 0  # guesses of prompt lookup or a draft bundle
     accepted_tokens: int = 0  # those that proved right
+
+    def __add__(self, other: Usage) -> Usage:
+        """Of several requests together."""
+        return Usage(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 from fastapi import APIRouter
-from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from glm4runtime.contract import UserError
-from glm4runtime.engine.request import Request
-from glm4runtime.text.grammar import tool_structure
 from glm4serve.answering import submit
-from glm4serve.errors import ApiError, told
-from glm4serve.models import Generator
-from glm4serve.openai.chat_answer import ChatAnswer
-from glm4serve.openai.fields import SamplingFields
-from glm4serve.openai.messages import Message, NamedTool, Tool, template_messages, template_tools
-from glm4serve.openai.structure import ResponseFormat, StructuredOutputs, structure_of
-from glm4serve.schema import JsonRoute
+from glm4serve.errors import told
+from glm4serve.json_route import JsonRoute
+from glm4serve.openai.chat_request import ChatRequest
 from glm4serve.service import service_of
 
 router = APIRouter(route_class=JsonRoute)
-
-#: What the template is given anyway, and can't be changed by the client.
-_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
-
-
-class ChatRequest(SamplingFields):
-    """OpenAI's, without what these models can't do, and vLLM's additions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    modalities: list[Literal["text"]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -50,59 +21,8 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
     """An answer to a conversation, whole or as events."""
     generator = service_of(http).models.generator(body.model)
     try:
-        request = _engine_request(body, generator)
+        requests = body.requests(generator)
     except UserError as error:
         raise told(error) from error
-    run = await submit(http, generator, [request], param="messages")
-    answer = ChatAnswer(generator, n=request.n, usage=body.tells_usage, one_call=body.parallel_tool_calls is False)
-    if body.streams:
-        return run.stream(answer)
-    return JSONResponse(answer.whole(await run.whole()))
-
-
-def _engine_request(body: ChatRequest, generator: Generator) -> Request:
-    tools = _tools(body)
-    structure = structure_of(body.response_format, body.structured_outputs)
-    if structure is not None and tools:
-        raise ApiError(
-            400,
-            "response_format: goes with no tools unless tool_choice is none: an answer in this form can't be a call",
-            code="invalid_value",
-            param="response_format",
-        )
-    if tools:
-        choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
-        structure = tool_structure(tools, choice, parallel=body.parallel_tool_calls is not False)
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs: goes with logprobs true", code="invalid_value", param="top_logprobs")
-    if body.stream_options is not None and not body.streams:
-        raise ApiError(400, "stream_options: goes with stream true", code="invalid_value", param="stream_options")
-    variables = body.chat_template_kwargs or {}
-    if reserved := _RESERVED & variables.keys():
-        raise ApiError(
-            400,
-            f"chat_template_kwargs: {min(reserved)} isn't the client's to set",
-            code="invalid_value",
-            param="chat_template_kwargs",
-        )
-    most = body.max_completion_tokens or body.max_tokens
-    return Request(
-        messages=template_messages(body.messages),
-        tools=tools,
-        template_variables=variables,
-        params=body.params(min(most or generator.most_tokens, generator.most_tokens)),
-        stop=body.stops(),
-        structure=structure,
-        n=body.n or 1,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        salt=body.cache_salt or "",
-    )
-
-
-def _tools(body: ChatRequest) -> list[dict[str, Any]] | None:
-    """Tools that the template tells of: none where none may be called."""
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice: there are no tools", code="invalid_value", param="tool_choice")
-        return None
-    return None if body.tool_choice == "none" else template_tools(body.tools)
+    run, answer = await submit(http, generator, requests, param=body.prompt_field), body.answer(generator)
+    return run.stream(answer) if body.streams else JSONResponse(answer.whole(await run.whole()))

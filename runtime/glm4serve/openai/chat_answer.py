@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from glm4runtime.engine.request import Delta, Result
+from glm4runtime.engine.request import Delta, Result, Usage
 from glm4runtime.text.answers import ToolCall
-from glm4serve.answering import total_usage
 from glm4serve.errors import ApiError, openai_shape
 from glm4serve.models import Generator
 from glm4serve.openai.logprobs import for_chat
@@ -70,7 +69,7 @@ class ChatAnswer:
     def end(self, results: Sequence[Result]) -> Iterator[str]:
         """Usage where it's wanted, and the mark of the end."""
         if self._usage:
-            usage = usage_object(total_usage(result.usage for result in results))
+            usage = usage_object(sum((result.usage for result in results), Usage(0, 0, 0)))
             yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from glm4runtime.engine.request import Delta, Result, Usage
-from glm4serve.answering import total_usage
 from glm4serve.errors import ApiError, openai_shape
 from glm4serve.models import Generator
 from glm4serve.openai.logprobs import Offsets, for_completions, joined
@@ -103,7 +102,7 @@ class CompletionAnswer:
         return self._tokenizer.encode(given) if isinstance(given, str) else given
 
     def _total(self, results: Sequence[Result]) -> Usage:
-        total = total_usage(result.usage for result in results)
+        total = sum((result.usage for result in results), Usage(0, 0, 0))
         return Usage(total.prompt_tokens, total.cached_tokens, 0) if self._nothing else total
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> str:
