@@ -57,9 +57,7 @@ def refuse_strangers(found: list[str], out: Path) -> None:
 
 
 @contextmanager
-def new_bundle(
-    out: Path, inputs: Iterable[Path] = (), require_ours: Ownership = require_our_bundle
-) -> Iterator[Path]:
+def new_bundle(out: Path, inputs: Iterable[Path] = (), require_ours: Ownership = require_our_bundle) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, it becomes ``out`` in one step.
 
     The folder lies beside ``out``, or in it where ``out`` can't be renamed: then its files are replaced one by one, see

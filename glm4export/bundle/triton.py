@@ -37,6 +37,7 @@ _KIND = "triton-model"
 _VERSION = "1"
 _PYTHON = ("model.py", "tensors.py")
 _CACHE = f"{_VERSION}/__pycache__"  # Python makes it where it may
+_DEFAULTS = {"drain": 30}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -45,9 +46,9 @@ def new_model(
 ) -> Path:
     """Make the model's folder in the repository, or put it in the place of an earlier one; returns it.
 
-    settings: further arguments of ``Engine.load``, for language models only. slots: theirs too; of others the most
-    rows in a run. link: a symbolic link to the bundle instead of its files. Those are hard links where they're
-    possible, and copies elsewhere: the folder can be moved alone.
+    settings: further arguments of ``Engine.load``, and ``drain``, for language models only; None is the default. slots:
+    theirs too; of others the most rows in a run. link: a symbolic link to the bundle instead of its files. Those are
+    hard links where they're possible, and copies elsewhere: the folder can be moved alone.
 
     Raises UserError for a name or a bundle that doesn't do, OutputError as :func:`glm4export.bundle.folder.new_bundle`.
     """
@@ -56,10 +57,9 @@ def new_model(
     manifest = read_manifest(bundle)
     if manifest.target == TENSORRT:
         raise UserError(f"{bundle}: built for tensorrt; a repository takes bundles for cpu and cuda, build it for one")
-    given = sorted(key for key, value in settings.items() if value is not None)
     if manifest.task == CAUSAL_LM:
-        place, config = f"{_VERSION}/bundle", engine_config(name, {"slots": slots, **settings})
-    elif given:
+        place, config = f"{_VERSION}/bundle", engine_config(name, {**_DEFAULTS, **_given(settings), "slots": slots})
+    elif given := sorted(_given(settings)):
         raise UserError(f"{bundle}: a bundle for {manifest.task}, which has no engine: leave out {', '.join(given)}")
     else:
         place, config = _VERSION, encoder_config(name, manifest, slots)
@@ -86,6 +86,10 @@ def new_model(
     return out
 
 
+def _given(settings: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _place(bundle: Path, folder: Path, manifest: Manifest) -> None:
     """The bundle's own files, and no others that lie beside them."""
     folder.mkdir()
@@ -106,7 +110,9 @@ def _require_ours(folder: Path, out: Path) -> None:
         note = read_json((folder / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
         ours = (note("producer", str), note("kind", str)) == (PRODUCER, _KIND)
         files, place = note.child("files"), note("bundle", str)
-        listed = {name: FileSpec(files.child(name)("size", int), files.child(name)("sha256", str)) for name in files.data}
+        listed = {
+            name: FileSpec(files.child(name)("size", int), files.child(name)("sha256", str)) for name in files.data
+        }
     except (OSError, UnicodeDecodeError, BundleError):
         ours = False
     if not ours:

@@ -35,6 +35,12 @@ def configure(command: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-queue", type=int, metavar="N", help="requests that may wait for a slot (default: 64)")
     engine.add_argument("--prefix-cache", choices=("prompt", "all", "off"), help="default: prompt")
     engine.add_argument("--prefix-cache-mb", type=int, metavar="MB", help="memory for it (default: 1024)")
+    engine.add_argument(
+        "--drain",
+        type=int,
+        metavar="S",
+        help="seconds that answers under way have when the model is unloaded or the server ends (default: 30)",
+    )
     command.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -43,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4export.bundle.triton import new_model
     from glm4runtime.contract import UserError
 
-    least = {"slots": 1, "threads": 0, "max_seq_len": 1, "max_queue": 0, "prefix_cache_mb": 0}
+    least = {"slots": 1, "threads": 0, "max_seq_len": 1, "max_queue": 0, "prefix_cache_mb": 0, "drain": 0}
     for name, number in least.items():
         value = getattr(arguments, name)
         if value is not None and value < number:
@@ -52,9 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prefix_cache_mb is not None:
         settings["prefix_cache_bytes"] = arguments.prefix_cache_mb << 20
     name = arguments.name or arguments.bundle.resolve().name
-    folder = new_model(
-        arguments.bundle, arguments.output, name, settings, slots=arguments.slots, link=arguments.link
-    )
+    folder = new_model(arguments.bundle, arguments.output, name, settings, slots=arguments.slots, link=arguments.link)
     if arguments.json:
         print(json.dumps({"bundle": str(arguments.bundle), "model": str(folder), "name": name}))
     else:
@@ -62,4 +66,4 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_SETTINGS = ("provider", "threads", "max_seq_len", "max_queue", "prefix_cache")
+_SETTINGS = ("provider", "threads", "max_seq_len", "max_queue", "prefix_cache", "drain")

@@ -73,11 +73,10 @@ class Stream:
                 raise error
             response = result.get_response()
             if response.outputs:
-                found = {output.name: result.as_numpy(output.name) for output in response.outputs}
-                yield {
-                    name: array[0].decode() if array.dtype == np.object_ else array.tolist() if name == "token_ids" else array[0]
-                    for name, array in found.items()
-                }
+                found = {output.name: result.as_numpy(output.name).tolist() for output in response.outputs}
+                one = {name: values[0] for name, values in found.items() if name != "token_ids"}
+                texts = {name: value.decode() for name, value in one.items() if isinstance(value, bytes)}
+                yield {**found, **one, **texts}
             if response.parameters["triton_final_response"].bool_param:
                 return
 

@@ -12,11 +12,10 @@ _OF_DTYPE = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_B
 
 
 def engine_config(name: str, settings: Mapping[str, object]) -> str:
-    """Of a language model behind the Python backend. settings: arguments of ``Engine.load``, None for its defaults.
+    """Of a language model behind the Python backend. settings: arguments of ``Engine.load``, and ``drain`` in seconds.
 
     KIND_MODEL: the engine chooses where it computes. One instance: slots and prefix cache are shared by all requests.
     """
-    given = {key: value for key, value in settings.items() if value is not None}
     return "\n".join(
         [
             f'name: "{name}"',
@@ -26,7 +25,7 @@ def engine_config(name: str, settings: Mapping[str, object]) -> str:
             _tensors("input", ((key, t.data_type, [t.length]) for key, t in INPUTS.items()), " optional: true"),
             _tensors("output", ((key, t.data_type, [t.length]) for key, t in OUTPUTS.items())),
             "instance_group [ { count: 1 kind: KIND_MODEL } ]",
-            *(f'parameters {{ key: "{key}" value {{ string_value: {_text(value)} }} }}' for key, value in given.items()),
+            *(_parameter(key, value) for key, value in settings.items()),
             "",
         ]
     )
@@ -67,6 +66,6 @@ def _tensors(what: str, tensors: Iterable[tuple[str, str, list[int]]], more: str
     return f"{what} [\n" + ",\n".join(lines) + "\n]"
 
 
-def _text(value: object) -> str:
+def _parameter(key: str, value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return json.dumps(text, ensure_ascii=False)
+    return f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(text, ensure_ascii=False)} }} }}'

@@ -1,7 +1,7 @@
 """Triton's Python backend over an engine: as many requests at once as it has slots.
 
 Triton runs this file from a model's folder in its repository. Beside it lie tensors.py and the bundle; config.pbtxt's
-parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s.
+parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s, but for ``drain``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class TritonPythonModel:
         """Open the engine. args: Triton's, of which ``model_config`` is read, config.pbtxt as JSON."""
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: _setting(value["string_value"]) for name, value in parameters.items() if name.islower()}
+        self._drain = settings.pop("drain")
         self._engine = Engine.load(Path(__file__).parent / "bundle", **settings)
         self._numbers = _Numbers(args["model_name"])
         self._under_way: dict[int, tuple[Any, Handle]] = {}
@@ -59,7 +60,11 @@ class TritonPythonModel:
             self._loop.call_soon_threadsafe(self._begin, sender, asked)
 
     def finalize(self) -> None:
-        """End what is under way, with an error for whoever waits for it, and close. Triton waits before it calls."""
+        """Close once answers are whole, or after ``drain`` seconds; those that are left end with an error.
+
+        Triton doesn't wait for them by itself: for it a request is over when ``execute`` returns.
+        """
+        self._engine.drain(self._drain)
         self._engine.close()
         asyncio.run_coroutine_threadsafe(self._settled(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -72,6 +77,9 @@ class TritonPythonModel:
         watch = self._loop.create_task(self._watch())
         self._loop.run_forever()
         watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(watch)
+        self._loop.close()
 
     def _begin(self, sender: Any, asked: Asked | Exception) -> None:
         task = self._loop.create_task(self._answer(sender, asked))
