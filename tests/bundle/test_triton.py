@@ -66,7 +66,9 @@ def test_a_classifier_s_folder_and_config(build_bundle: Build, tmp_path: Path) -
     with load_encoder(folder / "1") as encoder:  # Triton finds graph and weights where we do
         labels = len(encoder.spec.labels)
     assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [("logits", DataType.TYPE_FP32, [labels])]
-    with pytest.raises(UserError, match=r"a bundle for sequence-classification, which has no engine: leave out threads"):
+    with pytest.raises(
+        UserError, match=r"a bundle for sequence-classification, which has no engine: leave out threads"
+    ):
         new_model(built, tmp_path / "models", "judge", {"threads": 2}, slots=16)
     assert encoder_config("judge", encoder.manifest, 16) == (folder / "config.pbtxt").read_text()
 
@@ -81,15 +83,15 @@ def test_the_folder_can_be_moved(bundle: Path, tmp_path: Path, capsys: pytest.Ca
     bundle_files = contents(bundle)
     del bundle_files["notes.txt"]  # the user's own
     assert contents(folder / "1" / "bundle") == bundle_files
-    settings = {key: value.string_value for key, value in parsed((folder / "config.pbtxt").read_text()).parameters.items()}
+    settings = {
+        key: value.string_value for key, value in parsed((folder / "config.pbtxt").read_text()).parameters.items()
+    }
     assert settings == {"slots": "3", "prefix_cache_bytes": str(5 << 20), "drain": "30"}
     shutil.rmtree(bundle)
     assert contents(folder.rename(tmp_path / "moved") / "1" / "bundle") == bundle_files
 
 
-def test_a_copy_where_there_are_no_hard_links(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_where_there_are_no_hard_links(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 

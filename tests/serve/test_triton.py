@@ -19,7 +19,7 @@ from tests.helpers import fake_triton
 from tests.helpers.fake_triton import Sender
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-LONG = {"text_input": "The", "stream": True, "max_new_tokens": 220, "min_new_tokens": 220}
+LONG = {"text_input": "The", "stream": True, "max_new_tokens": 1900, "min_new_tokens": 1900}
 DTYPES = {"TYPE_INT64": np.int64, "TYPE_FP64": np.float64, "TYPE_BOOL": np.bool_, "TYPE_STRING": np.object_}
 
 Ask = Callable[..., Sender]
@@ -37,13 +37,18 @@ def arrays(given: dict[str, Any]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def repository(demo_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    settings = {"max_seq_len": 256, "max_queue": 2, "drain": 0}
+    settings = {"max_seq_len": 2048, "max_queue": 2, "drain": 0}
     return new_model(demo_bundles["fp32"], folder, "glm4", settings, slots=2)
 
 
-@pytest.fixture
-def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+@pytest.fixture(scope="module")
+def load(repository: Path) -> Iterator[Callable[..., Any]]:
     """Open the model as Triton's stub does: by the path of its folder, as the module ``1.model``."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield from _loader(repository, monkeypatch)
+
+
+def _loader(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_triton.module())
     monkeypatch.syspath_prepend(str(repository))
     opened: list[Any] = []
@@ -52,7 +57,7 @@ def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         for name in ("1", "1.model", "1.tensors"):
             monkeypatch.delitem(sys.modules, name, raising=False)
         model = importlib.import_module("1.model").TritonPythonModel()
-        given = {"slots": 2, "max_seq_len": 256, "max_queue": 2, "drain": 0, **changed}
+        given = {"slots": 2, "max_seq_len": 2048, "max_queue": 2, "drain": 0, **changed}
         parameters = {name: {"string_value": json.dumps(value)} for name, value in given.items()}
         parameters["EXECUTION_ENV_PATH"] = {"string_value": "none of the engine's"}
         model.initialize({"model_config": json.dumps({"parameters": parameters}), "model_name": "glm4"})
@@ -64,7 +69,7 @@ def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         model.finalize()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(load: Callable[..., Any]) -> Any:
     return load()
 
@@ -77,7 +82,7 @@ def ask(model: Any, given: dict[str, Any], **more: Any) -> Sender:
 
 def test_answers_are_the_engine_s(model: Any, demo_bundles: dict[str, Path]) -> None:
     sampled = SamplingParams(temperature=0.7, top_p=0.9, seed=11, max_new_tokens=12)
-    with Engine.load(demo_bundles["fp32"], slots=2, max_seq_len=256) as engine:
+    with Engine.load(demo_bundles["fp32"], slots=2, max_seq_len=2048) as engine:
         greedy = engine.submit(Request(messages=QUESTION)).result().choices[0]
         two = engine.submit(Request("The capital", n=2, params=sampled)).result().choices
     senders = [
@@ -133,7 +138,7 @@ def test_structures_and_tools(model: Any) -> None:
         ({"text_input": "a", "stop": [""]}, "stop: expected token ids"),
         ({"text_input": "a", "structure": '{"tools": []}'}, "structure: expected one of json_schema"),
         ({"messages": json.dumps(QUESTION), "tool_choice": "required"}, "tool_choice: there are no tools"),
-        ({"text_input": "a " * 400}, "a slot holds 256"),
+        ({"text_input": "a " * 4000}, "a slot holds 2048"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(model: Any, given: dict[str, Any], message: str) -> None:
@@ -158,7 +163,7 @@ def test_clients_that_go_free_their_slots(model: Any) -> None:
         sender.cancelled = True
     for sender in (*senders, waiting):
         assert sender.wait().errors() == [("CANCELLED", "the request was cancelled")]
-        assert len([r for r in sender.responses if r.error is None]) < 220
+        assert len([r for r in sender.responses if r.error is None]) < 1900
     assert ask(model, {"messages": json.dumps(QUESTION)}).wait().texts() == ["The capital of France is Paris."]
 
 
@@ -179,12 +184,12 @@ def test_a_full_queue_and_a_timeout(model: Any) -> None:
 def test_unloading(load: Callable[..., Any], drain: int) -> None:
     """Answers under way come whole where there's time, and end with an error where there's none."""
     model = load(drain=drain)
-    sender = ask(model, LONG)
+    sender = ask(model, LONG | {"max_new_tokens": 300, "min_new_tokens": 300})
     assert sender.begun.wait(60)
     model.finalize()
     assert sender.final.is_set()
     if drain:
-        assert len(sender.ids()) == 220 and sender.texts("finish_reason")[-1] == "length"
+        assert len(sender.ids()) == 300 and sender.texts("finish_reason")[-1] == "length"
     else:
         assert sender.errors() == [("CANCELLED", "the request was cancelled")]
     model.finalize = lambda: None
