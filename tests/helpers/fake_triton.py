@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class TritonModelException(Exception):
 
 class MetricFamily:
     GAUGE, COUNTER = "gauge", "counter"
-    values: dict[str, float] = {}
+    values: ClassVar[dict[str, float]] = {}
 
     def __init__(self, name: str, text: str, kind: str) -> None:
         self._name = name
@@ -59,7 +59,7 @@ class MetricFamily:
 
 
 class Logger:
-    errors: list[str] = []
+    errors: ClassVar[list[str]] = []
 
     @classmethod
     def log_error(cls, text: str) -> None:
