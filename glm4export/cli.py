@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
     "perplexity": "score a text: perplexity, loss, bits per byte",
     "inspect": "show what a bundle holds, or what a model will take before it is built",
+    "triton": "make a bundle a model in a repository of NVIDIA's Triton Inference Server",
     "prepare": "save a bundle's weights as this machine's kernels want them: one copy for several processes",
     "bench": "measure speed and memory beside this machine's limits",
 }

@@ -1,0 +1,1 @@
+"""Bundles on other people's servers."""
