@@ -16,6 +16,7 @@ from glm4runtime.contract import UserError, installing
 COMMANDS = {
     "build": "compile a checkpoint into a bundle",
     "engine": "build TensorRT engines for a finished bundle; no checkpoint needed",
+    "adapter": "convert a LoRA adapter for sessions of a bundle built with --lora-slots",
     "generate": "answer a prompt, or chat",
     "serve": "answer over HTTP, many at once: OpenAI's API, metrics, limits",
     "embed": "one embedding per text, of a bundle built with --task features and --pooling",

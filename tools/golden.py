@@ -51,6 +51,7 @@ def golden_skeletons() -> dict[str, Skeleton]:
     every = {"inputs": "embeds", "position_ids": True, "output_hidden_states": True, "output_attentions": True}
     variants["cpu-fp16-every-option"] = BuildOptions("fp16", "cpu", **every)
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
+    variants["cpu-fp16-lora-slots"] = BuildOptions("fp16", "cpu", lora_slots=4)
     tasks: dict[str, Encoding | None] = dict.fromkeys(variants)
     for (target, precision, head), encoding in ENCODERS.items():
         variant = f"{target}-{precision}-{head}"
@@ -92,7 +93,7 @@ def _declared(value: ir.Value) -> str:
 
 
 def _node(node: ir.Node) -> str:
-    outputs = ", ".join(f"%{value.name}" for value in node.outputs)
+    outputs = ", ".join(f"%{value.name}" if value.name else "-" for value in node.outputs)
     inputs = ", ".join(_operand(value) for value in node.inputs)
     attributes = ", ".join(f"{name}={node.attributes[name].value}" for name in sorted(node.attributes))
     operator = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
@@ -102,7 +103,7 @@ def _node(node: ir.Node) -> str:
 def _operand(value: ir.Value | None) -> str:
     if value is None:
         return "-"
-    if value.const_value is not None:
+    if value.const_value is not None and not value.is_graph_input():
         return str(value.const_value.numpy().tolist())
     return f"%{value.name}"
 

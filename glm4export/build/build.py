@@ -29,8 +29,8 @@ from glm4export.graph.trace import trace, trace_encoder
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config_json import config_data, parse_config, read_token_ids, sequence_limit
-from glm4export.sources.ledger import unused_heads
-from glm4export.sources.lora import Adapter, merged, source_of
+from glm4export.sources.ledger import classifier_head, unused_heads
+from glm4export.sources.lora import Adapter, labels_brought, merged, source_of
 from glm4export.sources.quantized.checkpoint import QuantizedCheckpoint, open_checkpoint
 from glm4export.sources.sidefiles import check_side_files
 from glm4export.sources.task import read_task
@@ -41,12 +41,13 @@ from glm4export.terminal.progress import Progress, note
 from glm4export.weights.fp16 import Fp16Scales, fp16_scales
 from glm4export.weights.quantize import Scheme
 from glm4export.weights.recipes import Recipe
-from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.storage import EMBEDDING, HEAD, SCORE
 from glm4export.weights.tensors import Tensors
 from glm4export.weights.write import Layout, lay_out, write_weights
 from glm4graphs.config import Glm4Config
 from glm4graphs.encoder import Encoding
 from glm4runtime.contract import (
+    FEATURES,
     MANIFEST,
     TENSORRT,
     WEIGHTS,
@@ -54,6 +55,7 @@ from glm4runtime.contract import (
     FileSpec,
     GraphName,
     GraphSpec,
+    LoraSpec,
     Manifest,
     TensorSpec,
     TokenIds,
@@ -104,7 +106,16 @@ def build(
         config_file = location.folder / CONFIG
         data = config_data(config_file, yarn=options.yarn_factor)
         declared = parse_config(data, str(config_file))
-        task = read_task(data, str(config_file), options.task, pooling=options.pooling, normalize=options.normalize)
+        base = open_checkpoint(location.folder)
+        labels = None if SCORE in base.tensors else labels_brought(adapters)
+        task = read_task(
+            data,
+            str(config_file),
+            options.task,
+            pooling=options.pooling,
+            normalize=options.normalize,
+            num_labels=labels,
+        )
         options.require_fit(task.name)
         causal = task.encoding is None
         tokens, added = TokenIds((), task.pad, None), dict[str, int]()
@@ -112,17 +123,18 @@ def build(
             tokens, added = with_turn_tokens(read_token_ids(location.folder), location.folder, declared.vocab_size)
         max_seq_len = sequence_limit(declared, options.max_seq_len)
         with stage("check"):
-            base = open_checkpoint(location.folder)
-            base.check(declared, task.encoding)
-            checkpoint = merged(base, adapters)
+            brought = {} if labels is None else classifier_head(declared, task.encoding)
+            base.check(declared, task.encoding, brought)
+            checkpoint = merged(base, adapters, tied=declared.tie_word_embeddings, brought=brought)
             check_side_files(location.folder)
             config = as_stored(declared, checkpoint) if causal else declared
             scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         if isinstance(base, QuantizedCheckpoint) and adapters:
             note(f"{base.folder}: quantized already; adapters are merged into its dequantized weights")
         elif isinstance(base, QuantizedCheckpoint):
-            options = suited(options, base)
-            note(described(options, base))
+            unused = unused_heads(base.tensors, task.encoding)
+            options = suited(options, base, unused)
+            note(described(options, base, unused))
         for adapter in adapters:
             if told := adapter.other_base(location):
                 note(told)
@@ -136,7 +148,8 @@ def build(
                 f"{'the stored head' if HEAD in base.tensors else 'a head of its own'} is used, as transformers does"
             )
         if unused := unused_heads(checkpoint.tensors, task.encoding):
-            note(f"{location.folder}: {', '.join(unused)} left out, since {task.name} needs no head")
+            why = "needs no head" if task.name == FEATURES else "has a head of its own"
+            note(f"{location.folder}: {', '.join(unused)} left out, since {task.name} {why}")
         skeletons: dict[str, Skeleton] = {}
         for name in graph_names(options.target, task.name):
             with stage(f"trace {name}"):
@@ -179,6 +192,7 @@ def build(
             tokens=tokens,
             kv_cache=_cache_spec(config, options, max_seq_len) if causal else None,
             encoder=task.spec(max_seq_len),
+            lora=_lora_spec(options, scales),
             graphs=graphs,
             files=_file_specs(folder, files),
         )
@@ -209,6 +223,12 @@ def compile_graph(
     for step in pipeline(options, name, scales):
         step(skeleton)
     return skeleton
+
+
+def _lora_spec(options: BuildOptions, scales: Fp16Scales | None) -> LoraSpec | None:
+    if options.lora_slots is None:
+        return None
+    return LoraSpec(options.lora_slots, options.slot_rank, 1.0 if scales is None else float(scales.branch))
 
 
 def _cache_spec(config: Glm4Config, options: BuildOptions, max_seq_len: int) -> CacheSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from glm4export.build.options import BuildOptions
 from glm4export.sources.quantized.checkpoint import Linear, QuantizedCheckpoint
@@ -13,8 +13,10 @@ from glm4export.weights.widths import BLOCKS
 from glm4runtime.contract import TENSORRT, UserError
 
 
-def suited(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> BuildOptions:
+def suited(options: BuildOptions, checkpoint: QuantizedCheckpoint, unused: Collection[str] = ()) -> BuildOptions:
     """The options with block size and symmetry as the checkpoint has them, where they aren't given.
+
+    unused: names of weights that the build leaves out.
 
     Raises UserError for ``--calibrate`` that would only quantize weights a second time.
     """
@@ -26,7 +28,8 @@ def suited(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> BuildOptio
             f"--calibrate does not go with {checkpoint.folder}, which is quantized ({checkpoint.declared.method}): "
             "what its weights lost is lost. Leave it out, or add --kv-cache int8, for which the text gives the scales"
         )
-    layers = [linear for name, linear in checkpoint.linears.items() if name != HEAD and not linear.layout.is_float]
+    linears = _read(checkpoint, unused)
+    layers = [linear for name, linear in linears.items() if name != HEAD and not linear.layout.is_float]
     fitting = [linear.layout for linear in layers if linear.layout.bits <= formats.linear_bits]
     if not fitting:
         return options
@@ -35,14 +38,14 @@ def suited(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> BuildOptio
         groups = {min(layout.group or BLOCKS[0], BLOCKS[0]) for layout in fitting}
         block = next((size for size in BLOCKS if all(group % size == 0 for group in groups)), None)
     if symmetric is None and options.target != TENSORRT:
-        same = [name for name, linear in checkpoint.linears.items() if linear.layout.bits == formats.linear_bits]
-        symmetric = all(checkpoint.is_centred(name) for name in same if not checkpoint.linears[name].layout.is_float)
+        same = [name for name, linear in linears.items() if linear.layout.bits == formats.linear_bits]
+        symmetric = all(checkpoint.is_centred(name) for name in same if not linears[name].layout.is_float)
     return dataclasses.replace(options, block_size=block, symmetric=symmetric)
 
 
-def described(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> str:
-    """A note: how the checkpoint is quantized, and what becomes of it."""
-    linears = checkpoint.linears
+def described(options: BuildOptions, checkpoint: QuantizedCheckpoint, unused: Collection[str] = ()) -> str:
+    """A note: how the checkpoint is quantized, and what becomes of it; ``unused`` as :func:`suited` has it."""
+    linears = _read(checkpoint, unused)
     layouts = ", ".join(f"{count} x {layout}" for layout, count in _layouts(linears).items())
     text = f"{checkpoint.folder}: quantized already ({layouts})"
     formats, stored = options.formats, Counter(_stored(options, checkpoint, name) for name in linears)
@@ -64,6 +67,10 @@ def described(options: BuildOptions, checkpoint: QuantizedCheckpoint) -> str:
     if checkpoint.declared.activations is not None:
         text += f"; its {checkpoint.declared.activations} inputs are not: weights are what is read"
     return text
+
+
+def _read(checkpoint: QuantizedCheckpoint, unused: Collection[str]) -> dict[str, Linear]:
+    return {name: linear for name, linear in checkpoint.linears.items() if name not in unused}
 
 
 def _layouts(linears: Mapping[str, Linear]) -> dict[str, int]:

@@ -21,6 +21,7 @@ PRECISIONS_OF: dict[Target, tuple[Precision, ...]] = {
 CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 _PLUGIN = ("fp16", "bf16", "int8", "int4")  # what kernels of --attention plugin compute in or beside
 _CACHES: dict[CacheName, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
+_DEFAULT_RANK, _LARGEST_RANK, _MOST_SLOTS = 16, 512, 1024  # of adapters that a session loads
 _CPU_ATTENTION = {"--output-attentions": "output of them", "--position-ids": "input for a bias"}
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
@@ -56,6 +57,8 @@ class BuildOptions:
     position_ids: bool = False  # positions are an input, and masks are read as transformers does
     output_hidden_states: bool = False
     output_attentions: bool = False
+    lora_slots: int | None = None  # adapters that a session may hold; None: graphs without side paths for them
+    lora_rank: int | None = None  # the largest that they may have; None: 16
 
     def __post_init__(self) -> None:
         possible = PRECISIONS_OF[self.target]
@@ -92,6 +95,7 @@ class BuildOptions:
                 f"not with {self.target} and {self.precision}"
             )
         self._check_boundary()
+        self._check_lora()
 
     def require_fit(self, task: TaskName) -> None:
         """Raise UserError for options of a causal language model where the task is another, and the other way round."""
@@ -109,6 +113,7 @@ class BuildOptions:
             ("--attention plugin", self.attention == "plugin"),
             ("--calibrate", self.calibrate is not None),
             ("--head-bits", self.head_bits is not None),
+            ("--lora-slots", self.lora_slots is not None),
         ):
             if given:
                 raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")
@@ -148,6 +153,23 @@ class BuildOptions:
                 raise UserError(f"{option} does not go with --kv-cache int8; leave one of them out")
         if self.inputs == "embeds" and self.embedding_bits is not None:
             raise UserError("--embedding-bits does not go with --inputs embeds, which stores no table; leave it out")
+
+    def _check_lora(self) -> None:
+        if self.lora_slots is None:
+            if self.lora_rank is not None:
+                raise UserError("--lora-rank goes with --lora-slots N; give both, or leave it out")
+            return
+        for option, value, most in (
+            ("--lora-slots", self.lora_slots, _MOST_SLOTS),
+            ("--lora-rank", self.slot_rank, _LARGEST_RANK),
+        ):
+            if not 1 <= value <= most:
+                raise UserError(f"{option} {value} is not in 1..{most}")
+        if self.target == TENSORRT:
+            raise UserError(
+                f"--lora-slots does not go with --target {TENSORRT}, whose engines have no side paths; merge an "
+                "adapter with --lora, or build for cpu or cuda"
+            )
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""
@@ -201,6 +223,16 @@ class BuildOptions:
     def cache_dtype(self) -> str:
         """The dtype of the KV cache in ONNX's spelling."""
         return self.compute_name if self.kv_cache is None else _CACHES[self.kv_cache]
+
+    @property
+    def slot_rank(self) -> int:
+        """The largest rank of an adapter that a session loads."""
+        return _DEFAULT_RANK if self.lora_rank is None else self.lora_rank
+
+    @property
+    def lora_dtype(self) -> str | None:
+        """The dtype of side paths, which is that of activations; None where there are none."""
+        return None if self.lora_slots is None else self.compute_name
 
     @property
     def formats(self) -> Formats | None:

@@ -8,11 +8,15 @@ from glm4graphs.config import Glm4Config
 from glm4runtime.contract import ATTENTION_MASK, DECODE, INPUT_IDS, LOGITS, TokenIds
 
 FILE = "genai_config.json"
+# genai has an onnxruntime of its own. Older ones' CUDA kernel for residual and norm sums squares in fp16, which a deep
+# model's overflow; strict mode sums in fp32, and later releases pass it over
+# (https://github.com/microsoft/onnxruntime/pull/28682 and 29388).
+_CUDA = {"enable_skip_layer_norm_strict_mode": "1"}
 
 
 def genai_config(config: Glm4Config, tokens: TokenIds, target: str, max_seq_len: int) -> str:
     """The file's text. ``past_present_share_buffer`` gives genai the same in-place cache as our own runtime."""
-    providers: list[dict[str, dict[str, str]]] = [{"cuda": {}}] if target == "cuda" else []
+    providers: list[dict[str, dict[str, str]]] = [{"cuda": _CUDA}] if target == "cuda" else []
     pad = tokens.eos[0] if tokens.pad is None else tokens.pad
     data = {
         "model": {

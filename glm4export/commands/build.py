@@ -88,6 +88,14 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="DIR[:SCALE]",
         help="merge a LoRA adapter in peft's layout, a folder or hub id; several are merged in their order",
     )
+    command.add_argument(
+        "--lora-slots",
+        type=int,
+        metavar="N",
+        help="graphs with side paths for adapters that are chosen as the bundle runs: a session loads up to N of them, "
+        "made by `glm4export adapter` (cpu, cuda)",
+    )
+    command.add_argument("--lora-rank", type=int, metavar="R", help="the largest rank of those (default: 16)")
     graphs = command.add_argument_group("inputs and outputs, for programs that run the graphs themselves")
     graphs.add_argument(
         "--inputs",
@@ -173,6 +181,8 @@ def run(arguments: argparse.Namespace) -> int:
         position_ids=arguments.position_ids,
         output_hidden_states=arguments.output_hidden_states,
         output_attentions=arguments.output_attentions,
+        lora_slots=arguments.lora_slots,
+        lora_rank=arguments.lora_rank,
     )
     builder = engine_builder(arguments, target)
     adapters = [open_adapter(text, token=arguments.token) for text in arguments.lora]

@@ -47,6 +47,9 @@ def configure(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="guess up to N tokens per step where the text repeats itself: faster (try 7)",
     )
+    command.add_argument(
+        "--adapter", type=Path, metavar="FILE", help="of `glm4export adapter`, for a bundle built with --lora-slots"
+    )
     add_session_options(command)
     command.add_argument("--json", action="store_true", help="with --prompt: print text, reason and timing as JSON")
 
@@ -62,10 +65,19 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.raw and value is not None:
             raise UserError(f"{option} needs the chat template; leave out --raw")
     params = sampling_params(arguments)
-    with load_session(arguments, chat_template=arguments.chat_template) as session:
+    adapter = None if arguments.adapter is None else str(arguments.adapter)
+    files = None if adapter is None else {adapter: arguments.adapter}
+    with load_session(arguments, chat_template=arguments.chat_template, adapters=files) as session:
         if arguments.chat:
             with signals.raised():  # Ctrl-C ends an answer
-                converse(session, params, system=arguments.system, lookup=arguments.lookup, stop=arguments.stop)
+                converse(
+                    session,
+                    params,
+                    system=arguments.system,
+                    lookup=arguments.lookup,
+                    stop=arguments.stop,
+                    adapter=adapter,
+                )
             return 0
         answer(
             session,
@@ -76,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             as_json=arguments.json,
             lookup=arguments.lookup,
             stop=arguments.stop,
+            adapter=adapter,
         )
     return 0
 
@@ -90,12 +103,13 @@ def answer(
     as_json: bool,
     lookup: int = 0,
     stop: Stop = (),
+    adapter: str | None = None,
 ) -> None:
     """Print the text that follows one prompt, as it comes; with ``as_json`` one object at the end."""
     start = time.monotonic()
     messages = [*_system(system), {"role": "user", "content": prompt}]
     text = prompt if raw else session.template.render(messages)
-    stream = session.stream(text, params, lookup=lookup, stop=stop)
+    stream = session.stream(text, params, lookup=lookup, stop=stop, adapter=adapter)
     first = time.monotonic()
     if as_json:
         print(json.dumps(_summary(stream, stream.read(), first - start, time.monotonic() - first), ensure_ascii=False))
@@ -104,7 +118,15 @@ def answer(
     _timing(stream, first - start, time.monotonic() - first)
 
 
-def converse(session: Session, params: SamplingParams, *, system: str | None, lookup: int = 0, stop: Stop = ()) -> None:
+def converse(
+    session: Session,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    lookup: int = 0,
+    stop: Stop = (),
+    adapter: str | None = None,
+) -> None:
     """Read questions from standard input and print the answers, until its end; Ctrl-C ends an answer."""
     messages: list[dict[str, Any]] = _system(system)
     prompt = "> " if sys.stdin.isatty() else ""
@@ -119,7 +141,7 @@ def converse(session: Session, params: SamplingParams, *, system: str | None, lo
             continue
         messages.append({"role": "user", "content": question})
         start = time.monotonic()
-        stream = session.chat(messages, params, lookup=lookup, stop=stop)
+        stream = session.chat(messages, params, lookup=lookup, stop=stop, adapter=adapter)
         first = time.monotonic()
         try:
             _print(stream)

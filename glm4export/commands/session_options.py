@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
         help="default: the bundle's target; bundles for tensorrt run on their engine by default, and in ONNX Runtime "
         "on the other four",
     )
+    add_gpu_options(command)
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
     command.add_argument(
@@ -30,8 +32,22 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gpu_options(command: argparse.ArgumentParser) -> None:
+    """Which GPU, and how much of it."""
+    command.add_argument(
+        "--device-id", type=int, default=0, metavar="N", help="which visible GPU, for cuda and tensorrt (default: 0)"
+    )
+    command.add_argument(
+        "--gpu-mem-limit", type=float, metavar="GB", help="what may be taken of it, for cuda (default: all)"
+    )
+
+
 def load_session(
-    arguments: argparse.Namespace, *, check_hashes: bool = False, chat_template: Path | None = None
+    arguments: argparse.Namespace,
+    *,
+    check_hashes: bool = False,
+    chat_template: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Session:
     """Open the bundle as the options say; arguments as :func:`glm4runtime.load`'s."""
     from glm4runtime import load
@@ -43,5 +59,8 @@ def load_session(
         max_seq_len=arguments.max_seq_len,
         check_hashes=check_hashes,
         invariant=arguments.invariant,
+        device_id=arguments.device_id,
+        gpu_mem_limit=arguments.gpu_mem_limit,
         chat_template=chat_template,
+        adapters=adapters,
     )

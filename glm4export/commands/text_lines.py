@@ -13,6 +13,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from glm4export.commands.session_options import add_gpu_options
 from glm4runtime import signals
 from glm4runtime.backends.providers import PROVIDERS
 from glm4runtime.contract import UserError, shown
@@ -36,6 +37,7 @@ def add_text_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--field", default="text", metavar="NAME", help="of the object, default: %(default)s")
     command.add_argument("--provider", choices=PROVIDERS, help="default: the bundle's target")
+    add_gpu_options(command)
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a text (default: the bundle's)")
     command.add_argument("--truncate", action="store_true", help="cut longer texts at their end")
@@ -58,6 +60,8 @@ def open_encoder(arguments: argparse.Namespace) -> Encoder:
         max_seq_len=arguments.max_seq_len,
         batch_tokens=arguments.batch_tokens,
         truncate=arguments.truncate,
+        device_id=arguments.device_id,
+        gpu_mem_limit=arguments.gpu_mem_limit,
     )
 
 

@@ -90,6 +90,8 @@ def _verify_encoder(arguments: argparse.Namespace) -> int:
         max_seq_len=arguments.max_seq_len,
         truncate=True,
         check_hashes=True,
+        device_id=arguments.device_id,
+        gpu_mem_limit=arguments.gpu_mem_limit,
     ) as encoder:
         report = encoders.verify_encoder(
             encoder,

@@ -13,13 +13,14 @@ import onnx
 from glm4export.inspection.estimate import estimate
 from glm4export.machine import huge_pages
 from glm4export.sources.checkpoint import CONFIG, CheckpointError, Location
-from glm4export.sources.config_json import read_config
+from glm4export.sources.config_json import config_data, parse_config
 from glm4export.sources.quantized.checkpoint import open_checkpoint, read_quantization
+from glm4export.sources.task import read_task
 from glm4export.sources.tied import as_stored
 from glm4export.tensorrt.network import FUSED
 from glm4runtime.backends.graph_check import require_graphs
 from glm4runtime.backends.memory import memory_bytes
-from glm4runtime.contract import TOKEN_CLASSIFICATION, BundleError, CacheSpec, Target, read_manifest
+from glm4runtime.contract import CAUSAL_LM, TOKEN_CLASSIFICATION, BundleError, CacheSpec, Target, read_manifest
 from glm4runtime.contract.engine_spec import EngineSpec, read_engine_specs
 
 _NAMED = 5  # labels that are named
@@ -110,12 +111,15 @@ def _encoder_words(task: str, encoder: dict[str, Any]) -> str:
 def inspect_model(location: Location, target: Target) -> dict[str, Any]:
     """A checkpoint's facts as JSON-ready values, from its config; see :mod:`glm4export.inspection.estimate`."""
     total, _ = memory_bytes()
-    config = read_config(location.folder / CONFIG)
+    path = location.folder / CONFIG
+    data = config_data(path)
+    config = parse_config(data, str(path))
+    encoding = read_task(data, str(path)).encoding
     read_quantization(location.folder)  # refuses what a build would
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and encoding is None:
         with suppress(CheckpointError):  # its weights aren't here: it is what its config says
             config = as_stored(config, open_checkpoint(location.folder))
-    return estimate(config, target, total)
+    return estimate(config, target, total, encoding)
 
 
 def model_text(name: str, facts: dict[str, Any]) -> str:
@@ -123,9 +127,14 @@ def model_text(name: str, facts: dict[str, Any]) -> str:
     memory, positions = facts["memory_bytes"], facts["max_positions"]
     lines = [
         f"{name}: {facts['parameters'] / 1e9:.2f} billion parameters, up to {positions} positions",
-        f"for {facts['target']}, on this machine with {_bytes(memory)} of memory:",
-        f"  {'precision':<10}{'weights':>10}{'cache a token':>15}{'at full length':>16}{'fits here':>22}",
+        f"for {facts['target']} and {facts['task']}, on this machine with {_bytes(memory)} of memory:",
     ]
+    if facts["task"] != CAUSAL_LM:
+        lines.append(f"  {'precision':<10}{'weights':>10}{'fits here':>12}")
+        for precision, row in facts["precisions"].items():
+            lines.append(f"  {precision:<10}{_bytes(row['weight_bytes']):>10}{'yes' if row['fits_here'] else 'no':>12}")
+        return "\n".join(lines)
+    lines.append(f"  {'precision':<10}{'weights':>10}{'cache a token':>15}{'at full length':>16}{'fits here':>22}")
     for precision, row in facts["precisions"].items():
         fits = _fits(row, positions)
         sizes = [_bytes(row[key]) for key in ("weight_bytes", "cache_bytes_per_token", "cache_bytes_at_full_length")]

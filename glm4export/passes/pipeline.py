@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from glm4export.passes.add_lora_slots import add_lora_slots
 from glm4export.passes.counted import Pass
 from glm4export.passes.dequantize_linears import dequantize_linears
 from glm4export.passes.fuse_qkv import fuse_qkv
+from glm4export.passes.fuse_residual_norms import fuse_residual_norms
 from glm4export.passes.give_attentions import give_attentions
 from glm4export.passes.give_hidden_states import give_hidden_states
 from glm4export.passes.lift_weights import lift_weights
@@ -46,6 +48,8 @@ class Options(Protocol):
     @property
     def attention(self) -> str: ...
     @property
+    def lora_dtype(self) -> str | None: ...
+    @property
     def simplify(self) -> bool: ...
     @property
     def inputs(self) -> str: ...
@@ -70,6 +74,8 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     if options.output_hidden_states:
         yield give_hidden_states(residual)
     yield fuse_qkv()
+    if options.lora_dtype is not None:
+        yield add_lora_slots(options.lora_dtype)
 
     if graph == PREFILL and options.prefill_precision == "int8":  # the layers'; the head stays the bundle's
         yield quantize_rows()
@@ -78,7 +84,7 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     if formats is not None and tensorrt:
         yield dequantize_linears(formats)
     elif formats is not None:
-        yield quantize_linears(formats)
+        yield quantize_linears(formats, int8_activations=options.target == "cpu")
         if options.inputs == "ids":
             yield quantize_embedding(formats)
 
@@ -100,3 +106,5 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
         yield widen_cache() if (options.target, graph) == ("cpu", PREFILL) else quantize_cache()
     if options.simplify:
         yield simplify()
+    if options.target == "cuda":  # behind simplify, which would name the outputs that it leaves out
+        yield fuse_residual_norms()

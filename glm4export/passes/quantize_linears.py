@@ -11,7 +11,9 @@ from glm4export.weights.quantize import Scheme
 from glm4export.weights.recipes import QuantizedPart, Recipe
 from glm4export.weights.storage import Formats
 
-_ACCURACY_INT8 = 4  # MatMulNBits' accuracy_level: activations are quantized to int8 by block inside the kernel
+# MatMulNBits' accuracy_level: activations are quantized to int8 by block inside the kernel, which is faster on CPUs.
+# CUDA's kernels of onnxruntime-gpu 1.31 pass it over; what later ones make of it would change results with the release.
+_ACCURACY_INT8 = 4
 
 
 def linears_left(skeleton: Skeleton, formats: Formats) -> int:
@@ -24,7 +26,7 @@ def linears_left(skeleton: Skeleton, formats: Formats) -> int:
     return of_layers * skeleton.config.num_hidden_layers + (skeleton.encoding is None and formats.head_bits != 16)
 
 
-def _promised(skeleton: Skeleton, formats: Formats) -> Counts:
+def _promised(skeleton: Skeleton, formats: Formats, *, int8_activations: bool) -> Counts:
     linears = linears_left(skeleton, formats)
     with_bias = skeleton.linears_of_layer - 3  # q, k and v, apart or in one
     of_layers = linears > 1 and skeleton.config.attention_bias
@@ -32,14 +34,14 @@ def _promised(skeleton: Skeleton, formats: Formats) -> Counts:
 
 
 @counts(_promised)
-def quantize_linears(skeleton: Skeleton, formats: Formats) -> Counts:
+def quantize_linears(skeleton: Skeleton, formats: Formats, *, int8_activations: bool) -> Counts:
     """Counts: ``linears`` quantized, ``biases`` moved into them."""
     linears = biases = 0
     for linear in skeleton.linears():
         if formats.bits(linear.name) == 16:
             _store_half(skeleton, linear)
         else:
-            biases += _quantize(skeleton, linear, formats)
+            biases += _quantize(skeleton, linear, formats, int8_activations=int8_activations)
             linears += 1
     return {"linears": linears, "biases": biases}
 
@@ -74,7 +76,7 @@ def _store_half(skeleton: Skeleton, linear: Linear) -> None:
     linear.node.replace_input_with(1, cast.outputs[0])
 
 
-def _quantize(skeleton: Skeleton, linear: Linear, formats: Formats) -> int:
+def _quantize(skeleton: Skeleton, linear: Linear, formats: Formats, *, int8_activations: bool) -> int:
     rows, columns = linear.weight.shape
     scheme = formats.scheme(linear.name, columns)
     assert scheme is not None, "MatMulNBits takes blocks"
@@ -88,7 +90,7 @@ def _quantize(skeleton: Skeleton, linear: Linear, formats: Formats) -> int:
         "N": rows,
         "bits": scheme.bits,
         "block_size": scheme.block,
-        "accuracy_level": _ACCURACY_INT8,
+        **({"accuracy_level": _ACCURACY_INT8} if int8_activations else {}),
     }
     name = (linear.node.name or "").replace("/MatMul", "/MatMulNBits")
     skeleton.replace(bias or linear.node, name, "MatMulNBits", inputs, attributes, domain=CONTRIB)

@@ -157,12 +157,16 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: cannot read {name} ({error})") from None
 
-    def check(self, config: Glm4Config, encoding: Encoding | None = None) -> None:
+    def check(
+        self, config: Glm4Config, encoding: Encoding | None = None, brought: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         """The ledger: every tensor the config calls for is there in its shape, and no other. Raises CheckpointError.
 
-        ``encoding``: the head that is to be compiled, where it isn't a causal language model's.
+        ``encoding``: the head that is to be compiled, where it isn't a causal language model's. ``brought``: tensors
+        that come from elsewhere, an adapter's head.
         """
         shapes = {name: stored.shape for name, stored in self.tensors.items() if not _NEVER_STORED.fullmatch(name)}
+        shapes |= brought or {}
         if adapter := next((name for name in shapes if ".lora_" in name), None):
             raise CheckpointError(
                 f"{self.folder}: {shown(adapter)} is a LoRA adapter's, not merged; save what its merge_and_unload() "
@@ -171,7 +175,7 @@ class Checkpoint:
         if encoding is not None and encoding.task in HEADS and SCORE not in shapes:
             raise CheckpointError(
                 f"{self.folder}: no {SCORE}, the head of {encoding.task}: a checkpoint that was trained for it has "
-                "one; for embeddings build --task features"
+                "one, or an adapter (--lora); for embeddings build --task features"
             )
         if problem := wrapped(shapes) or self._mismatches(shapes, config, encoding):
             raise CheckpointError(f"{self.folder}: {problem}{self._unread()}")

@@ -69,9 +69,20 @@ def expected_shape(name: str, config: Glm4Config, encoding: Encoding | None = No
 
 
 def unused_heads(names: Collection[str], encoding: Encoding | None) -> list[str]:
-    """Tensors of a head that features leave out: they may be made of any checkpoint."""
-    features = encoding is not None and encoding.task == FEATURES
-    return [name for name in (HEAD, SCORE, SCORE_BIAS) if features and name in names]
+    """Tensors of heads that a task leaves out: features all, which may be made of any checkpoint, classifiers lm_head.
+
+    transformers' classes pass over them too.
+    """
+    if encoding is None:
+        return []
+    others = (HEAD, SCORE, SCORE_BIAS) if encoding.task == FEATURES else (HEAD,)
+    return [name for name in others if name in names]
+
+
+def classifier_head(config: Glm4Config, encoding: Encoding | None) -> dict[str, Shape]:
+    """Names and shapes of a classifier's own tensors; empty for every other task."""
+    outer, _ = tensor_shapes(config, encoding)
+    return {name: shape for name, shape in outer.items() if name in (SCORE, SCORE_BIAS)}
 
 
 def mismatches(

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from glm4export.sources.checkpoint import ADAPTER, Checkpoint, Location, locate_files, stored_tensors
+from glm4export.sources.ledger import Shape
 from glm4export.sources.lora_config import AdapterConfig, AdapterError, read_adapter_config
-from glm4export.sources.lora_ledger import Delta, Plan, read_plan
+from glm4export.sources.lora_ledger import WRAPPER, Delta, Plan, read_plan
 from glm4export.terminal.errors import printable
-from glm4export.weights.storage import EMBEDDING, HEAD
+from glm4export.weights.storage import EMBEDDING, HEAD, SCORE
 from glm4export.weights.tensors import Window
 from glm4export.weights.write import windows
 from glm4runtime.contract import sha256_of, shown
@@ -148,7 +149,15 @@ def recorded(source: Mapping[str, str], given: Sequence[str]) -> list[Adapter]:
 class MergedCheckpoint(Checkpoint):
     """A checkpoint as it is with adapters merged. Reading costs a rank's worth of arithmetic, and no whole tensor."""
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[Adapter], plans: Sequence[Plan]) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        adapters: Sequence[Adapter],
+        plans: Sequence[Plan],
+        *,
+        tied: bool,
+        brought: Mapping[str, Shape],
+    ) -> None:
         self.base, self.adapters = base, tuple(adapters)
         self._replaced = {name: part for plan in plans for name, part in plan.replaced.items()}
         self._deltas: dict[str, list[Delta]] = {}
@@ -157,8 +166,11 @@ class MergedCheckpoint(Checkpoint):
                 self._deltas.setdefault(name, []).append(delta)
         self._norms: dict[Delta, Tensor] = {}
         tensors = dict(base.tensors)
-        if HEAD not in tensors and {EMBEDDING, HEAD} & (self._replaced.keys() | self._deltas.keys()):
+        if tied and HEAD not in tensors and {EMBEDDING, HEAD} & (self._replaced.keys() | self._deltas.keys()):
             tensors[HEAD] = replace(tensors[EMBEDDING])  # tied until now: an adapter changes one of the two
+        for name in brought:  # in the dtype that transformers makes it in before peft loads it
+            stored, theirs = self._replaced[name]
+            tensors[name] = replace(stored.tensors[theirs], dtype=tensors[EMBEDDING].dtype)
         super().__init__(base.folder, tensors)
 
     def read(self, name: str, window: Window) -> Tensor:
@@ -208,22 +220,45 @@ class MergedCheckpoint(Checkpoint):
         return self._norms[delta]
 
 
-def merged(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
+def labels_brought(adapters: Sequence[Adapter]) -> int | None:
+    """How many labels the classifier head has that an adapter was trained with and holds whole; None without one."""
+    for adapter in adapters:
+        head = adapter.stored.tensors.get(f"{WRAPPER}{SCORE}")
+        if (
+            head is not None
+            and len(head.shape) == 2
+            and head.shape[0]
+            and adapter.config.saves(SCORE.removesuffix(".weight"))
+        ):
+            return head.shape[0]
+    return None
+
+
+def merged(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], *, tied: bool, brought: Mapping[str, Shape] | None = None
+) -> Checkpoint:
     """The checkpoint with adapters merged in their order.
+
+    tied: config.json's ``tie_word_embeddings``, for a checkpoint without a head. brought: the tensors of a classifier
+    head that the checkpoint lacks, and one of the adapters is to bring.
 
     Raises AdapterError for tensors that are missing, unexpected or mis-shaped, all of an adapter's at once; for
     numbers that aren't finite; and for adapters that can't go together.
     """
     if not adapters:
         return checkpoint
-    plans = [read_plan(adapter.stored, adapter.config, adapter.scale, checkpoint) for adapter in adapters]
+    brought = brought or {}
+    plans = [
+        read_plan(adapter.stored, adapter.config, adapter.scale, checkpoint, tied=tied, brought=brought)
+        for adapter in adapters
+    ]
     _require_distinct(adapters)
     for index, (adapter, plan) in enumerate(zip(adapters, plans, strict=True)):
-        _require_finite(adapter)
+        require_finite(adapter)
         for other, earlier in zip(adapters[:index], plans[:index], strict=True):
             if clash := _clash(earlier, plan):
                 raise AdapterError(f"{other.folder} and {adapter.folder}: {clash}; merge one of them")
-    return MergedCheckpoint(checkpoint, adapters, plans)
+    return MergedCheckpoint(checkpoint, adapters, plans, tied=tied, brought=brought)
 
 
 def _require_distinct(adapters: Sequence[Adapter]) -> None:
@@ -236,7 +271,8 @@ def _require_distinct(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _require_finite(adapter: Adapter) -> None:
+def require_finite(adapter: Adapter) -> None:
+    """Raise AdapterError naming a tensor that holds an infinity or NaN."""
     for name, tensor in adapter.stored.tensors.items():
         for window in windows(tensor.shape):
             if not torch.isfinite(adapter.stored.read(name, window)).all():

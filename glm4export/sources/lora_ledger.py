@@ -17,7 +17,7 @@ from glm4export.weights.tensors import Window
 from glm4export.weights.write import windows
 from glm4runtime.contract import shown
 
-_WRAPPER = "base_model.model."  # peft's, in front of every name
+WRAPPER = "base_model.model."  # peft's, in front of every name
 _INNER = "model."  # of a causal model's names, which its backbone alone hasn't
 _RESIDENT = ".base_layer"  # behind the name of a module that peft wrapped, in front of its own tensors' names
 
@@ -67,9 +67,21 @@ class Plan:
     replaced: dict[str, tuple[Checkpoint, str]] = field(default_factory=dict)  # by a tensor that was trained whole
 
 
-def read_plan(stored: Checkpoint, config: AdapterConfig, scale: float, checkpoint: Checkpoint) -> Plan:
-    """Compare an adapter's tensors with those that its config calls for; raise AdapterError telling all that differ."""
-    names = _Names(stored, checkpoint)
+def read_plan(
+    stored: Checkpoint,
+    config: AdapterConfig,
+    scale: float,
+    checkpoint: Checkpoint,
+    *,
+    tied: bool,
+    brought: Mapping[str, Shape],
+) -> Plan:
+    """Compare an adapter's tensors with those that its config calls for; raise AdapterError telling all that differ.
+
+    tied: the model's head is its embedding where none is stored. brought: tensors that the checkpoint lacks and an
+    adapter is to bring.
+    """
+    names = _Names(stored, checkpoint, tied, brought)
     plan, expected = Plan(), {}
     for module in names.modules:
         expected.update(_module(module, names, stored, config, scale, plan))
@@ -90,10 +102,13 @@ def read_plan(stored: Checkpoint, config: AdapterConfig, scale: float, checkpoin
 class _Names:
     """The modules of a checkpoint as an adapter names them, and their tensors by the checkpoint's names."""
 
-    def __init__(self, stored: Checkpoint, checkpoint: Checkpoint) -> None:
+    def __init__(self, stored: Checkpoint, checkpoint: Checkpoint, tied: bool, brought: Mapping[str, Shape]) -> None:
         shapes: dict[str, Shape] = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        shapes.setdefault(HEAD, shapes[EMBEDDING])  # tied: still a module of its own
-        inside = [name.removeprefix(_WRAPPER) for name in stored.tensors]
+        shapes |= brought
+        self.tied = tied and HEAD not in shapes
+        if self.tied:
+            shapes[HEAD] = shapes[EMBEDDING]  # still a module of its own
+        inside = [name.removeprefix(WRAPPER) for name in stored.tensors]
         tops = tuple({f"{name.removeprefix(_INNER).split('.')[0]}." for name in shapes} - {HEAD.split(".")[0] + "."})
         self.backbone_alone = bool(inside) and all(name.startswith(tops) for name in inside)
         self.modules: dict[str, dict[str, tuple[str, Shape]]] = {}  # each one's tensors: checkpoint's name and shape
@@ -108,7 +123,7 @@ def _module(
     module: str, names: _Names, stored: Checkpoint, config: AdapterConfig, scale: float, plan: Plan
 ) -> dict[str, Shape]:
     """The tensors that an adapter must hold for a module; what they do goes into the plan."""
-    tensors, at = names.modules[module], _WRAPPER + module
+    tensors, at = names.modules[module], WRAPPER + module
     expected: dict[str, Shape] = {}
 
     def replaces(part: str, theirs: str) -> None:
@@ -173,13 +188,13 @@ def _add_resident(
             continue
         own = name if name in checkpoint.tensors else EMBEDDING
         for infix in ("", _RESIDENT):
-            theirs = f"{_WRAPPER}{module}{infix}.weight"
+            theirs = f"{WRAPPER}{module}{infix}.weight"
             if theirs not in stored.tensors:
                 continue
             expected[theirs] = shape
             if stored.tensors[theirs].shape == shape and not _equal(stored, theirs, checkpoint, own):
                 plan.replaced[name] = (stored, theirs)
-                if HEAD not in checkpoint.tensors:  # tied, and peft writes into the one tensor
+                if names.tied:  # peft writes into the one tensor
                     plan.replaced.setdefault(HEAD, (stored, theirs))
 
 
@@ -214,5 +229,6 @@ _HINTS = (
         "an adapter's name is in the names: save it with peft's save_pretrained(), which leaves it out",
     ),
     (".gate_proj.", "GLM-4's gate and up are one linear, gate_up_proj: this adapter is another model's"),
+    (".score.", "a classifier's head: build with --task sequence-classification or --task token-classification"),
     ("_orig_mod.", "it was saved from a torch.compile'd model: save model._orig_mod"),
 )

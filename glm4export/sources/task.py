@@ -11,7 +11,7 @@ from glm4export.sources.config_json import ARCHITECTURES, config_data
 from glm4export.sources.config_keys import ConfigError
 from glm4graphs.encoder import Encoding
 from glm4runtime.contract import CAUSAL_LM, FEATURES, TOKEN_CLASSIFICATION, EncoderSpec, TaskName, UserError, shown
-from glm4runtime.contract.encoder_spec import PROBLEM_TYPES, SINGLE_LABEL
+from glm4runtime.contract.encoder_spec import PROBLEM_TYPES, SINGLE_LABEL, repeated
 
 _DEFAULT_PAD = 151329  # transformers' where config.json has no pad_token_id: GLM-4's own
 _MOST_LABELS = 2**20
@@ -49,11 +49,14 @@ def read_task(
     *,
     pooling: str | None = None,
     normalize: bool = False,
+    num_labels: int | None = None,
 ) -> Task:
     """The task of a config.json that :func:`parse_config` took, or the one that is wanted of it, with its labels.
 
-    Labels are read as transformers does. Raises ConfigError naming key, value and remedy; UserError where the options
-    don't fit the task.
+    Labels are read as transformers does; ``num_labels``, of a head that an adapter brings, counts for more than
+    config.json's, as it does in ``from_pretrained(num_labels=...)``: names of another number are dropped.
+
+    Raises ConfigError naming key, value and remedy; UserError where the options don't fit the task.
     """
     name = ARCHITECTURES[data["architectures"][0]] if wanted == "auto" else wanted
     if (pooling or normalize) and name != FEATURES:
@@ -66,8 +69,15 @@ def read_task(
     if name == FEATURES:
         return Task(name, Encoding(name, pooling=pooling, normalize=normalize), pad=_pad(data))
     labels = _labels(data, where)
+    if num_labels is not None and num_labels != len(labels):
+        labels = _unnamed(num_labels)
     if name == TOKEN_CLASSIFICATION:
         return Task(name, Encoding(name, len(labels)), labels, pad=_pad(data))
+    if twice := repeated(labels):
+        raise ConfigError(
+            f"{where}: id2label names several labels {shown(twice)}, whose scores nobody could tell apart; give each a "
+            "name of its own"
+        )
     problem, pad = data.get("problem_type"), _pad(data)
     if problem is not None and problem not in PROBLEM_TYPES:
         raise ConfigError(f"{where}: problem_type={shown(problem)} is not one of {', '.join(PROBLEM_TYPES)}")
@@ -88,7 +98,7 @@ def _labels(data: dict[str, Any], where: str) -> tuple[str, ...]:
     if count is not None and (type(count) is not int or not 1 <= count <= _MOST_LABELS):
         raise ConfigError(f"{where}: num_labels={shown(count)} must be a whole number from 1 to {_MOST_LABELS}")
     if names is None:
-        return tuple(f"LABEL_{index}" for index in range(2 if count is None else count))
+        return _unnamed(2 if count is None else count)
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(f"{where}: id2label={shown(names)} must be an object of texts by number")
     labels = {str(key): name for key, name in names.items()}
@@ -97,6 +107,10 @@ def _labels(data: dict[str, Any], where: str) -> tuple[str, ...]:
     if count is not None and count != len(names):
         raise ConfigError(f"{where}: num_labels={count}, and id2label has {len(names)}; keep the right one")
     return tuple(labels[str(index)] for index in range(len(names)))
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def _pad(data: dict[str, Any]) -> int | None:

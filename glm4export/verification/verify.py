@@ -12,9 +12,12 @@ from tqdm import tqdm
 from glm4export.calibration.streamed import Text, reference_logits
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config_json import read_config
+from glm4export.sources.ledger import classifier_head
 from glm4export.sources.lora import merged, recorded
 from glm4export.sources.quantized.checkpoint import open_checkpoint
 from glm4export.verification.phases import PHASES, Run, run_phases
+from glm4export.weights.storage import SCORE
+from glm4graphs.encoder import Encoding
 from glm4runtime.contract import Manifest, UserError
 from glm4runtime.session import Session
 
@@ -175,7 +178,12 @@ def open_source(manifest: Manifest, given: str | None, adapters: Sequence[str]) 
     checkpoint = open_checkpoint(folder)
     if checkpoint.fingerprint() != source.get("fingerprint"):
         raise UserError(f"{folder}: not the checkpoint that this bundle was built from (config or tensors differ)")
-    return merged(checkpoint, recorded(source, adapters))
+    config = read_config(folder / CONFIG)
+    brought = {}
+    if manifest.encoder is not None and SCORE not in checkpoint.tensors:
+        brought = classifier_head(config, Encoding(manifest.task, len(manifest.encoder.labels)))
+    opened = recorded(source, adapters)
+    return merged(checkpoint, opened, tied=config.tie_word_embeddings, brought=brought)
 
 
 def _phases(runs: Sequence[Run], wanted: Sequence[np.ndarray]) -> Iterator[Phase]:

@@ -79,9 +79,13 @@ def _blocks(recipes: Mapping[str, Recipe], evaluator: _Evaluator) -> Iterator[tu
                     raise ValueError(f"a value is not finite in {recipe.dtype}")
                 yield name, pack_signed(block) if recipe.dtype == "int4" else block
         except ValueError as error:
-            raise WeightError(
-                f"{name}: {error}; the checkpoint holds NaN or numbers beyond its range. Build with --precision fp32"
-            ) from None
+            raise WeightError(f"{name}: {error}; {_why(recipe)}") from None
+
+
+def _why(recipe: Recipe) -> str:
+    if recipe.dtype == "float32":  # which holds every finite number of a checkpoint
+        return "the checkpoint holds NaN or infinity there; fetch or save it again"
+    return "the checkpoint holds NaN or numbers beyond its range. Build with --precision fp32"
 
 
 class _Evaluator:

@@ -61,6 +61,8 @@ def load_encoder(
     batch_tokens: int = 2048,
     truncate: bool = False,
     check_hashes: bool = False,
+    device_id: int = 0,
+    gpu_mem_limit: float | None = None,
 ) -> Encoder:
     """Open a bundle that ``glm4export build`` made for features or classification.
 
@@ -69,6 +71,7 @@ def load_encoder(
     max_seq_len: the most tokens of a text, by default the bundle's. batch_tokens: how many, padding with them, are
     computed in one run; it bounds the memory. truncate: cut longer texts at their end, where they are an error
     otherwise; what tokenizer.json puts around them stays. check_hashes: compare every file's sha256 first.
+    device_id, gpu_mem_limit: as :func:`glm4runtime.load`'s.
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit and
     for a bundle that generates text, which :func:`glm4runtime.load` opens.
@@ -87,7 +90,9 @@ def load_encoder(
     limit = manifest.encoder.max_seq_len
     if max_seq_len is not None and not 1 <= max_seq_len <= limit:
         raise UserError(f"max_seq_len={max_seq_len} is not in 1..{limit}, the positions the bundle was built for")
-    runner = EncoderRunner(folder, manifest, provider=provider, threads=threads)
+    runner = EncoderRunner(
+        folder, manifest, provider=provider, threads=threads, device_id=device_id, gpu_mem_limit=gpu_mem_limit
+    )
     return Encoder(
         folder, manifest, manifest.encoder, runner, max_seq_len or limit, batch_tokens=batch_tokens, truncate=truncate
     )

@@ -30,16 +30,18 @@ class Generation(Iterator[int]):
         params: SamplingParams,
         stop: Sequence[int] | None = None,
         lookup: int = 0,
+        adapter: str | None = None,
     ) -> None:
         """Prefill the prompt now, as far as the cache doesn't begin with it; each read then decodes one token.
 
         stop: token ids that end the text, by default the bundle's list. lookup: guess up to this many tokens per run,
-        see :mod:`glm4runtime.lookup`. Raises UserError as ``Runner.prefill``, for a lookup out of range, and for
-        params with a token id that the vocabulary lacks; a generation under way on the same runner then goes on
-        undisturbed.
+        see :mod:`glm4runtime.lookup`. adapter: a LoRA adapter that the runner has. Raises UserError as
+        ``Runner.prefill``, for a lookup out of range, for an adapter that isn't there, and for params with a token id
+        that the vocabulary lacks; a generation under way on the same runner then goes on undisturbed.
         """
         check_limit(lookup)
         ids = runner.check_prompt(prompt)
+        runner.use_adapter(adapter)
         self.prompt_tokens = len(ids)
         self.completion_tokens = 0
         self.finish_reason: str | None = None
@@ -51,7 +53,7 @@ class Generation(Iterator[int]):
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
         self._logits = runner.prefill(ids[self.reused_tokens :])
-        self._lookup = Speculation(runner, PromptLookup(ids, lookup))
+        self._lookup = Speculation(runner, PromptLookup(ids, min(lookup, runner.draft_rows - 1)))
         self._token = -1  # the last one chosen, not yet in the cache
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ def load(
     provider: Provider | None = None,
     threads: int = 0,
     max_seq_len: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     check_hashes: bool = False,
     invariant: bool = False,
     huge_pages: bool = False,
+    device_id: int = 0,
+    gpu_mem_limit: float | None = None,
     chat_template: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Session:
     """Open a bundle that ``glm4export build`` made.
 
@@ -41,13 +44,16 @@ def load(
     engine (``engine``, the default), or in ONNX Runtime on ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, its
     execution providers of these names. threads: 0 lets ONNX Runtime choose. max_seq_len: length of the cache in tokens,
     by default the bundle's. prefill_chunk: prompt tokens computed in one run, which bounds the memory that a long
-    prompt takes. check_hashes: compare every file's sha256 first. invariant: the same tokens and logits, to the bit,
-    for every ``lookup`` and however a prompt is split, at up to a fifth of a lone stream's speed in int8 and int4; see
-    :mod:`glm4runtime.backends.invariance`. Without it, two logits that lie within rounding may change places.
-    huge_pages: put the process's large blocks of memory into huge pages, where Linux lets it: a second or two per GB,
-    and steps take up to a seventh less (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for
-    nothing).
-    chat_template: a Jinja template in place of the bundle's, as text or as the Path of a file.
+    prompt takes; by default 512, and 2048 for int8 and int4 on ``cuda``. check_hashes: compare every file's sha256
+    first. invariant: the same tokens and logits, to the bit, for every ``lookup`` and however a prompt is split, at up
+    to a fifth of a lone stream's speed in int8 and int4; see :mod:`glm4runtime.backends.invariance`. Without it, two
+    logits that lie within rounding may change places. huge_pages: put the process's large blocks of memory into huge
+    pages, where Linux lets it: a second or two per GB, and steps take up to a seventh less
+    (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing). device_id: which of the
+    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. gpu_mem_limit: GB that cache, weights
+    and activations may take on it, for ``cuda``. chat_template: a Jinja template in place of the bundle's, as text or
+    as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests call them by, for a
+    bundle built with ``--lora-slots``.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 
@@ -63,6 +69,7 @@ def load(
         check_hashes=check_hashes,
         invariant=invariant,
         huge_pages=huge_pages,
+        adapters=adapters,
     )
     if not isinstance(bundle, str | os.PathLike):
         raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
@@ -79,6 +86,9 @@ def load(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         check_hashes=check_hashes,
+        adapters=adapters,
+        device_id=device_id,
+        gpu_mem_limit=gpu_mem_limit,
     )
     if huge_pages:
         collapse()
@@ -129,6 +139,11 @@ class Session:
             refuse_closed()
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that were loaded."""
+        return self.runner.adapters
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer. Raises BundleError where it has none, or a broken one."""
         self._require_open()
@@ -147,20 +162,22 @@ class Session:
         *,
         lookup: int = 0,
         stop: Stop = (),
+        adapter: str | None = None,
     ) -> Generation:
         """Token ids that follow a prompt given as text or token ids; see :class:`Generation`.
 
         lookup: guess up to this many tokens per run (0 to 15; 7 is a good number) where the text repeats itself, see
         :mod:`glm4runtime.lookup`. stop: further tokens to stop on, as ids or as a special token's text, beside the
-        bundle's own; strings made of several tokens are for :meth:`stream` and :meth:`chat`. Raises UserError for a
-        prompt that isn't token ids of the vocabulary, or too long.
+        bundle's own; strings made of several tokens are for :meth:`stream` and :meth:`chat`. adapter: one of
+        :attr:`adapters`; None is the base model. Raises UserError for an adapter that isn't loaded, and for a prompt
+        that isn't token ids of the vocabulary, or too long.
         """
         ids, strings = self._stops(stop)
         for string in strings:
             token = self.tokenizer.token_id(string)
             if token not in ids:
                 raise UserError(f"stop: {string!r} is no special token; stop strings go with stream() and chat()")
-        return self._generate(prompt, params, lookup, ids)
+        return self._generate(prompt, params, lookup, ids, adapter)
 
     def stream(
         self,
@@ -169,6 +186,7 @@ class Session:
         *,
         lookup: int = 0,
         stop: Stop = (),
+        adapter: str | None = None,
     ) -> TextStream:
         """Text that follows a prompt, piece by piece.
 
@@ -176,7 +194,7 @@ class Session:
         and neither is part of the text. The other arguments are those of :meth:`generate`.
         """
         ids, strings = self._stops(stop)
-        return TextStream(self.tokenizer, self._generate(prompt, params, lookup, ids), strings)
+        return TextStream(self.tokenizer, self._generate(prompt, params, lookup, ids, adapter), strings)
 
     def chat(
         self,
@@ -186,26 +204,34 @@ class Session:
         tools: Sequence[dict[str, Any]] | None = None,
         lookup: int = 0,
         stop: Stop = (),
+        adapter: str | None = None,
     ) -> TextStream:
         """The assistant's answer to a conversation, piece by piece.
 
         messages: dicts with ``role`` and ``content``, tool calls and results in OpenAI's form or the template's; tools:
-        OpenAI-style function descriptions; lookup, stop: as :meth:`stream`. The stream's ``tool_calls`` are the calls
-        that the model asks for, and its ``content`` the words beside them.
+        OpenAI-style function descriptions; lookup, stop, adapter: as :meth:`stream`. The stream's ``tool_calls`` are
+        the calls that the model asks for, and its ``content`` the words beside them.
         """
         prompt = self.template.render(messages, tools)
-        return self.stream(prompt, params, lookup=lookup, stop=stop)
+        return self.stream(prompt, params, lookup=lookup, stop=stop, adapter=adapter)
 
-    def loss(self, text: str | Sequence[int]) -> float:
+    def loss(self, text: str | Sequence[int], *, adapter: str | None = None) -> float:
         """Mean negative log-probability of every token but the first, given all in front of it: nats per token.
 
         text, or token ids: at least two tokens, of which the cache has room for all but the last; for more,
         :mod:`glm4export.evaluation` has windows. Raises UserError for others.
         """
         self._require_open()
+        self.runner.use_adapter(adapter)
         return -float(log_probabilities(self.runner, self._tokens(text))[0].mean())
 
-    def score(self, prompt: str | Sequence[int], continuations: Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        continuations: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        adapter: str | None = None,
+    ) -> list[Score]:
         """How probable each continuation is behind a prompt, such as a reranker or a multiple-choice test asks.
 
         Prompt and continuations are all texts, or all token ids. Of a text, those tokens count in which the whole
@@ -214,6 +240,7 @@ class Session:
         room.
         """
         self._require_open()
+        self.runner.use_adapter(adapter)
         return [self._score(prompt, continuation) for continuation in _listed(continuations, "continuations")]
 
     def _score(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Score:
@@ -244,9 +271,14 @@ class Session:
         return split_stop(stop, self.tokenizer if wants_text else None, self.manifest.vocab_size)
 
     def _generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None, lookup: int, stop: Sequence[int]
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        lookup: int,
+        stop: Sequence[int],
+        adapter: str | None,
     ) -> Generation:
         self._require_open()
         tokens = self._tokens(prompt)
         eos = (*self.manifest.tokens.eos, *stop)
-        return Generation(self.runner, tokens, params or SamplingParams(), eos, lookup=lookup)
+        return Generation(self.runner, tokens, params or SamplingParams(), eos, lookup=lookup, adapter=adapter)

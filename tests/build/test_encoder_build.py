@@ -230,6 +230,7 @@ def test_inspect_and_the_manifest(build_bundle: Build, tmp_path: Path, capsys: p
     ("change", "message"),
     [
         ({"labels": []}, r"labels is \[\], expected at least one for sequence-classification"),
+        ({"labels": ["a", "b", "a"]}, "labels has 'a' more than once, and scores go by label"),
         ({"labels": ["a", "b"]}, r"it gives 'logits' float32 \['batch', 3\]; for the manifest's sequence-.* of 2"),
         ({"max_seq_len": 65}, "it knows 64 positions, the manifest's encoder has 65"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is not one of single_label_classification"),

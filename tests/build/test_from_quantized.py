@@ -78,6 +78,21 @@ def test_a_classifiers_head_of_integers_is_refused(build_bundle: Build, tmp_path
         build_bundle(folder, precision="fp32", target="cpu")
 
 
+def test_a_quantized_head_that_features_leave_out_is_not_counted(
+    build_bundle: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantize(name: str, weight: Tensor) -> tuple[quantized.Parts, Tensor]:
+        of = quantized.rounded(weight, 8 if name == "lm_head" else 4, 32)
+        return quantized.gptq(of, v1=False), of.weight
+
+    said = {**quantized.GPTQ, "checkpoint_format": "gptq_v2", "lm_head": True, "dynamic": {"lm_head": {"bits": 8}}}
+    folder = quantized.save(checkpoints.random_model(), tmp_path, said, quantize)
+    build_bundle(folder, precision="int4", target="cpu", task="features")
+    told = capsys.readouterr().err
+    assert "(12 x GPTQ int4 in groups of 32); 12 of 12 weights keep their own numbers" in told
+    assert "lm_head.weight left out, since features needs no head" in told
+
+
 def packed(values: Tensor) -> np.ndarray:
     """Two to a byte, the first in the low half; an odd last one alone."""
     even = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).numpy().astype(np.uint8)

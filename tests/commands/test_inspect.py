@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import onnx
 import pytest
 from safetensors.torch import load_file
 
@@ -14,7 +15,10 @@ from glm4export.inspection.estimate import estimate
 from glm4export.sources.config_json import read_config
 from glm4runtime.contract import MANIFEST
 from tests.commands.conftest import EOS, Fails
+from tests.conftest import Build
+from tests.helpers.checkpoints import save
 from tests.helpers.edits import edit
+from tests.helpers.encoders import CLASSES, random_encoder
 
 
 def test_inspect_of_absurd_sizes_is_arithmetic(mine: Path, fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,5 +98,27 @@ def test_a_session_holds_one_copy_of_the_weights(source: Path) -> None:
 def test_inspect_shows_a_model_for_every_target(target: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(source), "--target", target]) == 0
     shown = capsys.readouterr().out
-    assert f"for {target}, on this machine" in shown and "fits here" in shown
+    assert f"for {target} and causal-lm, on this machine" in shown and "fits here" in shown
     assert ("with --kv-cache int8" in shown) is (target != "tensorrt")
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_a_model_without_a_cache(
+    task: str, build_bundle: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own head is counted, and neither lm_head nor a cache."""
+    model = random_encoder(task)
+    folder = save(model, tmp_path)
+    assert cli.main(["inspect", str(folder), "--target", "cpu", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["task"] == task and facts["parameters"] == model.num_parameters()
+    for precision in ("fp32", "int4"):
+        graph = onnx.load(
+            build_bundle(folder, precision=precision, target="cpu") / "model.onnx", load_external_data=False
+        )
+        entries = (entry for tensor in graph.graph.initializer for entry in tensor.external_data)
+        stored = sum(int(entry.value) for entry in entries if entry.key == "length")
+        assert facts["precisions"][precision] == {"weight_bytes": stored, "fits_here": True}
+    assert cli.main(["inspect", str(folder), "--target", "tensorrt"]) == 0
+    shown = capsys.readouterr().out
+    assert f"for tensorrt and {task}, on this machine" in shown and "cache a token" not in shown and "fp8" not in shown

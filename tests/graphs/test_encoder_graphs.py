@@ -1,4 +1,7 @@
-"""The graphs without a cache as PyTorch modules, before they are traced: transformers' numbers, padding included."""
+"""The graphs without a cache as PyTorch modules, before they are traced: padding and pooling.
+
+Models of all kinds are in test_generated_configs.py.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from glm4export.sources.config_json import read_config
 from glm4graphs.encoder import EncoderGraph, Encoding
 from tests.helpers.checkpoints import save
-from tests.helpers.encoders import BATCHES, CLASSES, CONFIGS, PAD, batch, output_of, random_encoder
+from tests.helpers.encoders import BATCHES, PAD, batch, output_of, pooled, random_encoder
 from tests.helpers.parity import TOLERANCE
 
 
@@ -30,19 +32,6 @@ def graph_of(model: Any, folder: Path, encoding: Encoding) -> EncoderGraph:
 def run(graph: EncoderGraph, ids: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         return graph({"input_ids": ids, "attention_mask": mask})
-
-
-@pytest.mark.parametrize(("task", "name"), itertools.product(CLASSES, CONFIGS))
-def test_the_same_as_transformers(task: str, name: str, tmp_path: Path) -> None:
-    model = random_encoder(task, seed=len(name), **CONFIGS[name])
-    pad = PAD if task == "sequence-classification" else None
-    labels = 0 if task == "features" else 3
-    graph = graph_of(model, tmp_path, Encoding(task, num_labels=labels, pad_token_id=pad))
-    for lengths, side in itertools.product(BATCHES.values(), ("right", "left")):
-        ids, mask = batch(lengths, side, model.config.vocab_size, seed=len(name))
-        found, wanted = run(graph, ids, mask), output_of(model, ids, mask)
-        assert found.isfinite().all() and found.dtype == torch.float32
-        assert (found - wanted).abs().max() <= TOLERANCE, (lengths, side)
 
 
 def test_without_a_pad_token_the_last_place_counts(tmp_path: Path) -> None:
@@ -71,12 +60,5 @@ def test_pooled_embeddings(pooling: str, normalize: bool, tmp_path: Path) -> Non
     graph = graph_of(model, tmp_path, Encoding("features", pooling=pooling, normalize=normalize))
     for lengths, side in itertools.product(BATCHES.values(), ("right", "left")):
         ids, mask = batch(lengths, side, 96)
-        hidden = output_of(model, ids, mask)
-        wanted = []
-        for row, real in zip(hidden, mask.bool(), strict=True):
-            tokens = row[real]
-            if not len(tokens):
-                tokens = row[:1] if pooling == "last" else torch.zeros(1, row.shape[1])
-            wanted.append(tokens[-1] if pooling == "last" else tokens.mean(0))
-        embeddings = F.normalize(torch.stack(wanted)) if normalize else torch.stack(wanted)
+        embeddings = pooled(output_of(model, ids, mask), mask, pooling, normalize)
         torch.testing.assert_close(run(graph, ids, mask), embeddings, rtol=0, atol=TOLERANCE)

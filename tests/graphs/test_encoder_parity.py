@@ -16,16 +16,9 @@ from tests.helpers.checkpoints import save
 from tests.helpers.encoders import BATCHES, CONFIGS, batch, output_of, random_encoder
 from tests.helpers.parity import TOLERANCE
 
-CASES = [
-    ("features", "gqa", "cpu"),
+CASES = [  # beside those of test_generated_configs.py
     ("features", "tied, wide heads", "cpu"),
-    ("features", "odd sizes", "cpu"),
-    ("features", "mqa, no bias", "tensorrt"),
-    ("sequence-classification", "gqa", "cpu"),
-    ("sequence-classification", "mqa, no bias", "cpu"),
     ("sequence-classification", "full rotary, gelu", "tensorrt"),
-    ("token-classification", "gqa", "tensorrt"),
-    ("token-classification", "mha, one layer", "cpu"),
     ("token-classification", "odd sizes", "cpu"),
 ]
 

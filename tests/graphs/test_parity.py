@@ -25,8 +25,9 @@ def demo_reference() -> Glm4ForCausalLM:
     return Glm4ForCausalLM.from_pretrained(locate(None).folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", ["24 heads a kv head", "wide heads", "three layers, odd sizes"])
 def test_random_geometries(name: str, build_bundle: Build) -> None:
+    """Beside those of test_generated_configs.py: sizes of attention and odd ones, which have kernels of their own."""
     model = checkpoints.random_model(seed=len(name), **GEOMETRIES[name])
     bundle = build_bundle(model, precision="fp32", target="cpu")
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, 17).tolist()

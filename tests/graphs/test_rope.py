@@ -1,9 +1,11 @@
-"""Every rope type beside transformers: tables to the bit, logits of generated models, built graphs."""
+"""Every rope type beside transformers: tables to the bit; slices of the family's geometries, built.
+
+Logits of every type are in test_generated_configs.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,13 @@ from torch import Tensor
 from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 
 from glm4export.sources.config_json import parse_config
-from glm4graphs.activations import ACTIVATIONS
-from glm4graphs.graphs import GRAPHS, Graph
 from glm4graphs.rope import rotary_tables
 from glm4runtime import load
 from glm4runtime.contract import read_manifest
 from tests.conftest import Build
 from tests.helpers import checkpoints
-from tests.helpers.models import Generated, generated, save, spelled
-from tests.helpers.parity import TOLERANCE, check_parity, reference
+from tests.helpers.models import Generated, spelled
+from tests.helpers.parity import check_parity
 from tools.geometries import GEOMETRIES
 
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -111,68 +111,6 @@ def test_no_table_holds_what_these_do_beyond_their_original_length(rope: dict[st
     limit = ours.max_positions
     assert torch.equal(row(9, 100), row(9, limit))
     assert not torch.allclose(row(9, limit), row(9, limit + 1 + limit // 8))
-
-
-@pytest.mark.parametrize("seed", range(66), ids=lambda seed: f"{seed}-{generated(seed).name}")
-def test_generated_models(seed: int) -> None:
-    """Logits of every position: in one run, and as a prompt with single tokens behind it."""
-    case = generated(seed)
-    model = checkpoints.random_model(seed, **case.fields)
-    data = {**model.config.to_dict(), "architectures": ["Glm4ForCausalLM"]}
-    config = parse_config(spelled(case, data), "c")
-    assert case.positions <= config.max_positions
-    graph = Graph(config, case.positions, *GRAPHS["decode"]).eval()
-    graph.load_state_dict(model.state_dict())
-    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, case.positions).tolist()
-    shape = (1, config.num_key_value_heads, case.positions, config.head_dim)
-
-    def run(*ends: int) -> Tensor:
-        cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
-        rows, done = [], 0
-        for end in ends:
-            ids, mask = torch.tensor([tokens[done:end]]), torch.ones(1, end, dtype=torch.int64)
-            logits, cache = graph({"input_ids": ids, "attention_mask": mask}, cache)
-            rows, done = [*rows, logits[0]], end
-        return torch.cat(rows)
-
-    with torch.no_grad():
-        wanted = reference(model, tokens)
-        assert np.abs(run(case.positions).numpy() - wanted).max() <= TOLERANCE
-        last = range(case.positions - 4, case.positions + 1)
-        assert np.abs(run(*last).numpy() - wanted).max() <= TOLERANCE
-
-
-def test_the_generated_models_cover_what_they_should() -> None:
-    cases = [generated(seed) for seed in range(66)]
-    assert {case.fields["hidden_act"] for case in cases} == ACTIVATIONS.keys()
-    assert {name for case in cases for name in case.null} == {"head_dim", "num_key_value_heads"}
-    parameters = [case.fields["rope_parameters"] for case in cases]
-    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-    assert all(any(name in rope for rope in parameters) for name in optional)
-    for field in ("attention_bias", "tie_word_embeddings"):
-        assert {case.fields[field] for case in cases} == {True, False}
-
-
-@pytest.mark.parametrize("seed", range(1, 6), ids=lambda seed: generated(seed).name)
-def test_built_graphs(seed: int, build_bundle: Build, tmp_path: Path) -> None:
-    """Scaled rope through export and ONNX Runtime, with its own attention and with standard operators.
-
-    Plain rope is in the slices below.
-    """
-    sizes = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    case = generated(seed, **sizes, num_hidden_layers=1, max_position_embeddings=64)
-    rope = case.fields["rope_parameters"]
-    rope["partial_rotary_factor"] = 0.5
-    if rope["rope_type"] == "longrope":
-        rope.update({name: [1 + 0.3 * i for i in range(8)] for name in ("short_factor", "long_factor")})
-        rope["original_max_position_embeddings"] = 56
-    elif rope["rope_type"] in ("yarn", "llama3"):
-        rope["original_max_position_embeddings"] = 16
-    model = checkpoints.random_model(seed, **case.fields)
-    target = "cpu" if rope["rope_type"] == "yarn" else "tensorrt"
-    folder = save(Generated(case.fields, (), case.older, 0), model, tmp_path)
-    session = load(build_bundle(folder, precision="fp32", target=target), provider="cpu")
-    check_parity(session, model, prompt_of(17, model))  # 49 positions
 
 
 @pytest.mark.parametrize("name", ["glm-4-9b", "glm-4-32b", "glm-z1-rumination-32b"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Glm4Config, Glm4ForSequenceClassification, Glm4ForTokenClassification, Glm4Model
 
 from tests.helpers.checkpoints import SMALL, scatter
@@ -53,6 +54,19 @@ def batch(lengths: list[int], side: str, vocab_size: int, seed: int = 0) -> tupl
         ids[row, real] = torch.randint(PAD + 1, vocab_size, (length,), generator=generator)
         mask[row, real] = 1
     return ids, mask
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: str | None, normalize: bool) -> Tensor:
+    """Embeddings [batch, hidden] of hidden states [batch, seq, hidden], row by row; without a pooling, those."""
+    if pooling is None:
+        return hidden
+    rows = []
+    for row, real in zip(hidden, mask.bool(), strict=True):
+        tokens = row[real]
+        if not len(tokens):
+            tokens = row[:1] if pooling == "last" else torch.zeros(1, row.shape[1])
+        rows.append(tokens[-1] if pooling == "last" else tokens.mean(0))
+    return F.normalize(torch.stack(rows)) if normalize else torch.stack(rows)
 
 
 def output_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The compiler keeps none: a build traces each of its graphs once, and forty layer
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 
 from glm4export.build import build
 from glm4export.graph.trace import trace, trace_encoder
-from glm4graphs.config import Glm4Config
+from glm4graphs.config import Glm4Config, Rope
 from glm4graphs.encoder import Encoding
 
 
@@ -26,7 +27,12 @@ def _kept(config: Glm4Config, graph: str, dtype: torch.dtype, max_seq_len: int) 
 
 def kept_trace(config: Glm4Config, graph: str, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """As :func:`glm4export.graph.trace.trace`; a copy of what it gave last time."""
-    return _kept(config, graph, dtype, max_seq_len).clone()
+    return _kept(_traced(config), graph, dtype, max_seq_len).clone()
+
+
+def _traced(config: Glm4Config) -> Glm4Config:
+    """What a trace knows of a config: of its rope, how many columns are rotated; the tables are data."""
+    return dataclasses.replace(config, rope=Rope(1.0, config.rope.partial_rotary_factor), max_position_embeddings=1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -36,7 +42,7 @@ def _kept_encoder(config: Glm4Config, encoding: Encoding, dtype: torch.dtype, ma
 
 def kept_trace_encoder(config: Glm4Config, encoding: Encoding, *, dtype: torch.dtype, max_seq_len: int) -> ir.Model:
     """The same of the graph without a cache."""
-    return _kept_encoder(config, encoding, dtype, max_seq_len).clone()
+    return _kept_encoder(_traced(config), encoding, dtype, max_seq_len).clone()
 
 
 @contextmanager

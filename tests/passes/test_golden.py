@@ -35,6 +35,8 @@ def what_onnxsim_changes(skeleton: Skeleton) -> tuple[Counter[str], Counter[str]
     model = skeleton.model.clone()
     for name in skeleton.recipes:
         model.graph.inputs.append(model.graph.initializers.pop(name))
+    for name in [name for name, value in model.graph.initializers.items() if value.is_graph_input()]:
+        del model.graph.initializers[name]  # an input's default, which onnxsim takes for a constant
     graph = ir.to_proto(model)
     simplified, _ = onnxsim.simplify(graph, check_n=0)
     before, after = operators(graph), operators(simplified)

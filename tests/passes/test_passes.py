@@ -86,7 +86,7 @@ def named(operator: str, skeleton: Skeleton) -> list[ir.Node]:
             BuildOptions("int4", "cuda", kv_cache="int8", calibrate=Path("unread")),
             "prefill",
             "lift_weights rescale_fp16 fuse_qkv quantize_linears quantize_embedding lower_attention_gqa quantize_cache "
-            "simplify",
+            "simplify fuse_residual_norms",
         ),
         (
             FP8,

@@ -166,7 +166,7 @@ def test_what_stands_behind_a_text_stays_where_the_text_is_cut(embedder: Any, tm
     [
         (["a", ""], "text 1 is empty; at least one token is needed"),
         (["a" * 65], r"text 0 has 65 tokens, at most 64 fit; shorten it, or open the bundle with truncate=True"),
-        ([[1, VOCAB]], "token id 256 is not a whole number in 0..255"),
+        ([[1], [1, VOCAB]], "^text 1: token id 256 is not a whole number in 0..255"),
         ([5], "text 0 is 5, expected a sequence of token ids"),
         ("text", "texts is 'text', expected a list of texts"),
     ],

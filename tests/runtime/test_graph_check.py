@@ -162,7 +162,7 @@ def test_a_cache_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = CacheSpec(layers=2, kv_heads=2**12, head_dim=2**12, dtype="float16", max_seq_len=2**30)
     message = (
         "the cache of 1073741824 tokens takes 144115188.08 GB (2 layers, 4096 heads of 4096 in float16): "
-        "36028797.02 GB for a tensor [1, 4096, 1073741824, 4096] of float16 on cpu cannot be had: Unable to allocate"
+        "144115188.08 GB for a tensor [4, 1, 4096, 1073741824, 4096] of float16 on cpu cannot be had: Unable"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         Cache(spec, spec.max_seq_len, "cpu")

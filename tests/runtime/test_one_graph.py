@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from glm4runtime import BundleError, load
+from glm4runtime.backends.graph_check import graphs_to_open
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.side_by_side import side_by_side
-from glm4runtime.contract import past_name, present_name
+from glm4runtime.contract import past_name, present_name, read_manifest
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.heldout import HELDOUT
@@ -43,6 +46,16 @@ def test_both_graphs_where_they_compute_otherwise(build_bundle: Build) -> None:
     cache = {"precision": "fp16", "kv_cache": "int8", "calibrate": HELDOUT}
     assert opened(build_bundle(None, target="cpu", **cache)) == ["prefill", "decode", "decode"]
     assert opened(build_bundle(None, target="cuda", **cache)) == ["prefill", "prefill"]  # the kernel reads int8 there
+
+
+def test_both_graphs_where_operators_differ_in_attributes_alone(bundles: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundles["int4"], tmp_path / "copy"))
+    assert graphs_to_open(copy, read_manifest(copy)) == ("prefill",)
+    model = onnx.load(copy / "decode.onnx", load_external_data=False)
+    (epsilon, *_) = (a for node in model.graph.node for a in node.attribute if a.name == "epsilon")
+    epsilon.f *= 2
+    onnx.save(model, copy / "decode.onnx")
+    assert graphs_to_open(copy, read_manifest(copy)) == ("prefill", "decode")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])

@@ -136,7 +136,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
         (None, "no engine in the bundle; `--provider cpu` runs the same graph in ONNX Runtime, without a GPU"),
         ("engine", "no engine in the bundle; `--provider cpu` runs the same graph"),
         ("cuda", r"CUDAExecutionProvider is not in the installed onnxruntime .*; pip install '\.\[gpu\]'"),
-        ("tensorrt", r"TensorrtExecutionProvider is not in .*; pip install '\.\[gpu,tensorrt\]'"),
+        ("tensorrt", r"TensorrtExecutionProvider is not in .*; pip install '\.\[gpu-tensorrt\]'"),
         ("tensorrt-rtx", "NvTensorRTRTXExecutionProvider (is not installed; pip install|could not be loaded: )"),
     ],
 )
@@ -185,7 +185,7 @@ def test_shapes_told_to_onnxruntimes_tensorrt(provider: str, prefix: str, small:
     assert folder.is_dir() and str(folder) in options.values()
     (tmp_path / "file").touch()
     assert str(tmp_path) not in str(provider_options(tmp_path / "file", manifest.cache, provider, 48))
-    assert provider_options(tmp_path, manifest.cache, "cuda", 48) == {}
+    assert provider_options(tmp_path, manifest.cache, "cuda", 48)["arena_extend_strategy"] == "kSameAsRequested"
 
 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])

@@ -36,7 +36,7 @@ def open_adapters(*given: tuple[Path, float]) -> list[Adapter]:
 def assert_as_peft(model: Any, folder: Path, given: list[tuple[Path, float]], prefix: str = "") -> set[str]:
     """Every tensor, whole and by a window of rows and columns; returns the names of those that were changed."""
     base = Checkpoint.open(folder)
-    ours = merged(base, open_adapters(*given))
+    ours = merged(base, open_adapters(*given), tied=model.config.tie_word_embeddings)
     changed = set()
     for name, wanted in adapters.merge(model, given).state_dict().items():
         name = prefix + name
@@ -123,10 +123,11 @@ def test_several_adapters_with_scales(dtype: torch.dtype, tmp_path: Path) -> Non
     ]
     changed = assert_as_peft(model, folder, list(zip(made, (0.5, -1.0, 2.0), strict=True)))
     assert {name.rsplit(".", 2)[-2] for name in changed} == {*LINEARS, "embed_tokens"} and len(changed) == 13
-    one = merged(Checkpoint.open(folder), open_adapters((made[0], 0.5)))
+    one = merged(Checkpoint.open(folder), open_adapters((made[0], 0.5)), tied=False)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(
-        one.read(name, whole((128, 64))), merged(one, open_adapters((made[1], 1.0))).read(name, whole((128, 64)))
+        one.read(name, whole((128, 64))),
+        merged(one, open_adapters((made[1], 1.0)), tied=False).read(name, whole((128, 64))),
     )
 
 
@@ -173,7 +174,7 @@ def test_a_tied_head(config: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoints.random_model(tie_word_embeddings=True)
     folder = checkpoints.save(model, tmp_path / "base")
     adapter = adapters.train(model, tmp_path / "adapter", r=3, **config)
-    ours = merged(Checkpoint.open(folder), open_adapters((adapter, 1.0)))
+    ours = merged(Checkpoint.open(folder), open_adapters((adapter, 1.0)), tied=True)
     untied = "embed_tokens" in str(config) or "lm_head" in str(config)
     assert as_stored(read_config(folder / "config.json"), ours).tie_word_embeddings is not untied
     tensors = {name: ours.read(name, whole(stored.shape)) for name, stored in ours.tensors.items()}
@@ -198,7 +199,7 @@ def test_an_embedding_that_is_saved_beside_its_matrices(tmp_path: Path) -> None:
     save_file({**tensors, name: tensors[name] + 1}, adapter / adapters.WEIGHTS)
     assert_as_peft(model, folder, [(adapter, 1.0)])
     with pytest.raises(UserError, match=r"a scale of 0\.5 has no meaning for model\.embed_tokens\.weight, which the"):
-        merged(Checkpoint.open(folder), open_adapters((adapter, 0.5)))
+        merged(Checkpoint.open(folder), open_adapters((adapter, 0.5)), tied=False)
 
 
 def test_a_tied_embedding_that_is_saved_whole_is_the_head_too(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_tied_embedding_that_is_saved_whole_is_the_head_too(tmp_path: Path) ->
     tensors = load_file(adapter / adapters.WEIGHTS)
     save_file({**tensors, "base_model.model.model.embed_tokens.weight": embedding}, adapter / adapters.WEIGHTS)
     theirs = adapters.merge(model, [(adapter, 1.0)]).state_dict()
-    ours = merged(Checkpoint.open(folder), open_adapters((adapter, 1.0)))
+    ours = merged(Checkpoint.open(folder), open_adapters((adapter, 1.0)), tied=True)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(theirs[name], embedding) and torch.equal(ours.read(name, whole((96, 64))), embedding)
     assert as_stored(read_config(folder / "config.json"), ours).tie_word_embeddings
@@ -225,8 +226,8 @@ def test_what_a_manifest_keeps_of_adapters(tmp_path: Path) -> None:
     assert set(facts) == {"lora.1.weights_sha256", "lora.1.config_sha256", "lora.1.scale"}
     assert facts["lora.1.scale"] == "0.5" and str(tmp_path) not in json.dumps(facts)
     base = Checkpoint.open(folder)
-    assert merged(base, [opened]).fingerprint() == base.fingerprint()
-    assert merged(base, []) is base
+    assert merged(base, [opened], tied=False).fingerprint() == base.fingerprint()
+    assert merged(base, [], tied=False) is base
 
 
 def test_a_bundle_tells_its_adapters_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

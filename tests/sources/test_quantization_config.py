@@ -134,3 +134,7 @@ def test_any_quantization_config_is_read_or_refused(said: object) -> None:
         assert parse_quantization(said, "config.json").layouts
     except ConfigError as error:
         assert str(error).startswith("config.json: quantization_config")
+
+
+def test_a_format_of_null_is_none() -> None:
+    assert parse_quantization({**quantized.GPTQ, "format": None}, "c") == parse_quantization(quantized.GPTQ, "c")

@@ -74,6 +74,7 @@ def test_labels_are_those_of_transformers(config: dict[str, Any], tmp_path: Path
             {"problem_type": "single_label_classification", "num_labels": 1, "id2label": None},
             "problem_type='single_label_classification' with one label",
         ),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label names several labels 'a', whose scores nobody could"),
         ({"pad_token_id": 96}, "pad_token_id is 96, expected a token id below vocab_size=96: the last token"),
         ({"pad_token_id": "x"}, "pad_token_id is 'x', expected a token id"),
         ({"pad_token_id": ...}, "pad_token_id is missing, expected a token id"),

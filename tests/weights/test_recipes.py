@@ -306,3 +306,12 @@ def test_a_float32_file_takes_numbers_beyond_float16(tmp_path: Path) -> None:
     tensors = Tensors()
     recipes = {"w": Recipe(tensors.source(torch.tensor([1e5, -3e38])), "float32")}
     assert write_weights(tmp_path / "w", recipes, lay_out(recipes), tensors, lambda size: None).size == 8
+
+
+def test_what_fp32_does_not_hold_is_no_reason_for_fp32(tmp_path: Path) -> None:
+    tensors = Tensors()
+    recipes = {"w": Recipe(tensors.source(torch.tensor([1.0, math.nan])), "float32")}
+    with pytest.raises(
+        WeightError, match=r"^w: a value .* the checkpoint holds NaN or infinity there; fetch or save it"
+    ):
+        write_weights(tmp_path / "w", recipes, lay_out(recipes), tensors, lambda size: None)

@@ -196,12 +196,14 @@ class QuantizedCheckpoint(Checkpoint):
         """As :meth:`Checkpoint.fingerprint`, of the tensors that are stored."""
         return self.stored.fingerprint()
 
-    def check(self, config: Glm4Config, encoding: Encoding | None = None) -> None:
+    def check(
+        self, config: Glm4Config, encoding: Encoding | None = None, brought: Mapping[str, Shape] | None = None
+    ) -> None:
         """The ledger, over the tensors that stand for a weight too, and what their data may not be.
 
         Raises CheckpointError, also where quantization_config says of a linear what its tensors don't.
         """
-        super().check(config, encoding)
+        super().check(config, encoding, brought)
         says = f"{self.folder}: {CONFIG}'s quantization_config says that"
         if not self.linears:
             raise CheckpointError(f"{says} weights are quantized, and none is; remove it")

@@ -139,7 +139,8 @@ def _gptq(keys: _Keys) -> Declared:
     for flag in ("is_marlin_format", "awq_gemm_checkpoint"):
         keys.one_of(flag, (False,), False, "; its weights are packed for one kernel")
     why = "; 2 and 3 bits have no kernel here, and other layouts are for one package's kernels"
-    layout = keys.one_of("checkpoint_format", ("gptq", "gptq_v2"), keys.data.get("format", "gptq"), why)
+    older = keys.data.get("format")
+    layout = keys.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq" if older is None else older, why)
     keys.one_of("pack_dtype", ("int32", "torch.int32"), "int32")
     keys.one_of("data_type", ("int",), "int")
     act_order = keys.one_of("desc_act", (True, False), False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,9 +27,11 @@ class Buffer:
     On ``cpu`` the memory is numpy's (zero pages cost nothing until they are written), elsewhere ONNX Runtime's.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
+    def __init__(self, shape: Sequence[int], dtype: str, device: str, device_id: int = 0) -> None:
+        """Raises UserError, with the size, where there's no memory for it."""
         self.shape = tuple(shape)
         self.dtype = tensor_type(dtype)
+        self._device_id = device_id
         self.device = device
         self._stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)  # of the same size
         try:
@@ -36,7 +39,7 @@ class Buffer:
                 self.array = np.zeros(self.shape, self._stored)
                 self.address: int = self.array.ctypes.data
             else:
-                self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self._stored, device, 0)
+                self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, self._stored, device, device_id)
                 self.address = self._value.data_ptr()
         except Exception as error:  # MemoryError, ValueError, and onnxruntime's own unrelated classes
             reason = str(error).splitlines()[0] if str(error) else "out of memory"
@@ -70,34 +73,54 @@ class Buffer:
         """Fill the buffer with zeros; on ``cpu`` it starts with them."""
         self.write(np.zeros(self.shape, self._stored))
 
+    def part(self, index: int) -> Buffer:
+        """The tensor at ``index`` of the first dim, in the same memory; off ``cpu`` only to be bound."""
+        part = copy.copy(self)
+        part.shape = self.shape[1:]
+        part.address = self.address + index * math.prod(part.shape) * self._stored.itemsize
+        if self.device == "cpu":
+            part.array = self.array[index]
+        return part
+
     def bind_input(self, binding: Any, name: str, shape: Sequence[int] | None = None) -> None:
         """Bind the buffer's first elements, seen as ``shape`` (all of it when None), to a graph input."""
-        binding.bind_input(name, self.device, 0, self.dtype, self.shape if shape is None else shape, self.address)
+        binding.bind_input(
+            name, self.device, self._device_id, self.dtype, self.shape if shape is None else shape, self.address
+        )
+
+    def bind_rows(self, binding: Any, name: str, first: int, count: int) -> None:
+        """Bind ``count`` rows of a matrix [rows, columns] from row ``first`` on to a graph input; none is possible."""
+        columns = self.shape[1]
+        address = self.address + first * columns * self._stored.itemsize
+        binding.bind_input(name, self.device, 0, self.dtype, (count, columns), address)
 
     def bind_output(self, binding: Any, name: str, shape: Sequence[int] | None = None) -> None:
         """The same for a graph output."""
-        binding.bind_output(name, self.device, 0, self.dtype, self.shape if shape is None else shape, self.address)
+        binding.bind_output(
+            name, self.device, self._device_id, self.dtype, self.shape if shape is None else shape, self.address
+        )
 
 
 class Cache:
-    """One sequence's keys and values for every layer, each [1, kv_heads, max_seq_len, head_dim], written in place."""
+    """One sequence's keys and values for every layer, each [1, kv_heads, max_seq_len, head_dim], written in place.
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, device: str) -> None:
+    All lie in one allocation: a device's memory is handed out in larger pieces than a layer needs.
+    """
+
+    def __init__(self, spec: CacheSpec, max_seq_len: int, device: str, device_id: int = 0) -> None:
         """Raises UserError, with the sizes, where there's no memory for it."""
         self.max_seq_len = max_seq_len
-        shape = (1, spec.kv_heads, max_seq_len, spec.head_dim)
+        parts = [(layer, part) for layer in range(spec.layers) for part in ("key", "value")]
+        shape = (len(parts), 1, spec.kv_heads, max_seq_len, spec.head_dim)
         try:
-            self._buffers = {
-                (layer, part): Buffer(shape, spec.dtype, device)
-                for layer in range(spec.layers)
-                for part in ("key", "value")
-            }
+            self._whole = Buffer(shape, spec.dtype, device, device_id)
         except UserError as error:
             raise UserError(
                 f"the cache of {max_seq_len} tokens takes {spec.bytes_per_token * max_seq_len / 1e9:.2f} GB "
                 f"({spec.layers} layers, {spec.kv_heads} heads of {spec.head_dim} in {spec.dtype}): {error}; open the "
                 "bundle with a smaller max_seq_len"
             ) from None
+        self._buffers = {part: self._whole.part(index) for index, part in enumerate(parts)}
 
     def bind(self, binding: Any) -> None:
         """Bind past and present of every layer to the same memory: the graph appends, nothing is copied."""
@@ -111,13 +134,9 @@ class Cache:
 
     def clipped(self, length: int) -> float:
         """Of an int8 cache's first ``length`` rows, the share of values at the ends of its range: -128, -127, 127."""
-        shares = [
-            np.mean((rows >= 127) | (rows <= -127))
-            for rows in (buffer.read()[:, :, :length] for buffer in self._buffers.values())
-        ]
+        shares = [np.mean((rows >= 127) | (rows <= -127)) for rows in self._whole.read()[:, :, :, :length]]
         return float(np.mean(shares))
 
     def clear(self) -> None:
         """Make every row finite: a step graph multiplies the rows it masks by zero, and zero times NaN is NaN."""
-        for buffer in self._buffers.values():
-            buffer.clear()
+        self._whole.clear()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from glm4runtime.backends.gpu_options import gpu_options
 from glm4runtime.backends.graph_check import require_graphs, require_token_ids, takes_positions
 from glm4runtime.backends.ort_session import open_session, require_provider
 from glm4runtime.backends.providers import (
@@ -23,7 +25,16 @@ from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, MODEL, POSITION_IDS,
 class EncoderRunner:
     """``model.onnx`` of a bundle without a cache."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, provider: str | None, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        provider: str | None,
+        threads: int,
+        device_id: Any = 0,
+        gpu_mem_limit: Any = None,
+    ) -> None:
         """Open the graph; arguments as :func:`glm4runtime.load_encoder`'s.
 
         Raises UserError for a provider that doesn't fit or can't start, BundleError for a damaged graph.
@@ -36,16 +47,18 @@ class EncoderRunner:
                 f"{folder}: provider {chosen!r} doesn't run a bundle for {manifest.target} and {manifest.task} here; "
                 f"give one of {', '.join(known)}"
             )
+        gpu = gpu_options(device_id, gpu_mem_limit, chosen)
         require_graphs(folder, manifest)
         require_token_ids(folder, manifest)
-        require_provider(chosen)
+        require_provider(chosen, gpu.device_id)
+        options = gpu.cuda() if chosen == "cuda" else {"device_id": str(gpu.device_id)} if gpu.device_id else {}
         graph = manifest.graphs[MODEL]
         self.provider = chosen
         rows = graph.inputs[0].dims[0]
         self.most_rows = rows if isinstance(rows, int) else None  # texts in one run
         self._takes_positions = takes_positions(graph)
         self._output = graph.outputs[0].name
-        (self._session,) = side_by_side([lambda: open_session(folder / graph.file, chosen, threads)])
+        (self._session,) = side_by_side([lambda: open_session(folder / graph.file, chosen, threads, options=options)])
         self.closed = False
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -15,6 +15,11 @@ from glm4runtime.contract import (
     HIDDEN_STATES,
     INPUTS_EMBEDS,
     LOGITS,
+    LORA,
+    LORA_GATE,
+    LORA_MODULES,
+    LORA_PARTS,
+    LORA_QKV_GATE,
     POSITION_IDS,
     PREFILL,
     BundleError,
@@ -32,6 +37,7 @@ from glm4runtime.contract import (
 from glm4runtime.contract.onnxfile import Graph, read_graph
 
 _PARTS = ("key", "value")
+_FLOATS = ("float32", "float16", "bfloat16")
 _EMBEDDING = "model.embed_tokens.weight"
 _COSINES = {"GroupQueryAttention": 7, "RotaryEmbedding": 1}  # which input holds a cosine for every position
 
@@ -48,6 +54,7 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
             _require_cache(path, graph, manifest.cache)
         else:
             _require_encoder(path, graph, manifest, manifest.encoder)
+        _require_lora(path, graph, manifest)
         for file in sorted(graph.files):
             if (Path(spec.file).parent / file).as_posix() not in manifest.files:
                 raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
@@ -78,11 +85,14 @@ def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
     return (PREFILL,) if _weighted(prefill) == _weighted(decode) else (PREFILL, DECODE)
 
 
-def _weighted(graph: Graph) -> Counter[tuple[str, ...]]:
-    """The operators that read stored numbers, with the names of what they read; int64 ones are shapes and indices."""
+def _weighted(graph: Graph) -> Counter[tuple[object, ...]]:
+    """The operators that read stored numbers, with attributes and the names of what they read.
+
+    int64 numbers are shapes and indices.
+    """
     numbers = {name for name, stored in graph.stored.items() if stored.dtype != "int64"}
-    read = ((node.domain, node.op, *(name for name in node.inputs if name in numbers)) for node in graph.nodes)
-    return Counter(node for node in read if len(node) > 2)
+    read = ((node, tuple(name for name in node.inputs if name in numbers)) for node in graph.nodes)
+    return Counter((node.domain, node.op, node.attributes, names) for node, names in read if names)
 
 
 def _require_vocabulary(path: Path, graph: Graph, vocab_size: int) -> None:
@@ -103,6 +113,22 @@ def _require_encoder(path: Path, graph: Graph, manifest: Manifest, encoder: Enco
             rows = stored.shape[0] if stored.shape else 0
             raise _error(path, f"it knows {rows} tokens, the manifest's vocab_size is {manifest.vocab_size}")
     _require_positions(path, graph, encoder.max_seq_len, "encoder")
+
+
+def _require_lora(path: Path, graph: Graph, manifest: Manifest) -> None:
+    """Its inputs for adapters: the gates and matrices of linears that are known, where the manifest speaks of slots."""
+    inputs = [spec for spec in graph.inputs if spec.name.startswith(LORA)]
+    if bool(inputs) != (manifest.lora is not None):
+        raise _error(path, f"it has {len(inputs)} inputs for adapters, the manifest's lora is {shown(manifest.lora)}")
+    gates = {spec.name for spec in inputs} & {LORA_GATE, LORA_QKV_GATE}
+    if inputs and len(gates) != 2:
+        raise _error(path, f"it lacks {LORA_GATE} or {LORA_QKV_GATE}")
+    for spec in inputs:
+        parts = spec.name.split(".")
+        named = len(parts) == 4 and parts[2] in LORA_MODULES and parts[3] in LORA_PARTS
+        sized = len(spec.dims) == 2 and isinstance(spec.dims[1], int)
+        if spec.dtype not in _FLOATS or not (spec.name in gates or (named and sized)):
+            raise _error(path, f"{_words(spec)} is no input for an adapter")
 
 
 def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequence[TensorSpec]) -> None:

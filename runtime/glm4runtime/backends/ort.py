@@ -5,20 +5,27 @@ The prefill graph computes steps too, and is the only one that is opened where d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
+from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
 from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
+
+_ANY_GPU = GpuOptions()
+# Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
+# every matrix first, and moves five times the bytes. That for 4 bits takes 16, as many as a run may have.
+_INT8_ROWS = 5
 
 
 class OrtRunner(Runner):
@@ -33,27 +40,35 @@ class OrtRunner(Runner):
         threads: int = 0,
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
+        adapters: Mapping[str, Path] | None = None,
+        gpu: GpuOptions = _ANY_GPU,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+        if provider == "cuda" and manifest.precision == "int8":
+            self.draft_rows = _INT8_ROWS
         device = self.device = device_of(provider)
-        self._cache = Cache(manifest.cache, self.max_seq_len, device)
-        self._mask = Buffer((1, self.max_seq_len), "int64", device)
-        self._mask.write(np.ones((1, self.max_seq_len), np.int64))
-        self._prompt = Buffer((1, self.prefill_chunk), "int64", device)
-        self._token = Buffer((1, 1), "int64", device)
-        self._draft = Buffer((1, MAX_RUN), "int64", device)
-        self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory
-        self._rows = Buffer((1, MAX_RUN), "int64", device)  # a run's rows in order: all of a draft's, a step's one
-        self._rows.write(np.arange(MAX_RUN)[None])
-        self._last = Buffer((1, 1), "int64", device)
-        width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.graphs[PREFILL]) else 0
-        self._positions = Buffer((1, width), "int64", device) if width else None
+        self.pool = AdapterPool(manifest, device, adapters) if adapters else None
         names = graphs_to_open(folder, manifest)
-        calls = [_opening(folder, manifest, name, provider, threads) for name in names]
+        cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len
+        options = gpu.cuda(cache_bytes, len(names)) if provider == "cuda" else {}
+        self._cache = Cache(manifest.cache, self.max_seq_len, device, gpu.device_id)
+        place = self._place = device, gpu.device_id
+        self._mask = Buffer((1, self.max_seq_len), "int64", *place)
+        self._mask.write(np.ones((1, self.max_seq_len), np.int64))
+        self._prompt = Buffer((1, self.prefill_chunk), "int64", *place)
+        self._token = Buffer((1, 1), "int64", *place)
+        self._draft = Buffer((1, MAX_RUN), "int64", *place)
+        self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory
+        self._rows = Buffer((1, MAX_RUN), "int64", *place)  # a run's rows in order: all of a draft's, a step's one
+        self._rows.write(np.arange(MAX_RUN)[None])
+        self._last = Buffer((1, 1), "int64", *place)
+        width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.graphs[PREFILL]) else 0
+        self._positions = Buffer((1, width), "int64", *place) if width else None
+        calls = [_opening(folder, manifest, name, provider, threads, options) for name in names]
         self._graphs = dict(zip(names, side_by_side(calls), strict=True))
         self._prefill, self._decode = self._graphs[PREFILL], self._graphs[self.step_graph]
         self._prefill_binding, self._decode_binding = self._prefill.io_binding(), self._decode.io_binding()
@@ -68,6 +83,17 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
+        self._selection: Selection | None = None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return () if self.pool is None else self.pool.names
+
+    def _bind_adapter(self, name: str | None) -> None:
+        assert self.pool is not None, "there is no adapter to change to, or from"
+        self._selection = self.pool.select([name])
+        for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
+            self._selection.bind(binding)
 
     @property
     def cache(self) -> Cache:
@@ -100,7 +126,8 @@ class OrtRunner(Runner):
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         self.use_cache(refuse_closed)
         del self._mask, self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last, self._positions
+        del self._rows, self._last, self._positions, self._selection
+        self.pool = None
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
@@ -111,7 +138,7 @@ class OrtRunner(Runner):
         self._last.upload()
         mask = self._mask
         if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
-            mask = Buffer((1, count), "int64", self.device)
+            mask = Buffer((1, count), "int64", *self._place)
             mask.write(np.array([[1] * (count - padding) + [0] * padding]))
         mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
         self._bind_positions(binding, start, count)
@@ -155,7 +182,9 @@ class OrtRunner(Runner):
         self._positions.bind_input(binding, POSITION_IDS, (1, count))
 
 
-def _opening(folder: Path, manifest: Manifest, graph: str, provider: str, threads: int) -> Callable[[], Any]:
+def _opening(
+    folder: Path, manifest: Manifest, graph: str, provider: str, threads: int, options: Mapping[str, str]
+) -> Callable[[], Any]:
     prepared = prepared_graph(folder, manifest, graph) if provider == "cpu" else None
     path = prepared or folder / manifest.graphs[graph].file
-    return partial(open_session, path, provider, threads, optimized=prepared is not None)
+    return partial(open_session, path, provider, threads, optimized=prepared is not None, options=options)

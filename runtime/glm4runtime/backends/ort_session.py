@@ -13,7 +13,9 @@ from typing import Any
 import onnxruntime as ort
 
 from glm4runtime.backends.fork import refuse_in_children
+from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.int8_range import use_eight_bits
+from glm4runtime.backends.ort_cuda import start_cuda
 from glm4runtime.contract import BundleError, UserError, installing
 
 ort.disable_telemetry_events()  # for where the user's own code imported it before us: see glm4runtime/__init__.py
@@ -24,7 +26,9 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",  # a plugin: a package of its own, which onnxruntime loads
 }
-_EXTRAS = {"cpu": ("cpu",), "cuda": ("gpu",), "tensorrt": ("gpu", "tensorrt")}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu-tensorrt"}
+
+_NO_MEMORY = ("Failed to allocate memory", "out of memory", "is smaller than requested bytes")  # its arena's words
 
 
 def device_of(provider: str) -> str:
@@ -32,8 +36,8 @@ def device_of(provider: str) -> str:
     return "cpu" if provider == "cpu" else "cuda"
 
 
-def require_provider(provider: str) -> None:
-    """Raise UserError, with the way to install it, where onnxruntime hasn't got ``provider``, a key of NAMES."""
+def require_provider(provider: str, device_id: int = 0) -> None:
+    """Raise UserError, with the way to install it, where ``provider``, a key of NAMES, is missing or can't start."""
     if provider == "tensorrt-rtx":
         _rtx_device()
         return
@@ -41,8 +45,10 @@ def require_provider(provider: str) -> None:
     if name not in available:
         raise UserError(
             f"{name} is not in the installed onnxruntime (it has {', '.join(available)}); "
-            f"{installing(*_EXTRAS[provider])}"
+            f"{installing(_EXTRAS[provider])}"
         )
+    if provider != "cpu":
+        start_cuda(name, device_id, tensorrt=provider == "tensorrt")
 
 
 def open_session(
@@ -51,7 +57,8 @@ def open_session(
     """An onnxruntime.InferenceSession of the graph at ``path``.
 
     provider: a key of NAMES. threads: 0 lets ONNX Runtime choose. optimized: the graph was, before it was saved.
-    options: the provider's own. Raises BundleError for a damaged graph, UserError where the provider can't start.
+    options: the provider's own. Raises BundleError for a damaged graph, UserError where the provider can't start or
+    the device has no memory for it.
     """
     name, settings = NAMES[provider], ort.SessionOptions()
     if optimized:
@@ -63,15 +70,23 @@ def open_session(
     if provider == "cpu":
         use_eight_bits(settings)
         settings.add_session_config_entry("session.prepack.enable_parallel", "1")  # weights repacked by all threads
+    else:
+        # A decode step's mask has a shape of its own at every length, and a plan of memory would be made for each.
+        settings.enable_mem_pattern = False
     chosen: Any = [(name, dict(options or {}))]
     if provider == "tensorrt":
-        chosen.append(NAMES["cuda"])  # nodes that TensorRT leaves
+        chosen.append((NAMES["cuda"], GpuOptions(int(chosen[0][1].get("device_id", 0))).cuda()))  # nodes that it leaves
     elif provider == "tensorrt-rtx":
         settings.add_provider_for_devices([_rtx_device()], dict(options or {}))
         chosen = None
     try:
         session = ort.InferenceSession(path, settings, providers=chosen)
     except Exception as error:  # onnxruntime raises its own unrelated classes
+        if provider != "cpu" and any(words in str(error) for words in _NO_MEMORY):
+            raise UserError(
+                f"{path}: not enough memory on the device: {str(error).splitlines()[0]}; free some, raise "
+                "gpu_mem_limit, open the bundle with a smaller max_seq_len, or build it with less precision"
+            ) from None
         raise BundleError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}") from None
     if name not in session.get_providers():  # onnxruntime falls back to the CPU and only logs it
         raise UserError(f"{name} could not start; check the driver and the CUDA, cuDNN and TensorRT libraries it needs")

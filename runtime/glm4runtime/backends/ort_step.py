@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from glm4runtime.backends.cache import Buffer, Cache
+from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.backends.side_by_side import side_by_side
@@ -22,6 +23,7 @@ from glm4runtime.contract import ATTENTION_MASK, LOGITS, STEP, CacheSpec, Manife
 from glm4runtime.folder.layout import ORT_CACHES
 
 _PREFIXES = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the names of their options
+_ANY_GPU = GpuOptions()
 
 
 class OrtStepRunner(Runner):
@@ -36,6 +38,7 @@ class OrtStepRunner(Runner):
         threads: int = 0,
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
+        gpu: GpuOptions = _ANY_GPU,
     ) -> None:
         """Open the graph and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
@@ -44,10 +47,11 @@ class OrtStepRunner(Runner):
         super().__init__(manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
         device = self.device = device_of(provider)
         longest = max(self.prefill_chunk, min(MAX_RUN, manifest.cache.max_seq_len))
-        options = provider_options(folder, manifest.cache, provider, longest)
+        options = provider_options(folder, manifest.cache, provider, longest, gpu)
         path = folder / manifest.graphs[STEP].file
         (self._step,) = side_by_side([partial(open_session, path, provider, threads, options=options)])
-        self._cache = Cache(manifest.cache, manifest.cache.max_seq_len, device)
+        self._place = device, gpu.device_id
+        self._cache = Cache(manifest.cache, manifest.cache.max_seq_len, *self._place)
         if device != "cpu":
             self._cache.clear()
         self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory
@@ -77,24 +81,27 @@ class OrtStepRunner(Runner):
 
     def _kind(self, width: int, rows: int) -> _Kind:
         width = min(width, self.manifest.cache.max_seq_len)
-        return _Kind(self._step, self._cache, self._logits, width, rows, self.device)
+        return _Kind(self._step, self._cache, self._logits, width, rows, self._place)
 
 
 class _Kind:
     """One kind of run: its input buffers, and a binding of them, the cache and the logits."""
 
-    def __init__(self, session: Any, cache: Cache, logits: Buffer, width: int, rows: int, device: str) -> None:
+    def __init__(
+        self, session: Any, cache: Cache, logits: Buffer, width: int, rows: int, place: tuple[str, int]
+    ) -> None:
+        """place: the device's name and id."""
         self._session, self._logits, self._max_seq = session, logits, cache.max_seq_len
         self._binding = session.io_binding()
         self._bound = (0, 0)  # tokens and rows of logits that the binding is for
         self._buffers: dict[str, Buffer] = {}
 
         def allocate(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            self._buffers[name] = Buffer(shape, "int64", device)
+            self._buffers[name] = Buffer(shape, "int64", *place)
             return self._buffers[name].host
 
         self._inputs = RunInputs(width, rows, allocate)
-        mask = self._buffers[ATTENTION_MASK] = Buffer((1, 1, width, self._max_seq), "bool", device)
+        mask = self._buffers[ATTENTION_MASK] = Buffer((1, 1, width, self._max_seq), "bool", *place)
         self._stairs = Staircase(width, self._max_seq, fill_band(mask.host))
         mask.host[0, 0] = self._stairs.first()
         cache.bind(self._binding)
@@ -118,12 +125,16 @@ class _Kind:
             self._bound = count, rows
 
 
-def provider_options(folder: Path, cache: CacheSpec, provider: str, longest: int) -> Mapping[str, str]:
+def provider_options(
+    folder: Path, cache: CacheSpec, provider: str, longest: int, gpu: GpuOptions = _ANY_GPU
+) -> Mapping[str, str]:
     """Options of ONNX Runtime's provider for the step graph, runs of 1 to ``longest`` tokens.
 
     The TensorRT providers build engines of their own when a graph is opened: from the ranges of its dynamic dims, as
     ``name:1x2,name:3``, and they keep what they built in the bundle, where that can be written.
     """
+    if provider == "cuda":
+        return gpu.cuda(cache.bytes_per_token * cache.max_seq_len)
     prefix = _PREFIXES.get(provider)
     if prefix is None:
         return {}
@@ -136,6 +147,8 @@ def provider_options(folder: Path, cache: CacheSpec, provider: str, longest: int
         )
         for end, sizes in ranges.items()
     }
+    if gpu.device_id:
+        options["device_id"] = str(gpu.device_id)
     built = folder / ORT_CACHES[provider]
     try:
         built.mkdir(parents=True, exist_ok=True)

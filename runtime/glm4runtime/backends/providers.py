@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from glm4runtime.backends.gpu_options import gpu_options
 from glm4runtime.backends.graph_check import require_graphs, require_token_ids
 from glm4runtime.contract import TENSORRT, Manifest, UserError, shown
 
@@ -19,6 +21,7 @@ ENGINE: Provider = "engine"
 GRAPH_PROVIDERS = ("cpu", "cuda")  # of prefill and decode graphs
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 _MOST_SLOTS = 256  # more are a mistake: a step of so many takes as long as they do one by one
+_CHUNK, _WIDENED_CHUNK = 512, 2048  # tokens
 _THREADS_EACH = 16  # of a processor: more are a mistake, not a choice
 
 
@@ -27,21 +30,32 @@ def default_provider(manifest: Manifest) -> str:
     return ENGINE if manifest.target == TENSORRT else manifest.target
 
 
+def default_chunk(manifest: Manifest, provider: str) -> int:
+    """Prompt tokens in one run where nothing else is asked for.
+
+    CUDA's kernels widen a quantized matrix to fp16 for every run of more than a few tokens, as often for 512 of them as
+    for 2048: docs/gpu.md has the arithmetic.
+    """
+    return _WIDENED_CHUNK if provider == "cuda" and manifest.precision in ("int8", "int4") else _CHUNK
+
+
 def require_settings(
     *,
     provider: Any = None,
     threads: Any = 0,
     max_seq_len: Any = None,
-    prefill_chunk: Any = 512,
+    prefill_chunk: Any = None,
     check_hashes: Any = False,
     invariant: Any = False,
     truncate: Any = False,
     huge_pages: Any = False,
+    adapters: Any = None,
 ) -> None:
     """Raise UserError for arguments of ``glm4runtime.load`` or ``load_encoder`` that fit no bundle on this machine."""
     if provider is not None and provider not in PROVIDERS:
         raise UserError(f"provider {shown(provider)} is not known; known: {', '.join(PROVIDERS)}")
-    _require_number("prefill_chunk", prefill_chunk, 1)
+    if prefill_chunk is not None:
+        _require_number("prefill_chunk", prefill_chunk, 1)
     if max_seq_len is not None:
         _require_number("max_seq_len", max_seq_len)  # the runner tells its range, which is the bundle's
     _require_number("threads", threads, 0)
@@ -51,10 +65,23 @@ def require_settings(
             f"threads={shown(threads)}: at most {most} on this machine, which has {processors} processors; "
             "0 lets ONNX Runtime choose"
         )
+    _require_adapters(adapters)
     switches = {"check_hashes": check_hashes, "invariant": invariant, "truncate": truncate, "huge_pages": huge_pages}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not True or False")
+
+
+def _require_adapters(adapters: Any) -> None:
+    if adapters is None:
+        return
+    if not isinstance(adapters, Mapping):
+        raise UserError(f"adapters={shown(adapters)} is not a dict of files by name")
+    for name, path in adapters.items():
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise UserError(f"adapters: {shown(name)} is not a name: a text that can be printed")
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"adapters: {name} is {shown(path)}, expected the path of a file")
 
 
 def _require_number(name: str, value: Any, least: int | None = None) -> None:
@@ -75,8 +102,11 @@ def open_runner(
     provider: str | None,
     threads: int,
     max_seq_len: int | None,
-    prefill_chunk: int,
+    prefill_chunk: int | None = None,
     check_hashes: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    device_id: Any = 0,
+    gpu_mem_limit: Any = None,
 ) -> Runner:
     """Open a bundle's graphs or its engine; arguments as :func:`glm4runtime.load`'s.
 
@@ -92,6 +122,12 @@ def open_runner(
     )
     chosen = _chosen(folder, manifest, provider)
     has_step = manifest.target == TENSORRT
+    if adapters and manifest.lora is None:
+        raise UserError(
+            f"{folder}: has no side paths for adapters; build it with --lora-slots N, or merge one with --lora"
+        )
+    gpu = gpu_options(device_id, gpu_mem_limit, chosen)
+    prefill_chunk = prefill_chunk or default_chunk(manifest, chosen)
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
     if chosen == ENGINE:
@@ -100,14 +136,21 @@ def open_runner(
         return open_engine(
             folder, manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk, check_hashes=check_hashes
         )
-    _require_ready(folder, manifest, chosen, check_hashes=check_hashes)
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, device_id=gpu.device_id)
     from glm4runtime.backends.ort import OrtRunner
     from glm4runtime.backends.ort_step import OrtStepRunner
 
-    runner = OrtStepRunner if has_step else OrtRunner
-    return runner(
-        folder, manifest, provider=chosen, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk
-    )
+    settings: dict[str, Any] = {
+        "provider": chosen,
+        "threads": threads,
+        "max_seq_len": max_seq_len,
+        "prefill_chunk": prefill_chunk,
+        "gpu": gpu,
+    }
+    if has_step:
+        return OrtStepRunner(folder, manifest, **settings)
+    files = {name: Path(path) for name, path in (adapters or {}).items()}
+    return OrtRunner(folder, manifest, **settings, adapters=files)
 
 
 def open_batch_runner(
@@ -175,11 +218,11 @@ def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:
     return chosen
 
 
-def _require_ready(folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool) -> None:
+def _require_ready(folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool, device_id: int = 0) -> None:
     """Raise where onnxruntime hasn't got the provider, or what was prepared for it isn't what its note says."""
     from glm4runtime.backends.ort_session import require_provider
     from glm4runtime.backends.prepare import check_prepared
 
-    require_provider(chosen)
+    require_provider(chosen, device_id)
     if chosen == "cpu" and manifest.target != TENSORRT:
         check_prepared(folder, manifest, check_hashes=check_hashes)

@@ -15,7 +15,7 @@ import numpy as np
 from glm4runtime.backends.prompt_runs import lacking, prompt_runs, run_start
 from glm4runtime.backends.sequence import TokenSequence
 from glm4runtime.backends.token_ids import checked_ids, is_id
-from glm4runtime.contract import Manifest, UserError
+from glm4runtime.contract import Manifest, UserError, shown
 
 MAX_RUN = 16  # tokens that one run may verify; from about there on, cost grows as fast as width
 _PAIR = 2  # rows: runs of as many more or less agree to the bit on every CPU seen (glm4runtime.backends.invariance)
@@ -30,6 +30,7 @@ class Runner(ABC):
     ``length`` as it was, or after the last chunk of a prompt that was computed whole.
     The logits returned are the session's own buffer, overwritten by the next call.
 
+    ``draft_rows``: tokens in a run beyond which it takes the time of several steps, so that drafts stay within.
     ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.backends.invariance.make_invariant` sets them.
     From then on every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or
     tokens in front are computed again.
@@ -45,15 +46,36 @@ class Runner(ABC):
         self.manifest = manifest
         self.max_seq_len = max_seq_len or limit
         self.prefill_chunk = min(prefill_chunk, self.max_seq_len)
+        self.draft_rows = MAX_RUN
         self.invariant = False
         self.granule = 1
         self.sequence = TokenSequence(self.max_seq_len)
         self.closed = False
+        self._adapter: tuple[str | None, ...] = (None,)  # that runs use; () while it is being changed
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
         return self.sequence.length
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that are loaded."""
+        return ()
+
+    def use_adapter(self, name: str | None) -> None:
+        """From now on compute with the adapter of that name, or (None) the base model alone.
+
+        Where it is another than before, the cache is left empty: its rows are another model's. Raises UserError for a
+        name that isn't known, and nothing changes then.
+        """
+        if name is not None and name not in self.adapters:
+            raise unknown_adapter(name, self.adapters)
+        if self._adapter != (name,):
+            self.sequence.rewind()
+            self._adapter = ()
+            self._bind_adapter(name)
+            self._adapter = (name,)
 
     def token_ids(self, tokens: Any) -> np.ndarray:
         """A prompt as int64 [n]. Raises UserError unless it's at least one token id of the vocabulary, in a row."""
@@ -198,6 +220,9 @@ class Runner(ABC):
         for border, last in prompt_runs(first, end, width=self.prefill_chunk, granule=granule, grid=self._grid):
             yield run_start(border, last, granule), last
 
+    def _bind_adapter(self, name: str | None) -> None:  # noqa: B027
+        """Let every run from now on use an adapter of :attr:`adapters`, or (None) none."""
+
     def _release(self) -> None:  # noqa: B027
         """Let go of what :meth:`close` frees."""
 
@@ -216,6 +241,12 @@ class Runner(ABC):
     @abstractmethod
     def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """The same for 1 to MAX_RUN tokens; returns the logits of each, [len(tokens), vocab]."""
+
+
+def unknown_adapter(name: object, known: Sequence[str]) -> UserError:
+    """What a request is told whose adapter isn't among those that are loaded."""
+    loaded = f"loaded: {', '.join(map(shown, known))}" if known else "none is loaded; give load() adapters={name: file}"
+    return UserError(f"adapter {shown(name)} is not known; {loaded}")
 
 
 def refuse_closed(*_: Any) -> NoReturn:

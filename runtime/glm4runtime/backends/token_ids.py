@@ -22,7 +22,9 @@ def checked_ids(tokens: Any, vocab_size: int, what: str = "the prompt") -> np.nd
     else:
         bad = [token for token in tokens if not is_id(token, vocab_size)][:1]
     if bad:
-        raise UserError(f"token id {bad[0]!r:.80} is not a whole number in 0..{vocab_size - 1}, the model's vocabulary")
+        raise UserError(
+            f"{what}: token id {bad[0]!r:.80} is not a whole number in 0..{vocab_size - 1}, the model's vocabulary"
+        )
     return np.asarray(tokens, dtype=np.int64)
 
 

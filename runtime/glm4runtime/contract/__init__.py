@@ -3,11 +3,22 @@
 The compiler writes it, the runtime reads it, and both import it from here. Standard library only.
 """
 
+from glm4runtime.contract.adapter_file import ADAPTER_FORMAT, AdapterFile
 from glm4runtime.contract.dtypes import DTYPE_BYTES, DTYPES, nbytes
 from glm4runtime.contract.encoder_spec import EncoderSpec, encoder_output, wrong_task
 from glm4runtime.contract.errors import BundleError, UserError, installing
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file, refuse_pointer, sha256_of
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
+from glm4runtime.contract.lora_spec import (
+    LORA,
+    LORA_GATE,
+    LORA_MODULES,
+    LORA_PARTS,
+    LORA_QKV_GATE,
+    LoraSpec,
+    lora_module,
+    lora_name,
+)
 from glm4runtime.contract.manifest import CacheSpec, GraphSpec, Manifest, TensorSpec, TokenIds, read_manifest
 from glm4runtime.contract.names import (
     ACTIVATION_STEP,
@@ -57,6 +68,7 @@ from glm4runtime.contract.names import (
 __all__ = [
     "ACTIVATION_STEP",
     "ACTIVATION_ZERO",
+    "ADAPTER_FORMAT",
     "ATTENTIONS",
     "ATTENTION_MASK",
     "CAUSAL_LM",
@@ -73,6 +85,11 @@ __all__ = [
     "LAST_HIDDEN_STATE",
     "LOGITS",
     "LOGIT_ROWS",
+    "LORA",
+    "LORA_GATE",
+    "LORA_MODULES",
+    "LORA_PARTS",
+    "LORA_QKV_GATE",
     "MANIFEST",
     "MODEL",
     "POSITION_IDS",
@@ -92,6 +109,7 @@ __all__ = [
     "TOKEN_CLASSIFICATION",
     "WEIGHTS",
     "WRITE_INDICES",
+    "AdapterFile",
     "BundleError",
     "CacheSpec",
     "EncoderSpec",
@@ -99,6 +117,7 @@ __all__ = [
     "FileSpec",
     "GraphName",
     "GraphSpec",
+    "LoraSpec",
     "Manifest",
     "Precision",
     "Target",
@@ -112,6 +131,8 @@ __all__ = [
     "graph_names",
     "hidden_state_name",
     "installing",
+    "lora_module",
+    "lora_name",
     "nbytes",
     "past_name",
     "present_name",

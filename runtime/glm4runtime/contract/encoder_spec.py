@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm4runtime.contract.errors import UserError
@@ -46,9 +48,16 @@ class EncoderSpec:
         if (task == FEATURES) == bool(labels):
             expected = "none" if task == FEATURES else "at least one"
             raise read.error(f"labels is {shown(list(labels))}, expected {expected} for {task}")
+        if task == SEQUENCE_CLASSIFICATION and (twice := repeated(labels)):
+            raise read.error(f"labels has {shown(twice)} more than once, and scores go by label")
         problem = read.one_of("problem_type", PROBLEM_TYPES) if read.optional("problem_type", str) else None
         pooling = read.one_of("pooling", POOLINGS) if read.optional("pooling", str) else None
         return cls(read.positive("max_seq_len"), labels, problem, pooling, read("normalize", bool))
+
+
+def repeated(labels: Sequence[str]) -> str | None:
+    """A label that another one is called too; None where each has a name of its own."""
+    return next((label for label, count in Counter(labels).items() if count > 1), None)
 
 
 def encoder_output(task: str, pooling: str | None) -> str:

@@ -14,6 +14,7 @@ from glm4runtime.contract.encoder_spec import EncoderSpec, wrong_task
 from glm4runtime.contract.errors import BundleError
 from glm4runtime.contract.files import SHA256, SHA256_WORDS, FileSpec, check_file
 from glm4runtime.contract.json_reader import FieldReader, read_json, shown
+from glm4runtime.contract.lora_spec import LoraSpec
 from glm4runtime.contract.names import (
     CAUSAL_LM,
     FORMAT_VERSION,
@@ -99,6 +100,7 @@ class Manifest:
     graphs: Mapping[str, GraphSpec]
     files: Mapping[str, FileSpec]
     encoder: EncoderSpec | None = None
+    lora: LoraSpec | None = None  # of a bundle built with --lora-slots
     format_version: int = FORMAT_VERSION
 
     @property
@@ -158,6 +160,7 @@ class Manifest:
             ),
             task=task,
             kv_cache=_cache(read.child("cache")) if causal else None,
+            lora=LoraSpec.read(read.child("lora")) if "lora" in read.data else None,
             encoder=None if causal else EncoderSpec.read(read.child("encoder"), task),
             graphs={name: _graph(graphs.child(name)) for name in graphs.data},
             files={name: _file(name, files.child(name)) for name in files.data},

@@ -32,12 +32,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its operator and that one's domain, the names of its inputs, and its integer attributes."""
+    """One node: its operator and that one's domain, the names of its inputs, and its attributes.
+
+    ``integers`` has those that are one, ``attributes`` each of them as the file spells it, sorted.
+    """
 
     domain: str
     op: str
     inputs: tuple[str, ...]
     integers: dict[str, int]
+    attributes: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def read_graph(path: Path) -> Graph:
 
 
 def _node(data: bytes) -> Node:
-    inputs, op, domain, integers = [], "", "", {}
+    inputs, op, domain, integers, attributes = [], "", "", {}, []
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
             inputs.append(value.decode())
@@ -81,11 +85,12 @@ def _node(data: bytes) -> Node:
         elif number == 7 and isinstance(value, bytes):
             domain = value.decode()
         elif number == 5 and isinstance(value, bytes):
+            attributes.append(value)
             fields = dict(_fields(value))
             name, integer = fields.get(1), fields.get(3)
             if isinstance(name, bytes) and isinstance(integer, int):
                 integers[name.decode()] = integer
-    return Node(domain, op, tuple(inputs), integers)
+    return Node(domain, op, tuple(inputs), integers, tuple(sorted(attributes)))
 
 
 def _stored(data: bytes) -> tuple[str, Stored]:
