@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm4serve.keys import Keys
 
@@ -22,4 +22,3 @@ class Settings:
     stall_limit: float = 120.0  # seconds without a step after which an engine counts as dead
     embedding_queue: int = 64  # requests for embeddings that may wait
     slots_page: bool = False  # GET /slots
-    started: int = field(default=0)  # seconds since 1970; 0: now

@@ -47,18 +47,10 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield opened
 
 
-def running(url: str) -> float:
-    headers = {"Authorization": f"Bearer {KEY}"}
-    lines = httpx.get(f"{url}/metrics", headers=headers).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("glm4:num_requests_"))
-
-
-def free(url: str) -> bool:
-    """Whether all slots are free, before answers of hundreds of tokens can have come to their end."""
-    deadline = time.monotonic() + 5
-    while running(url) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return running(url) == 0
+def metric(url: str, start: str) -> float:
+    """The sum of the samples whose name and labels begin so."""
+    lines = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
 
 
 def test_what_the_model_was_trained_to_say_whole_and_streamed_many_at_once(client: openai.OpenAI) -> None:
@@ -158,6 +150,8 @@ def test_clients_that_leave(client: openai.OpenAI, url: str) -> None:
     """More than there are slots, streaming and not, some of them while they wait."""
     common: dict[str, Any] = {"model": "demo", "prompt": "One", "max_tokens": 480, "extra_body": {"min_tokens": 480}}
 
+    before = metric(url, 'glm4:request_success_total{finished_reason="cancelled"')
+
     def leave(number: int) -> None:
         if number % 2:
             with pytest.raises(openai.APITimeoutError):
@@ -170,7 +164,11 @@ def test_clients_that_leave(client: openai.OpenAI, url: str) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(leave, range(8)))
-    assert free(url)
+    deadline = time.monotonic() + 60
+    while metric(url, "glm4:num_requests_") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert metric(url, "glm4:num_requests_") == 0
+    assert metric(url, 'glm4:request_success_total{finished_reason="cancelled"') - before >= 6
     assert client.chat.completions.create(model="demo", messages=FRANCE, temperature=0).choices[0].message.content
 
 

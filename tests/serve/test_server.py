@@ -65,8 +65,8 @@ class Reader(threading.Thread):
 
 def test_a_signal_lets_answers_end(start: Any) -> None:
     """A short one whole; a long one is told; meanwhile new ones are refused, and the process lives until then."""
-    process, url = start(0.02, 1.5)
-    short, long = Reader(url, 30), Reader(url, 400)
+    process, url = start(0.02, 4)
+    short, long = Reader(url, 30), Reader(url, 1000)
     with httpx.Client(base_url=url) as client:
         process.send_signal(signal.SIGTERM)
         while client.get("/ready").status_code == 200:
@@ -84,7 +84,7 @@ def test_a_signal_lets_answers_end(start: Any) -> None:
 
 def test_a_second_signal_ends_it_at_once(start: Any) -> None:
     process, url = start(0.02, 60)
-    reader = Reader(url, 400)
+    reader = Reader(url, 1000)
     process.send_signal(signal.SIGTERM)
     while httpx.get(f"{url}/ready").status_code == 200:
         time.sleep(0.01)

@@ -23,6 +23,8 @@ from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.providers import Provider, open_batch_runner, require_settings
 from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
 from glm4runtime.engine import prefix_file
+from glm4runtime.engine.draft import Draft
+from glm4runtime.engine.draft_bundle import open_draft, read_draft
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
@@ -54,6 +56,8 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int  # of these: found in the prefix cache
     completion_tokens: int
+    drafted_tokens: int  # guesses of prompt lookup and the draft bundle
+    accepted_tokens: int  # of these: right
     finished: dict[str, int]  # answers by finish_reason, and ``error``
     prefixes: PrefixStats | None  # None where none are kept
 
@@ -83,6 +87,7 @@ class Engine:
         prefix_cache_bytes: int = 1 << 30,
         max_queue: int = 64,
         stall_ms: float = 200.0,
+        draft: str | Path | None = None,
     ) -> Engine:
         """Open a bundle that ``glm4export build`` made; arguments that :func:`glm4runtime.load` has are the same here.
 
@@ -90,7 +95,9 @@ class Engine:
         class; without it lone streams in int8 and int4 are up to a fifth faster. prefix_cache: keep the cache rows of
         prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits of decode steps), or
         none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
-        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds.
+        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds. draft: the
+        bundle of a smaller model with the same tokenizer, for requests with ``draft``; it gets as many slots, and as
+        much cache as its positions allow.
 
         Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
         """
@@ -112,6 +119,7 @@ class Engine:
         if manifest.kv_cache is None:
             raise wrong_task(folder, manifest.task)
         text = BundleText(folder, read_text_files(folder), chat_template)
+        drafting = None if draft is None else read_draft(draft, manifest, text, check_hashes=check_hashes)
         runner = open_batch_runner(
             folder,
             manifest,
@@ -123,11 +131,23 @@ class Engine:
             check_hashes=check_hashes,
             invariant=invariant,
         )
+        opened = None
+        if draft is not None and drafting is not None:
+            opened = open_draft(
+                draft,
+                drafting,
+                runner,
+                provider=provider,
+                threads=threads,
+                check_hashes=check_hashes,
+                stall_seconds=stall_ms / 1000,
+            )
         if huge_pages:
             collapse()
         return cls(
             runner,
             text,
+            draft=opened,
             prefix_cache=prefix_cache,
             prefix_cache_bytes=prefix_cache_bytes,
             max_queue=max_queue,
@@ -139,16 +159,17 @@ class Engine:
         runner: BatchRunner,
         text: BundleText,
         *,
+        draft: Draft | None = None,
         prefix_cache: PrefixCache = "prompt",
         prefix_cache_bytes: int = 1 << 30,
         max_queue: int = 64,
         stall_ms: float = 200.0,
     ) -> None:
-        """Start the thread. runner: this engine's own from now on. Others as :meth:`load`'s."""
+        """Start the thread. runner, draft: this engine's own from now on. Others as :meth:`load`'s."""
         self.manifest: Manifest = runner.manifest
         self.max_seq_len = runner.max_seq_len
         self._runner, self._text = runner, text
-        self._preparation = Preparation(runner, text)
+        self._preparation = Preparation(runner, text, drafts=draft is not None)
         self._scheduler = Scheduler(
             runner.slots,
             max_queue=max_queue,
@@ -161,7 +182,7 @@ class Engine:
             block = block_for(runner.prompt_grid)
             store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=_identity(runner), block=block)
         self._store = store
-        self._loop = Loop(runner, store, keep_answers=prefix_cache == "all")
+        self._loop = Loop(runner, store, keep_answers=prefix_cache == "all", draft=draft)
         self._condition = threading.Condition()  # guards what follows; never held while a graph runs
         self._ids = itertools.count()
         self._answers: dict[int, Answer] = {}  # by the scheduler's id
@@ -224,6 +245,8 @@ class Engine:
                 prompt_tokens=self._totals["prompt"],
                 cached_tokens=self._totals["cached"],
                 completion_tokens=self._totals["completion"],
+                drafted_tokens=self._totals["drafted"],
+                accepted_tokens=self._totals["accepted"],
                 finished=dict(self._finished),
                 prefixes=None if self._store is None else self._store.stats(),
             )
@@ -350,11 +373,12 @@ class Engine:
                 self._end(id, "timeout")
         for function, future in calls:
             _answer_call(function, future)
+        shared = {id for _, id in plan.copies}
         for id, slot in plan.admit:
             answer = self._answers[id]
             if answer.job.feed.timing.started is None:
                 answer.job.note(started=now)
-            self._admit(id, answer, slot)
+            self._admit(id, answer, slot, shared=id in shared)
         ran = [*plan.decode]
         for source, id in plan.copies:
             self._loop.share(self._answers[source], self._answers[id])
@@ -370,8 +394,8 @@ class Engine:
         self._settle(ran)
         return True
 
-    def _admit(self, id: int, answer: Answer, slot: int) -> None:
-        rows = self._loop.admit(answer, slot)
+    def _admit(self, id: int, answer: Answer, slot: int, *, shared: bool) -> None:
+        rows = self._loop.admit(answer, slot, shared=shared)
         with self._condition:
             if rows:
                 self._scheduler.reused(id, rows)
@@ -417,7 +441,11 @@ class Engine:
             job.close()
             usage = job.feed.usage
             self._totals.update(
-                prompt=usage.prompt_tokens, cached=usage.cached_tokens, completion=usage.completion_tokens
+                prompt=usage.prompt_tokens,
+                cached=usage.cached_tokens,
+                completion=usage.completion_tokens,
+                drafted=usage.drafted_tokens,
+                accepted=usage.accepted_tokens,
             )
         self._condition.notify_all()
 

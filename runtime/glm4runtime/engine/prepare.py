@@ -36,9 +36,10 @@ class PromptTooLong(UserError):
 class Preparation:
     """Makes jobs of requests, from any thread."""
 
-    def __init__(self, runner: BatchRunner, text: BundleText) -> None:
+    def __init__(self, runner: BatchRunner, text: BundleText, *, drafts: bool = False) -> None:
+        """drafts: whether there is a draft bundle."""
         self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
-        self._text = text
+        self._text, self._drafts = text, drafts
 
     def job(self, request: Request, now: float) -> Job:
         """Raises UserError for what can't be answered, PromptTooLong among them."""
@@ -48,6 +49,8 @@ class Preparation:
             raise PromptTooLong(len(ids), self._limit)
         if request.num_beams > self._slots:
             raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots")
+        if request.draft and not self._drafts:
+            raise UserError(f"request: draft={request.draft}, and the engine has no draft bundle; load it with draft=")
         wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)

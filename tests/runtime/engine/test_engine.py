@@ -97,6 +97,14 @@ def test_several_answers_share_a_prompt_and_have_seeds_of_their_own(load_engine:
     assert best.choices[0].choice == 0
 
 
+def test_answers_that_share_a_prompt_and_find_it_in_the_store(load_engine: LoadEngine) -> None:
+    engine = load_engine(slots=2)
+    params = SamplingParams(temperature=1, seed=1, max_new_tokens=4, min_new_tokens=4)
+    first, again = (engine.generate(Request(prompt(70), params=params, n=3)).result() for _ in range(2))
+    assert first.choices == again.choices
+    assert (first.usage.cached_tokens, again.usage.cached_tokens) == (0, 64)
+
+
 def scored(engine: Engine, params: SamplingParams) -> Result:
     return engine.generate(Request(prompt(40), params=params, n=3, logprobs=0)).result()
 
