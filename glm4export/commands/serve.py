@@ -8,12 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4export.commands.slot_options import add_slot_options, answering_manifest, open_slots
+from glm4export.commands.slot_options import (
+    add_slot_options,
+    answering_manifest,
+    engine_settings,
+    open_slots,
+)
 from glm4runtime.contract import UserError
 
 if TYPE_CHECKING:
     from glm4runtime.encoder import Encoder
     from glm4runtime.engine import Engine
+    from glm4serve.deploy.ray import Scale
 
 EXAMPLE = "example: glm4export serve glm-4-9b-int4 --port 8000"
 
@@ -56,6 +62,11 @@ def configure(command: argparse.ArgumentParser) -> None:
         help="seconds that answers under way have after SIGTERM (default: %(default)s)",
     )
     http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
+    ray = command.add_argument_group("Ray")
+    ray.add_argument("--ray", action="store_true", help="replicas under Ray Serve, on this machine or RAY_ADDRESS's")
+    ray.add_argument("--replicas", type=int, metavar="N", help="default: 1; each has engines of its own")
+    ray.add_argument("--min-replicas", type=int, metavar="N", help="between these two, by the length of the queue")
+    ray.add_argument("--max-replicas", type=int, metavar="N")
     command.add_argument("--json", action="store_true", help="print a line of JSON with the address when it's ready")
 
 
@@ -74,6 +85,17 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{', '.join(bundles)} at {address}/v1 (Ctrl-C ends it)", flush=True)
 
+    scale = _scale(arguments)
+    if scale is not None:
+        from glm4serve.deploy import ray
+
+        server.bound_socket(arguments.host, arguments.port).close()  # told now, and not by Ray's log
+        engine = engine_settings(arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms)
+        if arguments.chat_template is not None:
+            engine["chat_template"] = arguments.chat_template.resolve()
+        served = ray.Served({name: folder.resolve() for name, folder in bundles.items()}, engine, settings)
+        ray.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
+        return 0
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in bundles.items():
@@ -136,3 +158,26 @@ def _settings(arguments: argparse.Namespace) -> Any:
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
     )
+
+
+def _scale(arguments: argparse.Namespace) -> Scale | None:
+    """What --ray and its options ask for; None without it."""
+    from glm4serve.deploy.ray import Scale, require_ray
+
+    fixed, least, most = arguments.replicas, arguments.min_replicas, arguments.max_replicas
+    if not arguments.ray:
+        if (fixed, least, most) != (None, None, None):
+            raise UserError("--replicas, --min-replicas and --max-replicas go with --ray")
+        return None
+    if fixed is not None and (least, most) != (None, None):
+        raise UserError("--replicas and --min-replicas with --max-replicas exclude each other")
+    if (least is None) != (most is None):
+        raise UserError("--min-replicas and --max-replicas go together")
+    if arguments.threads < 1:
+        raise UserError("--ray: give each replica's --threads; Ray reserves as many CPUs for it")
+    if arguments.certificate is not None or arguments.slots_page or not arguments.port:
+        raise UserError("--ray goes with no --certificate (a proxy in front has it), --slots-page or --port 0")
+    require_ray()
+    if least is None or most is None:
+        least = most = 1 if fixed is None else fixed
+    return Scale(least, most, drain=arguments.drain, gpus=1.0 if arguments.provider == "cuda" else 0.0)

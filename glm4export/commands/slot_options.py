@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glm4runtime.backends.providers import PROVIDERS
 from glm4runtime.contract import UserError, read_manifest
@@ -62,16 +62,20 @@ def open_slots(folder: Path, arguments: argparse.Namespace, *, max_queue: int, s
         return load_encoder(
             folder, provider=arguments.provider, threads=arguments.threads, max_seq_len=arguments.max_seq_len
         )
-    return Engine.load(
-        folder,
-        slots=arguments.slots,
-        provider=arguments.provider,
-        threads=arguments.threads,
-        max_seq_len=arguments.max_seq_len,
-        invariant=not arguments.no_invariant,
-        chat_template=arguments.chat_template,
-        prefix_cache=arguments.prefix_cache,
-        prefix_cache_bytes=arguments.prefix_cache_mb << 20,
-        max_queue=max_queue,
-        stall_ms=stall_ms,
-    )
+    return Engine.load(folder, **engine_settings(arguments, max_queue=max_queue, stall_ms=stall_ms))
+
+
+def engine_settings(arguments: argparse.Namespace, *, max_queue: int, stall_ms: float) -> dict[str, Any]:
+    """Arguments of :meth:`glm4runtime.Engine.load` that the options say, and those given."""
+    return {
+        "slots": arguments.slots,
+        "provider": arguments.provider,
+        "threads": arguments.threads,
+        "max_seq_len": arguments.max_seq_len,
+        "invariant": not arguments.no_invariant,
+        "chat_template": arguments.chat_template,
+        "prefix_cache": arguments.prefix_cache,
+        "prefix_cache_bytes": arguments.prefix_cache_mb << 20,
+        "max_queue": max_queue,
+        "stall_ms": stall_ms,
+    }

@@ -108,7 +108,7 @@ class Gate:
             return receive
         try:
             with anyio.fail_after(self._service.settings.body_timeout):
-                body = await _read(receive, limit)
+                body = await read_body(receive, limit)
         except TimeoutError:
             raise ApiError(408, "body: it didn't come in time", code="timeout", headers=_CLOSE) from None
         message: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -126,7 +126,8 @@ class Gate:
 _CLOSE = {"Connection": "close"}
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
+async def read_body(receive: Receive, limit: int) -> bytes:
+    """A request's whole body. Raises ApiError: 413 above ``limit`` bytes, 499 where the client went away."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -15,6 +15,11 @@ from glm4serve.service import Service, service_of
 router = APIRouter()
 
 
+def healthy(service: Service) -> bool:
+    """Whether every engine's thread lives and comes round."""
+    return all(_state(service, name)["healthy"] for name in service.models.generators)
+
+
 @router.get("/health")
 async def health(http: Request) -> JSONResponse:
     """200 while every engine's thread lives and comes round; else 503."""
@@ -28,7 +33,7 @@ async def health(http: Request) -> JSONResponse:
 async def ready(http: Request) -> JSONResponse:
     """200 while new requests are taken: all is well, and the service isn't being shut down."""
     service = service_of(http)
-    well = all(_state(service, name)["healthy"] for name in service.models.generators)
+    well = healthy(service)
     status = "draining" if service.draining else "ready" if well else "unhealthy"
     return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 

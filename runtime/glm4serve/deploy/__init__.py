@@ -1,1 +1,1 @@
-"""Bundles on other people's servers."""
+"""The service on other people's machinery."""
