@@ -111,6 +111,9 @@ class FakeCuda:
     def _cudaGetDeviceCount(self) -> int:
         return 1
 
+    def _cudaSetDevice(self, device_id: int) -> None:
+        assert device_id >= 0
+
     def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
         return error.name.encode()
 

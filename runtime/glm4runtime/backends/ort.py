@@ -14,7 +14,7 @@ import numpy as np
 
 from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
-from glm4runtime.backends.gpu_options import GpuOptions
+from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
@@ -22,7 +22,6 @@ from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
-_ANY_GPU = GpuOptions()
 # Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
 # every matrix first, and moves five times the bytes. That for 4 bits takes 16, as many as a run may have.
 _INT8_ROWS = 5
@@ -41,9 +40,12 @@ class OrtRunner(Runner):
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
         adapters: Mapping[str, Path] | None = None,
-        gpu: GpuOptions = _ANY_GPU,
+        gpu: GpuOptions = ANY_GPU,
+        sequences: int = 1,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
+
+        sequences: caches that a memory limit must leave room for.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
@@ -51,12 +53,12 @@ class OrtRunner(Runner):
         if provider == "cuda" and manifest.precision == "int8":
             self.draft_rows = _INT8_ROWS
         device = self.device = device_of(provider)
-        self.pool = AdapterPool(manifest, device, adapters) if adapters else None
+        self.pool = AdapterPool(manifest, device, adapters, gpu.device_id) if adapters else None
         names = graphs_to_open(folder, manifest)
-        cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len
+        cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences
         options = gpu.cuda(cache_bytes, len(names)) if provider == "cuda" else {}
         self._cache = Cache(manifest.cache, self.max_seq_len, device, gpu.device_id)
-        place = self._place = device, gpu.device_id
+        place = self.place = device, gpu.device_id
         self._mask = Buffer((1, self.max_seq_len), "int64", *place)
         self._mask.write(np.ones((1, self.max_seq_len), np.int64))
         self._prompt = Buffer((1, self.prefill_chunk), "int64", *place)
@@ -83,7 +85,9 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
+        self._selections: dict[str | None, Selection] = {}
         self._selection: Selection | None = None
+        self._over_adapter: set[Any] = set()  # bindings that have it
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -91,9 +95,10 @@ class OrtRunner(Runner):
 
     def _bind_adapter(self, name: str | None) -> None:
         assert self.pool is not None, "there is no adapter to change to, or from"
-        self._selection = self.pool.select([name])
-        for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
-            self._selection.bind(binding)
+        self._over_adapter.clear()
+        if name not in self._selections:
+            self._selections[name] = self.pool.select([name])
+        self._selection = self._selections[name]
 
     @property
     def cache(self) -> Cache:
@@ -126,7 +131,7 @@ class OrtRunner(Runner):
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         self.use_cache(refuse_closed)
         del self._mask, self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last, self._positions, self._selection
+        del self._rows, self._last, self._positions, self._selection, self._selections
         self.pool = None
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
@@ -138,7 +143,7 @@ class OrtRunner(Runner):
         self._last.upload()
         mask = self._mask
         if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
-            mask = Buffer((1, count), "int64", *self._place)
+            mask = Buffer((1, count), "int64", *self.place)
             mask.write(np.array([[1] * (count - padding) + [0] * padding]))
         mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
         self._bind_positions(binding, start, count)
@@ -171,6 +176,9 @@ class OrtRunner(Runner):
         if binding not in self._over_cache:
             self._bind_cache(binding)
             self._over_cache.add(binding)
+        if self._selection is not None and binding not in self._over_adapter:
+            self._selection.bind(binding)
+            self._over_adapter.add(binding)
         session.run_with_iobinding(binding)
 
     def _bind_positions(self, binding: Any, start: int, count: int) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import Distribution, version
@@ -78,11 +78,14 @@ class Engine:
         provider: Provider | None = None,
         threads: int = 0,
         max_seq_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         check_hashes: bool = False,
         invariant: bool = True,
         huge_pages: bool = False,
+        device_id: int = 0,
+        gpu_mem_limit: float | None = None,
         chat_template: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         prefix_cache: PrefixCache = "prompt",
         prefix_cache_bytes: int = 1 << 30,
         max_queue: int = 64,
@@ -92,7 +95,8 @@ class Engine:
         """Open a bundle that ``glm4export build`` made; arguments that :func:`glm4runtime.load` has are the same here.
 
         slots: sequences at once; each has a cache of max_seq_len tokens, whose memory is taken now. invariant: see the
-        class; without it lone streams in int8 and int4 are up to a fifth faster. prefix_cache: keep the cache rows of
+        class; without it lone streams in int8 and int4 are up to a fifth faster. adapters: requests choose one, or
+        none; a step in which some use one reads all of them, so load no others. prefix_cache: keep the cache rows of
         prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits of decode steps), or
         none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
         may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds. draft: the
@@ -109,6 +113,7 @@ class Engine:
             check_hashes=check_hashes,
             invariant=invariant,
             huge_pages=huge_pages,
+            adapters=adapters,
         )
         if not isinstance(bundle, str | os.PathLike):
             raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
@@ -130,6 +135,9 @@ class Engine:
             prefill_chunk=prefill_chunk,
             check_hashes=check_hashes,
             invariant=invariant,
+            adapters=adapters,
+            device_id=device_id,
+            gpu_mem_limit=gpu_mem_limit,
         )
         opened = None
         if draft is not None and drafting is not None:
@@ -220,6 +228,11 @@ class Engine:
     def generate(self, request: Request) -> Handle:
         """The same: iterate over what it returns, ``for`` or ``async for``."""
         return self.submit(request)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that were loaded: what :attr:`Request.adapter` may be."""
+        return tuple(self.runner.adapters)
 
     @property
     def tokenizer(self) -> Any:

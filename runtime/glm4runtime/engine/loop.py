@@ -56,6 +56,7 @@ class Loop:
         """
         job = answer.job
         answer.slot, answer.rows = slot, 0
+        self.runner.use_adapter(slot, job.request.adapter)
         if shared or self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
             return 0
         with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
@@ -195,7 +196,7 @@ class Loop:
         if request.draft and self.draft is not None:
             guesses = self.draft.guesses(answer.slot, text, request.draft)
         elif request.lookup:
-            guesses = PromptLookup(text, request.lookup)
+            guesses = PromptLookup(text, min(request.lookup, self.runner.draft_rows - 1))
         else:
             return None
         return Speculation(SlotRunner(self.runner, answer.slot, text, times), guesses)

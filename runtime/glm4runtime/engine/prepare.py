@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.runner import unknown_adapter
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import UserError
 from glm4runtime.engine.beams import BeamGroup
@@ -39,11 +40,13 @@ class Preparation:
     def __init__(self, runner: BatchRunner, text: BundleText, *, drafts: bool = False) -> None:
         """drafts: whether there is a draft bundle."""
         self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
+        self._adapters = runner.adapters
         self._text, self._drafts = text, drafts
 
     def job(self, request: Request, now: float) -> Job:
         """Raises UserError for what can't be answered, PromptTooLong among them."""
         manifest = self._manifest
+        salt = self._salt(request)
         ids, prompt = self._prompt(request)
         if len(ids) > self._limit:
             raise PromptTooLong(len(ids), self._limit)
@@ -59,7 +62,7 @@ class Preparation:
         count = max(request.n, request.best_of or 0, request.num_beams)
         feed = Feed(request.n)
         feed.usage = Usage(len(ids), 0, 0)
-        job = Job(request, ids, stop, feed, self._limit, now)
+        job = Job(request, ids, stop, feed, self._limit, now, salt)
         for index in range(count):
             params = request.params
             if params.seed is not None:
@@ -70,6 +73,17 @@ class Preparation:
         if request.num_beams > 1:
             job.beams = BeamGroup(job)
         return job
+
+    def _salt(self, request: Request) -> str:
+        """What cached prompts are told apart by. Raises UserError for an adapter that isn't loaded."""
+        name = request.adapter
+        if name is None:
+            adapter = ""
+        elif isinstance(name, str) and name in self._adapters:
+            adapter = self._adapters[name]  # not its name: that may be another one's after a restart
+        else:
+            raise unknown_adapter(name, tuple(self._adapters))
+        return f"{adapter}\0{request.salt}"
 
     def _prompt(self, request: Request) -> tuple[np.ndarray, str | None]:
         """Token ids, int64 [n], and their text where it was one."""

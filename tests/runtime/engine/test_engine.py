@@ -155,6 +155,20 @@ def test_prompt_lookup_gives_the_tokens_of_an_invariant_session(load_engine: Loa
     assert 0 < result.usage.accepted_tokens <= result.usage.drafted_tokens
 
 
+def test_guesses_stay_within_what_a_run_takes_well(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(prefix_cache="off")
+    runner, widths = engine.runner, []
+    verify = runner.verify
+    monkeypatch.setattr(runner, "verify", lambda *run: widths.append(len(run[1])) or verify(*run))
+    request = Request((prompt(11) * 6)[:60], params=SamplingParams(max_new_tokens=40), lookup=15)
+    engine.generate(request).result()
+    assert max(widths) > 2
+    widths.clear()
+    monkeypatch.setattr(runner, "draft_rows", 2)
+    engine.generate(request).result()
+    assert max(widths) == 2
+
+
 def test_a_next_turn_finds_the_prompt_of_the_last_one(load_engine: LoadEngine) -> None:
     engine = load_engine(prefix_cache_bytes=1 << 24)
     ids = prompt(130)
