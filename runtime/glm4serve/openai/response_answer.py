@@ -47,6 +47,8 @@ class ResponseAnswer:
         for kind, text in (("reasoning", choice.thought), ("message", choice.content)):
             if text:
                 self._output.append(_words_item(kind, text))
+        if choice.finish_reason == "length" and self._output:
+            self._output[-1]["status"] = "incomplete"
         self._output.extend(_call_item(call) for call in self._wanted(choice.tool_calls))
         return self._ended(results[0])
 

@@ -103,6 +103,16 @@ Item = Annotated[
 ]
 
 
+def _form(given: Any) -> str:
+    return "text" if isinstance(given, str) else "items"
+
+
+#: A text is what the user says. Told apart by hand, so that errors are of what was given and not of both.
+Input = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Item], Field(min_length=1), Tag("items")], Discriminator(_form)
+]
+
+
 def template_messages(instructions: str | None, given: str | Sequence[Item]) -> list[dict[str, Any]]:
     """As the chat template takes them. Raises ApiError for results without calls."""
     talk = Conversation()

@@ -20,7 +20,7 @@ from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.openai.fields import PassedOver
 from glm4serve.openai.response_answer import ResponseAnswer
-from glm4serve.openai.response_input import Item, template_messages
+from glm4serve.openai.response_input import Input, template_messages
 from glm4serve.openai.structure import AnyObject, AnyText
 from glm4serve.schema import Strict
 from glm4serve.service import service_of
@@ -78,7 +78,7 @@ class ResponseRequest(PassedOver):
     """OpenAI's, without what these models can't do."""
 
     model: str | None = Field(None, max_length=256)
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: Input
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
