@@ -56,6 +56,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         help="seconds that answers under way have after SIGTERM (default: %(default)s)",
     )
     http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
+    http.add_argument("--no-page", action="store_true", help="no chat page at /")
     command.add_argument("--json", action="store_true", help="print a line of JSON with the address when it's ready")
 
 
@@ -135,4 +136,5 @@ def _settings(arguments: argparse.Namespace) -> Any:
         cors_origins=tuple(arguments.cors_origin),
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
+        page=not arguments.no_page,
     )

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from glm4runtime.encoder import Encoder
-from glm4serve import health, tokens
+from glm4serve import health, page, tokens
 from glm4serve.anthropic import messages
 from glm4serve.errors import ApiError, invalid
 from glm4serve.gate import Gate
@@ -60,7 +60,9 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Gate, service=service)
+    if service.settings.page:
+        app.include_router(page.router)
+    app.add_middleware(Gate, service=service, keyless=page.PATHS if service.settings.page else frozenset())
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
