@@ -72,7 +72,7 @@ async function answer() {
       if (chunk.usage) {
         const tokens = chunk.usage.completion_tokens;
         const rate = last > first ? `, ${(((tokens - 1) * 1000) / (last - first)).toFixed(1)} tok/s` : "";
-        note += `${tokens} tokens${rate}`;
+        note += `${tokens} ${tokens === 1 ? "token" : "tokens"}${rate}`;
       }
     }
   } catch (error) {
