@@ -61,7 +61,9 @@ def test_tokens_that_were_cached(client: anthropic.Anthropic) -> None:
 
 def test_thoughts_are_blocks(client: anthropic.Anthropic) -> None:
     prompt = next(prompt for prompt in PROMPTS if prompt["name"] == "think")
-    with client.messages.stream(messages=prompt["messages"], **COMMON) as stream:
+    system, *messages = prompt["messages"]
+    assert system["role"] == "system"
+    with client.messages.stream(system=system["content"], messages=messages, **COMMON) as stream:
         thinking, words = stream.get_final_message().content
     assert thinking.type == "thinking" and thinking.thinking == "Ones: 2 + 5 = 7. Tens: 1 + 1 + 0 = 2."
     assert words.type == "text" and words.text == "12 + 15 = 27."
