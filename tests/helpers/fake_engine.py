@@ -80,7 +80,7 @@ class FakeEngine:
         self.feeds.append(feed)
         self.running += 1
         threading.Thread(target=self._answer, args=(request, feed, ids), daemon=True).start()
-        return Handle(feed, self._cancel)
+        return Handle(feed)
 
     def stats(self) -> EngineStats:
         """As Engine's."""
@@ -96,9 +96,6 @@ class FakeEngine:
             finished=dict(self._finished),
             prefixes=PrefixStats(2, 11, 3, 1, 4, 4096, 8192),
         )
-
-    def _cancel(self, feed: Feed) -> None:
-        feed.cancelled = True
 
     def _answer(self, request: Request, feed: Feed, ids: list[int]) -> None:
         began = time.monotonic()
