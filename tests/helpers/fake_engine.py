@@ -93,6 +93,8 @@ class FakeEngine:
             prompt_tokens=11,
             cached_tokens=3,
             completion_tokens=5,
+            drafted_tokens=0,
+            accepted_tokens=0,
             finished=dict(self._finished),
             prefixes=PrefixStats(2, 11, 3, 1, 4, 4096, 8192),
         )
