@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +74,12 @@ def measure(
     prompt_tokens: int = PROMPT,
     new_tokens: int = 64,
     requests: int = 4,
-    told: Callable[[str], None] = lambda text: None,
+    stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> ServingReport:
     """Time an engine without a prefix cache. Prompts are random and never the same; answers don't end early.
 
-    told: is given a line as each load begins. Raises UserError where prompt and answer don't fit a slot, or more
-    clients are asked for than there are slots.
+    stage: entered with each load's name while it lasts. Raises UserError where prompt and answer don't fit a slot, or
+    more clients are asked for than there are slots.
     """
     runner = engine.runner
     if prompt_tokens + new_tokens > engine.max_seq_len:
@@ -89,8 +90,8 @@ def measure(
         raise UserError(f"{max(clients)} clients, and the engine has {runner.slots} slots; ask for more with --slots")
     loads = []
     for count in clients:
-        told(f"{count} clients")
-        loads.append(_load(engine, count, prompt_tokens, new_tokens, requests))
+        with stage(f"{count} at once"):
+            loads.append(_load(engine, count, prompt_tokens, new_tokens, requests))
     return ServingReport(
         bundle=str(engine.folder),
         precision=engine.manifest.precision,

@@ -105,7 +105,7 @@ def _run_engine(arguments: argparse.Namespace) -> int:
             prompt_tokens=prompts[0],
             new_tokens=arguments.steps,
             requests=arguments.repeats,
-            told=progress.note,
+            stage=progress.stage,
         )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else serving.table(report))
     return 0

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import itertools
 import os
-import platform
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from importlib.metadata import Distribution, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -26,13 +22,14 @@ from glm4runtime.engine import prefix_file
 from glm4runtime.engine.draft import Draft
 from glm4runtime.engine.draft_bundle import open_draft, read_draft
 from glm4runtime.engine.handle import Handle, RequestFailed
+from glm4runtime.engine.identity import identity_of
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
-from glm4runtime.engine.plan import SchedulerStats
-from glm4runtime.engine.prefix import PrefixStats, PrefixStore, block_for
+from glm4runtime.engine.prefix import PrefixStore, block_for
 from glm4runtime.engine.prepare import Preparation
 from glm4runtime.engine.request import Request
 from glm4runtime.engine.scheduler import Scheduler
+from glm4runtime.engine.stats import EngineStats
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
 
@@ -43,23 +40,6 @@ _FAILURES = 3  # runs that fail one after the other: from then on the engine isn
 
 class EngineClosed(UserError):
     """The engine takes no more requests: it is draining, closed, or its thread has died."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Numbers of this moment, and totals since the engine was opened."""
-
-    healthy: bool  # its thread lives, and runs don't fail
-    last_step_age: float  # seconds since the thread last came round; it does at least once a second
-    slots: int
-    scheduler: SchedulerStats
-    prompt_tokens: int
-    cached_tokens: int  # of these: found in the prefix cache
-    completion_tokens: int
-    drafted_tokens: int  # guesses of prompt lookup and the draft bundle
-    accepted_tokens: int  # of these: right
-    finished: dict[str, int]  # answers by finish_reason, and ``error``
-    prefixes: PrefixStats | None  # None where none are kept
 
 
 class Engine:
@@ -188,7 +168,7 @@ class Engine:
         store = None
         if prefix_cache != "off":
             block = block_for(runner.prompt_grid)
-            store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=_identity(runner), block=block)
+            store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=identity_of(runner), block=block)
         self._store = store
         self._loop = Loop(runner, store, keep_answers=prefix_cache == "all", draft=draft)
         self._condition = threading.Condition()  # guards what follows; never held while a graph runs
@@ -472,26 +452,6 @@ class Engine:
                 accepted=usage.accepted_tokens,
             )
         self._condition.notify_all()
-
-
-def _identity(runner: BatchRunner) -> bytes:
-    """Of all that rows depend on beside tokens: weights and graphs, the kernels that computed them, and how."""
-    kernels = [platform.machine(), *_cpu_flags(), *(f"{name} {version(name)}" for name in _installed())]
-    how = [runner.invariant, runner.prompt_grid, runner.prefill_chunk, *kernels]
-    return hashlib.sha256("\n".join([runner.manifest.to_json(), *map(str, how)]).encode()).digest()
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return sorted({line for line in lines if line.startswith(("flags", "Features"))})
-
-
-def _installed() -> list[str]:
-    known = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
-    return [name for name in known if any(True for _ in Distribution.discover(name=name))]
 
 
 def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
