@@ -74,7 +74,7 @@ def measure(
     prompt_tokens: int = PROMPT,
     new_tokens: int = 64,
     requests: int = 4,
-    stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    stage: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> ServingReport:
     """Time an engine without a prefix cache. Prompts are random and never the same; answers don't end early.
 

@@ -11,7 +11,7 @@ from glm4runtime.backends.batch import BatchRunner
 
 
 def identity_of(runner: BatchRunner) -> bytes:
-    """A digest of all that rows depend on beside tokens: weights and graphs, the kernels that computed them, and how."""
+    """A digest of all that rows depend on beside tokens: weights, graphs, and the kernels that computed them."""
     kernels = [platform.machine(), *_cpu_flags(), *(f"{name} {version(name)}" for name in _installed())]
     how = [runner.invariant, runner.prompt_grid, runner.prefill_chunk, *kernels]
     return hashlib.sha256("\n".join([runner.manifest.to_json(), *map(str, how)]).encode()).digest()
