@@ -111,6 +111,9 @@ class FakeCuda:
     def _cudaGetDeviceCount(self) -> int:
         return 1
 
+    def _cudaSetDevice(self, device: int) -> None:
+        assert device >= 0
+
     def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
         return error.name.encode()
 

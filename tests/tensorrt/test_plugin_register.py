@@ -221,3 +221,24 @@ def test_a_parameter_that_is_read_is_not_taken_away() -> None:
     with pytest.raises(AssertionError, match=r"f reads .*f_param_1, which TensorRT does not pass"):
         keep_parameters(ptx, "f", 1)
     assert "f_param_1\n)" not in keep_parameters(ptx.replace("[f_param_1]", "[f_param_0]"), "f", 1)
+
+
+def test_swapped_attributes_are_told(trt: Any) -> None:
+    inputs = [QKV, CACHE, CACHE, POSITIONS, INDICES, MASK, TABLE, TABLE, SCALE, SCALE]
+    swapped = ATTRIBUTES | {"num_heads": 2, "kv_num_heads": 32}
+    with pytest.raises(UserError, match=r"are \(2, 32, 128\), the tensors' shapes say \(32, 2, 128\)"):
+        fake_tensorrt_plugin.build(trt, "glm4::FlashAttention", inputs, swapped, tactic=Tactic.DECODE)
+
+
+def test_a_cache_that_is_bound_and_not_aliased() -> None:
+    """The same kernel with the same launch; TensorRT learns nothing of the address. Last: it registers anew."""
+    if importlib.util.find_spec("tensorrt_bindings") is None:
+        pytest.skip("the wheel tensorrt-cu12-bindings is not installed")
+    inputs = [QKV, CACHE, CACHE, POSITIONS, INDICES, TABLE, TABLE, SCALE, SCALE]
+    with fake_tensorrt_plugin.tensorrt() as module:
+        register(89, aliased=False)
+        built = fake_tensorrt_plugin.build(module, "glm4::AppendToCache", inputs, {})
+    assert built.aliases == {0: -1, 1: -1}
+    assert built.shapes({"batch": 3, "seq": 5}) == [[3, 2, 4096, 128]] * 2
+    assert built.launch({"batch": 3, "seq": 17}) == ((2, 2, 3), [17])
+    assert parameters(built) == [".u64"] * 9 + [".u32"] + [".u64"] * 2
