@@ -8,7 +8,8 @@ bytes of cache read per second while decoding, beside a plain copy's, and arithm
 torch's scaled_dot_product_attention. With the project installed too: bundles for cuda in every precision, of the
 embedded model unless told otherwise, compared with PyTorch as `glm4export verify` does, timed beside what a copy
 reaches and beside transformers, their steps as CUDA graphs, eight requests at once beside each alone; and for each
-installed TensorRT, engines in every precision, with either attention and, for the plugin, either way of updating the cache.
+installed TensorRT, engines in every precision, with either attention and, for the plugin, either way of updating the
+cache.
 
 Without a GPU it runs what a CPU can, and says what it skipped. Writes report.md and report.json, and begins nothing
 more after ten minutes. Exit status 1 where a result is wrong.
