@@ -227,7 +227,7 @@ def test_several_sequences_by_lengths(bundle: Path) -> None:
         provider="cpu",
         threads=1,
         max_seq_len=None,
-        prefill_chunk=16,
+        prefill_chunk=32,
         invariant=False,
     )
     assert isinstance(runner, ort_batch.OrtBatchRunner)
