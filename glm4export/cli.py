@@ -17,19 +17,24 @@ COMMANDS = {
     "build": "compile a checkpoint into a bundle",
     "engine": "build TensorRT engines for a finished bundle; no checkpoint needed",
     "adapter": "convert a LoRA adapter for sessions of a bundle built with --lora-slots",
-    "generate": "answer a prompt, or chat",
+    "generate": "answer a prompt",
+    "chat": "a conversation on the terminal",
+    "batch": "answer a file of requests in OpenAI's batch format; goes on where it was ended",
+    "serve": "answer over HTTP, many at once: OpenAI's API, metrics, limits",
     "embed": "one embedding per text, of a bundle built with --task features and --pooling",
     "classify": "labels of texts or of spans in them, of a classifier's bundle",
     "verify": "compare a bundle with PyTorch in fp32; exit status 1 past the thresholds",
     "perplexity": "score a text: perplexity, loss, bits per byte",
     "inspect": "show what a bundle holds, or what a model will take before it is built",
+    "triton": "make a bundle a model in a repository of NVIDIA's Triton Inference Server",
     "prepare": "save a bundle's weights as this machine's kernels want them: one copy for several processes",
     "bench": "measure speed and memory beside this machine's limits",
 }
 
 
 def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
-    """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds), 2 (the user's mistake), 130.
+    """Run one command. Returns the exit status: 0, 1 (verify: past its thresholds; batch: a request
+    failed), 2 (the user's mistake), 130.
 
     own_process: there is nothing in this process but the command, which may then start again with huge pages.
     SIGHUP, SIGINT and SIGTERM end the process, with 128 and their number; see :mod:`glm4runtime.signals`.
@@ -79,6 +84,10 @@ _EXTRAS = {
     "tqdm": "compile",
     "onnxruntime": "cpu",
     "matplotlib": "bench",
+    "fastapi": "serve",
+    "pydantic": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
 }
 
 

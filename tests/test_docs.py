@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 while not (ROOT / "pyproject.toml").exists():
     ROOT = ROOT.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGES = ("glm4export", "graphs/glm4graphs", "runtime/glm4runtime")
+PACKAGES = ("glm4export", "graphs/glm4graphs", "runtime/glm4runtime", "runtime/glm4serve")
 HUB_ID = "zai-org/GLM-4-9B-0414"
 NOT_RUN, FILE = "not run: ", "file: "  # comments in front of a block of code
 FOREIGN = {"--check", "--preload", "--model_args", "--tasks"}  # options of other people's programs

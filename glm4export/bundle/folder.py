@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -19,23 +19,58 @@ PRODUCER = "glm4export"
 _NAMED = 3  # of what is in the way
 
 Snapshot = dict[str, tuple[int, int, int] | None]
+Ownership = Callable[[Path, Path], None]  # raises OutputError, about the second, where the first isn't wholly ours
+
+
+def require_our_bundle(folder: Path, out: Path) -> None:
+    """Raise OutputError, about ``out``, where ``folder`` is or holds anything that a bundle of ours doesn't."""
+    if is_free(folder, out):
+        return
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
+    except FileNotFoundError:
+        raise OutputError(f"{out}: exists and is not a bundle (no {MANIFEST}); refusing to replace it") from None
+    except (BundleError, UnicodeDecodeError) as error:
+        reason = str(error).split(";")[0]
+        raise OutputError(f"{out}: exists and is not a bundle of ours ({reason}); refusing to replace it") from None
+    if manifest.producer != PRODUCER:
+        raise OutputError(f"{out}: exists and is a bundle by {manifest.producer!r}; refusing to replace it")
+    refuse_strangers(strangers(folder, manifest), out)
+
+
+def is_free(folder: Path, out: Path) -> bool:
+    """Whether nothing is there, or an empty folder. Raises OutputError, about ``out``, where it's no folder."""
+    if not os.path.lexists(folder):
+        return True
+    if not folder.is_dir():
+        raise OutputError(f"{out}: exists and is not a folder; choose another name with -o")
+    return not entries(folder)
+
+
+def refuse_strangers(found: list[str], out: Path) -> None:
+    """Raise OutputError where a folder that is to be replaced holds what isn't ours."""
+    if found:
+        raise OutputError(
+            f"{out}: refusing to replace what is not as a build left it: {_some(found)}; "
+            "move it elsewhere, or choose another folder with -o"
+        )
 
 
 @contextmanager
-def new_bundle(out: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def new_bundle(out: Path, inputs: Iterable[Path] = (), require_ours: Ownership = require_our_bundle) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, it becomes ``out`` in one step.
 
     The folder lies beside ``out``, or in it where ``out`` can't be renamed: then its files are replaced one by one, see
     :mod:`glm4export.bundle.swap`. When the block raises, or a signal ends the process, an earlier bundle stays as it
     was and nothing else is left; after SIGKILL the scratch folder stays, and the next build of the same bundle removes
     it. Raises OutputError where ``out`` holds anything that isn't ours, where it and one of the ``inputs`` are or hold
-    one another, and where nothing can be written.
+    one another, and where nothing can be written. Another kind of folder with a MANIFEST says itself what is ours.
     """
     out = _resolved(out)
     _require_apart(out, inputs)
 
     def check(folder: Path) -> None:
-        _require_ours(folder, out)
+        require_ours(folder, out)
 
     with _scratch(out, check) as scratch, _full_disk_as_error(out):
         yield scratch / NEW
@@ -69,24 +104,24 @@ def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
     """Raise the OutputError that :func:`new_bundle` would, before anything is downloaded or read; leaves nothing."""
     out = _resolved(out)
     _require_apart(out, inputs)
-    with _scratch(out, lambda folder: _require_ours(folder, out)):
+    with _scratch(out, lambda folder: require_our_bundle(folder, out)):
         pass
 
 
 def link_bundle(bundle: Path, folder: Path) -> None:
     """Fill the empty ``folder`` with what ``bundle`` holds, as hard links where they're possible, links as links."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:  # a file system without hard links
-            shutil.copy2(source, target, follow_symlinks=False)
-
     for name in entries(bundle):
         if (bundle / name).is_dir() and not (bundle / name).is_symlink():
-            shutil.copytree(bundle / name, folder / name, symlinks=True, copy_function=link)
+            shutil.copytree(bundle / name, folder / name, symlinks=True, copy_function=_link)
         else:
-            link(str(bundle / name), str(folder / name))
+            _link(str(bundle / name), str(folder / name))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def require_space(folder: Path, size: int) -> None:
@@ -146,30 +181,6 @@ def _require_apart(out: Path, inputs: Iterable[Path]) -> None:
             else:
                 continue
             raise OutputError(f"{out}: {how}; the output must lie apart from it, choose another folder")
-
-
-def _require_ours(folder: Path, out: Path) -> None:
-    """Raise OutputError, about ``out``, where ``folder`` is or holds anything that a bundle of ours doesn't."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise OutputError(f"{out}: exists and is not a folder; choose another name with -o")
-    if not entries(folder):
-        return
-    try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), MANIFEST)
-    except FileNotFoundError:
-        raise OutputError(f"{out}: exists and is not a bundle (no {MANIFEST}); refusing to replace it") from None
-    except (BundleError, UnicodeDecodeError) as error:
-        reason = str(error).split(";")[0]
-        raise OutputError(f"{out}: exists and is not a bundle of ours ({reason}); refusing to replace it") from None
-    if manifest.producer != PRODUCER:
-        raise OutputError(f"{out}: exists and is a bundle by {manifest.producer!r}; refusing to replace it")
-    if found := strangers(folder, manifest):
-        raise OutputError(
-            f"{out}: refusing to replace what is not as a build left it: {_some(found)}; "
-            "move it elsewhere, or choose another folder with -o"
-        )
 
 
 def _some(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glm4export.commands.session_options import add_session_options, load_session
 from glm4runtime.backends.providers import default_provider
-from glm4runtime.contract import TENSORRT
+from glm4runtime.contract import TENSORRT, UserError
 
 EXAMPLE = "example: glm4export bench glm4-demo-fp16 --prefill 128,512 --plot bench.png"
 
@@ -32,6 +32,13 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each (default: %(default)s)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="write a roofline and length curves, .png or .svg")
+    command.add_argument(
+        "--engine",
+        action="store_true",
+        help="measure the engine: --batch clients that ask again and again, prompts of --prefill tokens, answers of "
+        "--steps, --repeats of them for each client",
+    )
+    command.add_argument("--slots", type=int, metavar="N", help="with --engine: slots (default: as many as clients)")
     add_session_options(command)
     command.add_argument("--json", action="store_true", help="print all raw figures as JSON")
 
@@ -41,6 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4export.bench import measure as bench
     from glm4export.bench import report as bench_report
 
+    if arguments.engine:
+        return _run_engine(arguments)
+    if arguments.slots is not None:
+        raise UserError("--slots goes with --engine")
     prefill = bench.numbers("--prefill", arguments.prefill)
     contexts = bench.numbers("--decode-context", arguments.decode_context)
     batches = bench.numbers("--batch", arguments.batch)
@@ -62,4 +73,39 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else bench_report.table(report))
     if arguments.plot:
         plot.write(report, arguments.plot)
+    return 0
+
+
+def _run_engine(arguments: argparse.Namespace) -> int:
+    from glm4export.bench import serving
+    from glm4export.bench.measure import numbers
+    from glm4export.terminal import progress
+    from glm4runtime import Engine
+
+    for option, value in (("--decode-context", arguments.decode_context), ("--plot", arguments.plot)):
+        if value is not None:
+            raise UserError(f"{option} doesn't go with --engine")
+    prompts = numbers("--prefill", arguments.prefill) or (serving.PROMPT,)
+    if len(prompts) > 1:
+        raise UserError("--prefill: with --engine all prompts have the same length, give one")
+    clients = numbers("--batch", arguments.batch) or serving.CLIENTS
+    engine = Engine.load(
+        arguments.bundle,
+        slots=arguments.slots or max(clients),
+        provider=arguments.provider,
+        threads=arguments.threads,
+        max_seq_len=arguments.max_seq_len or prompts[0] + arguments.steps,
+        invariant=arguments.invariant,
+        prefix_cache="off",
+    )
+    with engine:
+        report = serving.measure(
+            engine,
+            clients=clients,
+            prompt_tokens=prompts[0],
+            new_tokens=arguments.steps,
+            requests=arguments.repeats,
+            told=progress.note,
+        )
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else serving.table(report))
     return 0

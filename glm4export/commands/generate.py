@@ -1,4 +1,4 @@
-"""``glm4export generate``: one prompt, or a conversation on the terminal."""
+"""``glm4export generate``: the answer to one prompt."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4export.commands.questions import not_text
+from glm4export.commands.rates import Rates
 from glm4export.commands.sampling_options import add_sampling_options, sampling_params
 from glm4export.commands.session_options import add_session_options, load_session
-from glm4runtime import signals
 from glm4runtime.contract import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,8 @@ EXAMPLE = 'example: glm4export generate glm4-demo-fp16 --prompt "What is the cap
 def configure(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="one question; - reads it from standard input")
-    what.add_argument("--chat", action="store_true", help="a conversation, one question per line, until Ctrl-D")
-    command.add_argument(
-        "--raw", action="store_true", help="with --prompt: continue the text, without the chat template"
-    )
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="one question; - reads it from standard input")
+    command.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     command.add_argument("--system", metavar="TEXT", help="system message")
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT; may be given again"
@@ -51,7 +48,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         "--adapter", type=Path, metavar="FILE", help="of `glm4export adapter`, for a bundle built with --lora-slots"
     )
     add_session_options(command)
-    command.add_argument("--json", action="store_true", help="with --prompt: print text, reason and timing as JSON")
+    command.add_argument("--json", action="store_true", help="print text, reason and timing as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,8 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4runtime.speculation import check_limit
 
     check_limit(arguments.lookup)
-    if arguments.chat and (arguments.json or arguments.raw):
-        raise UserError("--json and --raw go with --prompt, not with --chat")
     for option, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
         if arguments.raw and value is not None:
             raise UserError(f"{option} needs the chat template; leave out --raw")
@@ -68,17 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = None if arguments.adapter is None else str(arguments.adapter)
     files = None if adapter is None else {adapter: arguments.adapter}
     with load_session(arguments, chat_template=arguments.chat_template, adapters=files) as session:
-        if arguments.chat:
-            with signals.raised():  # Ctrl-C ends an answer
-                converse(
-                    session,
-                    params,
-                    system=arguments.system,
-                    lookup=arguments.lookup,
-                    stop=arguments.stop,
-                    adapter=adapter,
-                )
-            return 0
         answer(
             session,
             read_prompt() if arguments.prompt == "-" else arguments.prompt,
@@ -106,49 +90,20 @@ def answer(
     adapter: str | None = None,
 ) -> None:
     """Print the text that follows one prompt, as it comes; with ``as_json`` one object at the end."""
-    start = time.monotonic()
-    messages = [*_system(system), {"role": "user", "content": prompt}]
+    rates, start = Rates(), time.monotonic()
+    instructions = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*instructions, {"role": "user", "content": prompt}]
     text = prompt if raw else session.template.render(messages)
     stream = session.stream(text, params, lookup=lookup, stop=stop, adapter=adapter)
     first = time.monotonic()
     if as_json:
         print(json.dumps(_summary(stream, stream.read(), first - start, time.monotonic() - first), ensure_ascii=False))
         return
-    _print(stream)
-    _timing(stream, first - start, time.monotonic() - first)
-
-
-def converse(
-    session: Session,
-    params: SamplingParams,
-    *,
-    system: str | None,
-    lookup: int = 0,
-    stop: Stop = (),
-    adapter: str | None = None,
-) -> None:
-    """Read questions from standard input and print the answers, until its end; Ctrl-C ends an answer."""
-    messages: list[dict[str, Any]] = _system(system)
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            question = input(prompt)
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise _not_text(error) from None
-        if not question.strip():
-            continue
-        messages.append({"role": "user", "content": question})
-        start = time.monotonic()
-        stream = session.chat(messages, params, lookup=lookup, stop=stop, adapter=adapter)
-        first = time.monotonic()
-        try:
-            _print(stream)
-        except KeyboardInterrupt:
-            print()
-        _timing(stream, first - start, time.monotonic() - first)
-        messages.append({"role": "assistant", "content": stream.text})
+    for piece in stream:
+        rates.token()
+        print(piece, end="", flush=True)
+    print()
+    rates.tell(stream.generation, stream.finish_reason)
 
 
 def read_prompt() -> str:
@@ -156,36 +111,7 @@ def read_prompt() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise _not_text(error) from None
-
-
-def _not_text(error: UnicodeDecodeError) -> UserError:
-    return UserError(f"standard input: not valid {error.encoding} at byte {error.start} of what was read")
-
-
-def _system(text: str | None) -> list[dict[str, Any]]:
-    return [] if text is None else [{"role": "system", "content": text}]
-
-
-def _print(stream: TextStream) -> None:
-    for piece in stream:
-        print(piece, end="", flush=True)
-    print()
-
-
-def _timing(stream: TextStream, prefill: float, decode: float) -> None:
-    if not sys.stderr.isatty():
-        return
-    generation = stream.generation
-    reused = f" ({generation.reused_tokens} reused)" if generation.reused_tokens else ""
-    rates = (
-        f"{generation.prompt_tokens} prompt tokens{reused} in {prefill:.2f} s, "
-        f"{generation.completion_tokens} more at {generation.completion_tokens / max(decode, 1e-9):.1f} tok/s"
-    )
-    guesses = generation.lookup
-    if guesses.drafted:
-        rates += f" in {guesses.runs} runs, {guesses.accepted} of {guesses.drafted} guesses right"
-    print(f"[{rates}, ended by {stream.finish_reason}]", file=sys.stderr)
+        raise not_text(error) from None
 
 
 def _summary(stream: TextStream, text: str, prefill: float, decode: float) -> dict[str, Any]:

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 _OFF = "default: %(default)s, which is off"
 
 
-def add_sampling_options(command: argparse.ArgumentParser) -> None:
+def add_sampling_options(command: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
     """One option for each field of ``SamplingParams`` that makes sense without token ids."""
-    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
     command.add_argument(
         "--min-new-tokens",
         type=int,

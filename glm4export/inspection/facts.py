@@ -30,7 +30,7 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
     """A bundle's facts as JSON-ready values. Raises BundleError where the bundle isn't whole."""
     manifest = read_manifest(folder, check_hashes=check_hashes)
     require_graphs(folder, manifest)
-    cache, encoder = manifest.kv_cache, manifest.encoder
+    cache, encoder, lora = manifest.kv_cache, manifest.encoder, manifest.lora
     return {
         "bundle": str(folder),
         "format_version": manifest.format_version,
@@ -44,6 +44,7 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
         "eos_token_ids": list(manifest.tokens.eos),
         **({} if cache is None else {"cache": _cache(cache)}),
         **({} if encoder is None else {"encoder": dataclasses.asdict(encoder)}),
+        **({} if lora is None else {"lora": {"slots": lora.slots, "rank": lora.rank}}),
         "engines": [_engine(spec, manifest.config["num_hidden_layers"]) for spec in read_engine_specs(folder)],
         "graphs": {name: _graph(folder / spec.file) for name, spec in manifest.graphs.items()},
         "huge_pages": huge_pages(),
@@ -67,6 +68,8 @@ def text(facts: dict[str, Any]) -> str:
             f"  cache      {cache['dtype']}, {sizes[0]} a token, {sizes[1]} at {cache['max_seq_len']} tokens",
             f"  stops on   {', '.join(map(str, facts['eos_token_ids']))}",
         ]
+    if lora := facts.get("lora"):
+        lines.append(f"  adapters   up to {lora['slots']} at once, of rank {lora['rank']} at most")
     if encoder := facts.get("encoder"):
         lines.append(
             f"  gives      {_encoder_words(facts['task'], encoder)}; texts of up to {encoder['max_seq_len']} tokens"

@@ -24,8 +24,8 @@ from tests.helpers.processes import GLM4EXPORT, PREFIX, WITHOUT, python
         (["build", "--precision", "int3"], r"argument --precision: invalid choice: 'int3'"),
         (["build", "--target", "tpu"], r"argument --target: invalid choice: 'tpu'"),
         (["build", "--max-seq-len", "many"], r"argument --max-seq-len: invalid int value: 'many'"),
-        (["generate", "b"], r"one of the arguments --prompt --chat is required"),
-        (["generate", "b", "--chat", "--prompt", "x"], r"argument --prompt: not allowed with argument --chat"),
+        (["generate", "b"], r"the following arguments are required: --prompt"),
+        (["batch", "b", "requests"], r"the following arguments are required: -o/--output"),
         (["verify"], r"the following arguments are required: BUNDLE"),
         (["inspect", "a", "b"], r"unrecognized arguments: b"),
     ],
@@ -43,7 +43,7 @@ start = time.process_time()
 from contextlib import redirect_stdout
 from glm4export.cli import main
 texts = {}
-for command in ([], ["build"], ["generate"], ["verify"], ["inspect"], ["prepare"], ["bench"]):
+for command in ([], ["build"], ["generate"], ["chat"], ["batch"], ["verify"], ["inspect"], ["prepare"], ["bench"]):
     with redirect_stdout(io.StringIO()) as text:
         try:
             main([*command, "--help"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,25 +60,6 @@ def test_generate_with_sampling_options(built: Path, monkeypatch: pytest.MonkeyP
     assert found == [SamplingParams(**given)]
 
 
-def test_chat(built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nand you?\n"))
-    assert cli.main(["generate", str(built), "--chat", "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.count("\n") >= 2
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_are_exceptions_in_a_chat_alone(
-    number: int, code: int, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C ends an answer there, and readline puts the terminal right. Elsewhere this process would end."""
-    monkeypatch.setattr("glm4export.commands.generate.converse", lambda *given, **named: os.kill(os.getpid(), number))
-    try:
-        found = cli.main(["generate", str(built), "--chat"])
-    except SystemExit as error:
-        found = error.code
-    assert found == code
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,7 +84,6 @@ def test_signals_are_exceptions_in_a_chat_alone(
         (["--prompt", "x", "--raw", "--chat-template", "t"], r"--chat-template needs the chat template; leave out"),
         (["--prompt", "x", "--chat-template", "nowhere"], r"nowhere: can't be read: "),
         (["--prompt", "x", "--stop", ""], r"stop: expected token ids in 0\.\.419 or strings .*, found ''"),
-        (["--chat", "--json"], r"--json and --raw go with --prompt, not with --chat"),
     ],
 )  # fmt: skip
 def test_generate_with_arguments_that_do_not_fit(arguments: list[str], message: str, fails: Fails, built: Path) -> None:

@@ -111,8 +111,8 @@ class FakeCuda:
     def _cudaGetDeviceCount(self) -> int:
         return 1
 
-    def _cudaSetDevice(self, device: int) -> None:
-        assert device >= 0
+    def _cudaSetDevice(self, device_id: int) -> None:
+        assert device_id >= 0
 
     def _cudaGetErrorName(self, error: cudaError_t) -> bytes:
         return error.name.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
 
-from glm4runtime import Session, UserError
-from glm4runtime.backends import cuda, ort, ort_batch, pool
+from glm4runtime import Engine, Session, UserError
+from glm4runtime.backends import cuda, ort, ort_batch, ort_session, pool
 from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.invariance import find_batch_granule
+from glm4runtime.backends.ort_batch import OrtBatchRunner
 from glm4runtime.backends.pool import DevicePool, HostPool
 from glm4runtime.backends.providers import open_batch_runner
 from glm4runtime.contract import CacheSpec, read_manifest
@@ -258,6 +261,71 @@ def test_a_pool_on_a_device_holds_what_one_on_the_host_does(small: Path, monkeyp
     assert not api.memory["device"] and "cudaMemcpy2D" in api.names()
 
 
+def test_all_of_it_is_on_the_device_that_was_chosen(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = ort_collection.OrtDevice.make("cpu", 0)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(ort_collection.OrtDevice, "make", lambda *where: asked.append(where) or on_cpu)
+    monkeypatch.setattr(ort, "device_of", lambda provider: "cuda")
+    api = FakeCuda()
+    monkeypatch.setattr(ort_batch, "open_cuda", lambda extra: cuda.Cuda(api))
+    runner = OrtBatchRunner(
+        small, read_manifest(small), slots=3, provider="cpu", max_seq_len=16, gpu=GpuOptions(device_id=1)
+    )
+    api.calls.clear()
+    runner.prefill(0, [1, 2, 3], 0)
+    runner.verify(0, [4, 5], 3)
+    runner.step([0], [6], [5])
+    runner.write_rows(1, 0, runner.read_rows(0, 0, 4))
+    runner.copy_rows(1, 2, 4)
+    runner.close()
+    assert {where[1] for where in asked if where[0] == "cuda"} == {1}
+    devices = [call[1:] for call in api.calls if call[0] == "cudaSetDevice"]
+    assert len(devices) == 4 and set(devices) == {(1,)}
+    for index, name in enumerate(api.names()):  # what waits waits for that device
+        assert name != "cudaDeviceSynchronize" or "cudaSetDevice" in api.names()[:index]
+
+
+@pytest.mark.parametrize(("precision", "chunk"), [("fp16", 512), ("int4", 2048)])
+def test_options_of_a_gpu_reach_the_runner(
+    precision: str, chunk: int, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ort_batch, "OrtBatchRunner", lambda folder, manifest, **settings: given.update(settings))
+    monkeypatch.setattr(ort_session, "require_provider", lambda *started: given.update(started=started))
+    sizes: dict[str, Any] = {"slots": 2, "threads": 0, "max_seq_len": None}
+    manifest = replace(read_manifest(small), precision=precision)
+    open_batch_runner(small, manifest, provider="cuda", device_id=1, gpu_mem_limit=4, **sizes)
+    assert (given["gpu"], given["prefill_chunk"], given["started"]) == (GpuOptions(1, 4), chunk, ("cuda", 1))
+    with pytest.raises(UserError, match="device_id=1 is for cuda and tensorrt, this session runs on cpu; leave it out"):
+        Engine.load(small, device_id=1)
+    with pytest.raises(UserError, match="gpu_mem_limit is for cuda, this session runs on cpu; leave it out"):
+        Engine.load(small, gpu_mem_limit=4)
+
+
+def test_a_limit_leaves_room_for_all_caches(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of a GPU on the CPU: what their sessions were to take."""
+    limits: list[int] = []
+    on_cpu = ort.open_session
+
+    def opened_on_cpu(path: Path, provider: str, threads: int, *, optimized: bool, options: Any) -> Any:
+        limits.append(int(options["gpu_mem_limit"]))
+        return on_cpu(path, "cpu", threads)
+
+    monkeypatch.setattr(ort, "open_session", opened_on_cpu)
+    monkeypatch.setattr(ort, "device_of", lambda provider: "cpu")
+    manifest = read_manifest(small)
+    settings: dict[str, Any] = {"slots": 3, "provider": "cuda", "max_seq_len": 16, "gpu": GpuOptions(0, 1)}
+    cache = 16 * manifest.cache.bytes_per_token
+    runner = OrtBatchRunner(small, manifest, **settings)
+    assert limits == [(10**9 - 4 * cache) // len(limits)] * len(limits)
+    quantized = replace(manifest, precision="int8")  # as far as the runner is told
+    assert runner.draft_rows == 16
+    assert OrtBatchRunner(small, quantized, **settings).draft_rows == 5 - 5 % runner.prompt_granule
+    monkeypatch.setattr(ort_batch, "find_batch_granule", lambda *_: 4)
+    with pytest.raises(UserError, match=r"steps take multiples of 4 sequences on this GPU, .* 1 cache more .*, not 3"):
+        OrtBatchRunner(small, manifest, **settings)
+
+
 @pytest.mark.parametrize("make", [HostPool, lambda *sizes: DevicePool(*sizes, cuda.Cuda(FakeCuda()))])
 def test_places_exchange_all_their_rows(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_AT_ONCE", 2)
@@ -299,7 +367,7 @@ def test_refusals(small: Path, build_bundle: Build, tensorrt_bundles: Callable[[
     runner = opened(small, slots=2, max_seq_len=16, prefill_chunk=4)
     with pytest.raises(UserError, match=r"^rows 0 to 17 of slot 1: it holds 16 tokens"):
         runner.prefill(1, [1] * 17, 0)
-    with pytest.raises(UserError, match=r"^token id 31 is not a whole number in 0\.\.30"):
+    with pytest.raises(UserError, match=r"^a step: token id 31 is not a whole number in 0\.\.30"):
         runner.step([0, 1], [1, 31], [0, 0])
     with pytest.raises(UserError, match=r"^rows 16 to 17 of slot 0: it holds 16"):
         runner.step([1, 0], [1, 1], [0, 16])

@@ -42,7 +42,7 @@ def bundle(build_bundle: Build) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wide(build_bundle: Build) -> Iterator[Path]:
+def wide(build_bundle: Build) -> Path:
     """In fp32, which no build for a GPU has: prefill takes lengths, decode a mask, over the same weights."""
 
     def lowering(**_: Any) -> Any:
@@ -55,7 +55,7 @@ def wide(build_bundle: Build) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline_module, "lower_attention_gqa", lowering)
         patch.setattr(build_module, "pipeline", of_graph)
-        yield build_bundle(checkpoints.random_model(), precision="fp32", target="cpu", max_seq_len=MAX_SEQ)
+        return build_bundle(checkpoints.random_model(), precision="fp32", target="cpu", max_seq_len=MAX_SEQ)
 
 
 class Raw:

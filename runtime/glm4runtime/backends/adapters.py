@@ -34,23 +34,39 @@ _GATES = {LORA_GATE: 1, LORA_QKV_GATE: LORA_MODULES["qkv_proj"]}
 class Selection:
     """Which adapter each sequence of a run uses, ready to be bound. It must live as long as it is bound."""
 
-    def __init__(self, pool: AdapterPool, names: Sequence[str | None]) -> None:
-        """names: one for each sequence, in the order of the batch; None for the base model."""
-        slots = [pool.slot(name) for name in names]
-        used = [slot for slot in slots if slot is not None]
-        self._pool, self._first, rank = pool, min(used, default=0), pool.spec.rank
+    def __init__(
+        self, pool: AdapterPool, names: Sequence[str | None], among: Sequence[str | None] | None = None
+    ) -> None:
+        """names: one for each sequence, in the order of the batch; None for the base model. among: those whose rows are
+        bound, by default the names.
+        """
+        used = [slot for name in (names if among is None else among) if (slot := pool.slot(name)) is not None]
+        self._pool, self._first = pool, min(used, default=0)
         last = max(used, default=0)
-        self._rows = (last - self._first) * rank + pool.ranks[last] if used else 0
-        self._gates = {}
-        for name, fused in _GATES.items():
-            gate = np.zeros((len(slots), 1, max(1, fused * self._rows)), np.float32)
-            for row, slot in enumerate(slots):
+        self._rows = (last - self._first) * pool.spec.rank + pool.ranks[last] if used else 0
+        self._gates = {
+            name: Buffer((len(names), 1, max(1, fused * self._rows)), pool.dtype, *pool.place)
+            for name, fused in _GATES.items()
+        }
+        self._names: tuple[str | None, ...] = ()
+        self.choose(names)
+
+    def choose(self, names: Sequence[str | None]) -> None:
+        """Use these from now on, of those whose rows are bound; as many as before. It needn't be bound again."""
+        chosen = tuple(names)
+        if chosen == self._names:
+            return
+        self._names = ()  # until all is written: an interrupt may come between
+        pool = self._pool
+        for name, gate in self._gates.items():
+            fused = _GATES[name]
+            gate.host[...] = 0
+            for row, slot in enumerate(map(pool.slot, chosen)):
                 if slot is not None:
-                    start = fused * rank * (slot - self._first)
-                    gate[row, :, start : start + fused * pool.ranks[slot]] = 1
-            buffer = Buffer(gate.shape, pool.dtype, pool.device)
-            buffer.write(_stored(gate, pool.dtype))
-            self._gates[name] = buffer
+                    start = fused * pool.spec.rank * (slot - self._first)
+                    gate.host[row, :, start : start + fused * pool.ranks[slot]] = pool.one
+            gate.upload()
+        self._names = chosen
 
     def bind(self, binding: Any) -> None:
         """Bind it to a run of as many sequences as there are names."""
@@ -63,7 +79,7 @@ class Selection:
 class AdapterPool:
     """The adapters of a session, each in a slot of its own."""
 
-    def __init__(self, manifest: Manifest, device: str, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, manifest: Manifest, device: str, adapters: Mapping[str, Path], device_id: int = 0) -> None:
         """adapters: files of ``glm4export adapter`` by the names that requests call them.
 
         Raises UserError for more of them than slots, for a rank above the bundle's, another base model, linears or
@@ -77,13 +93,16 @@ class AdapterPool:
                 f"{self.spec.slots}; load fewer, or build it with --lora-slots {len(adapters)}"
             )
         inputs = {spec.name: spec for spec in manifest.graphs[DECODE].inputs if spec.name.startswith(LORA)}
-        self.device, self.dtype = device, inputs[LORA_GATE].dtype
+        self.place, self.dtype = (device, device_id), inputs[LORA_GATE].dtype
+        self.one = _stored(np.ones(1, np.float32), self.dtype)[0]  # what a gate holds for a row that is used
         self.buffers = {name: self._buffer(spec) for name, spec in inputs.items() if name not in _GATES}
         self.ranks: list[int] = []
+        self.hashes: dict[str, str] = {}  # sha256 of what each adapter holds, by its name
         self._slots: dict[str, int] = {}
         for name, path in adapters.items():
-            self._load(AdapterFile.read(path), manifest, len(self.ranks))
-            self._slots[name] = len(self.ranks) - 1
+            file = AdapterFile.read(path)
+            self._load(file, manifest, len(self.ranks))
+            self._slots[name], self.hashes[name] = len(self.ranks) - 1, file.sha256
         for buffer in self.buffers.values():
             buffer.upload()
 
@@ -104,6 +123,13 @@ class AdapterPool:
         """One name, or None for the base model, for each sequence of a run. Raises UserError for one not known."""
         return Selection(self, names)
 
+    def every(self, count: int) -> Selection:
+        """The rows of all adapters for runs of ``count`` sequences, which then :meth:`Selection.choose`.
+
+        Products over as many rows whoever uses them add in one order: a sequence's bits are the same in any company.
+        """
+        return Selection(self, [None] * count, self.names)
+
     def bind(self, binding: Any, name: str, first: int, rows: int) -> None:
         """Bind an input A or B from slot ``first`` on; ``rows`` of one projection."""
         buffer, fused = self.buffers[name], LORA_MODULES[lora_module(name)]
@@ -112,7 +138,7 @@ class AdapterPool:
 
     def _buffer(self, spec: TensorSpec) -> Buffer:
         rows = self.spec.slots * self.spec.rank * LORA_MODULES[lora_module(spec.name)]
-        return Buffer((rows, int(spec.dims[1])), spec.dtype, self.device)
+        return Buffer((rows, int(spec.dims[1])), spec.dtype, *self.place)
 
     def _load(self, file: AdapterFile, manifest: Manifest, slot: int) -> None:
         base = manifest.source.get("fingerprint")

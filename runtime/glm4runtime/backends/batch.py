@@ -7,13 +7,13 @@ where in a slot a run's rows begin, and what is behind them is lost.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
 
 from glm4runtime.backends.prompt_runs import lacking, prompt_runs, run_start
-from glm4runtime.backends.runner import MAX_RUN
+from glm4runtime.backends.runner import MAX_RUN, unknown_adapter
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import Manifest, UserError
 
@@ -36,7 +36,9 @@ class BatchRunner(ABC):
     invariant: bool
     granule: int  # steps have a multiple of so many rows; fillers stand behind a set's last one
     prompt_granule: int  # and runs over one sequence of so many tokens
+    draft_rows: int  # tokens of a verify() beyond which it takes the time of several
     row_bytes: int  # of cache per token: keys and values of every layer
+    adapters: Mapping[str, str]  # those that are loaded: sha256 of what each holds, by its name
 
     def __init__(self, manifest: Manifest, *, slots: int, max_seq_len: int | None, prefill_chunk: int) -> None:
         """slots: at least 1. max_seq_len: at most the bundle's, its default. prefill_chunk: at least 1.
@@ -53,8 +55,11 @@ class BatchRunner(ABC):
         self.vocab_size = manifest.vocab_size
         self.invariant = False
         self.granule = self.prompt_granule = 1
+        self.draft_rows = MAX_RUN
+        self.adapters = {}
         self.row_bytes = manifest.cache.bytes_per_token
         self.closed = False
+        self._adapter: list[str | None] = [None] * slots  # of each slot
 
     @property
     def prompt_grid(self) -> int:
@@ -75,6 +80,16 @@ class BatchRunner(ABC):
         granule, grid = self.prompt_granule, self.prompt_grid
         wide = min(self.prefill_chunk, max(granule, grid, width or self.prefill_chunk))
         return list(prompt_runs(min(start, end - 1), end, width=wide, granule=granule, grid=grid))
+
+    def use_adapter(self, slot: int, name: str | None) -> None:
+        """From now on compute a slot's rows with the adapter of that name, or (None) the base model alone.
+
+        What is in the slot is another model's then. Raises UserError for a name that isn't loaded.
+        """
+        self._check_room(slot, 0, 0)
+        if name is not None and name not in self.adapters:
+            raise unknown_adapter(name, tuple(self.adapters))
+        self._adapter[slot] = name
 
     def prefill(self, slot: int, tokens: Sequence[int] | np.ndarray, start: int) -> np.ndarray:
         """Write rows ``start`` to ``len(tokens)`` of a slot in one run; returns the last token's logits, [vocab].

@@ -92,7 +92,7 @@ class Buffer:
         """Bind ``count`` rows of a matrix [rows, columns] from row ``first`` on to a graph input; none is possible."""
         columns = self.shape[1]
         address = self.address + first * columns * self._stored.itemsize
-        binding.bind_input(name, self.device, 0, self.dtype, (count, columns), address)
+        binding.bind_input(name, self.device, self._device_id, self.dtype, (count, columns), address)
 
     def bind_output(self, binding: Any, name: str, shape: Sequence[int] | None = None) -> None:
         """The same for a graph output."""

@@ -33,6 +33,9 @@ class GpuOptions:
         return options
 
 
+ANY_GPU = GpuOptions()
+
+
 def gpu_options(device_id: Any, gpu_mem_limit: Any, provider: str) -> GpuOptions:
     """Check :func:`glm4runtime.load`'s arguments.
 

@@ -15,7 +15,7 @@ import numpy as np
 from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.backends.cuda_graph import CAPTURING, CapturedStep, require_capture
-from glm4runtime.backends.gpu_options import GpuOptions
+from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort_session import device_of, open_session
@@ -24,7 +24,6 @@ from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
-_ANY_GPU = GpuOptions()
 # Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
 # every matrix first, and moves five times the bytes. That for 4 bits takes 16, as many as a run may have.
 _INT8_ROWS = 5
@@ -43,10 +42,13 @@ class OrtRunner(Runner):
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
         adapters: Mapping[str, Path] | None = None,
-        gpu: GpuOptions = _ANY_GPU,
+        gpu: GpuOptions = ANY_GPU,
         cuda_graphs: bool = False,
+        sequences: int = 1,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
+
+        sequences: caches that a memory limit must leave room for.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
@@ -54,15 +56,15 @@ class OrtRunner(Runner):
         if provider == "cuda" and manifest.precision == "int8":
             self.draft_rows = _INT8_ROWS
         device = self.device = device_of(provider)
-        self.pool = AdapterPool(manifest, device, adapters) if adapters else None
+        self.pool = AdapterPool(manifest, device, adapters, gpu.device_id) if adapters else None
         names = graphs_to_open(folder, manifest)
-        cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len
+        cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences
         options = gpu.cuda(cache_bytes, len(names)) if provider == "cuda" else {}
         if cuda_graphs:
             require_capture(manifest)
             options |= CAPTURING
         self._cache = Cache(manifest.cache, self.max_seq_len, device, gpu.device_id)
-        place = device, gpu.device_id
+        place = self.place = device, gpu.device_id
         self._lengths = lengths_of(manifest.graphs[PREFILL], 1, self.max_seq_len, *place)
         self._prompt = Buffer((1, self.prefill_chunk), "int64", *place)
         self._token = Buffer((1, 1), "int64", *place)
@@ -92,7 +94,9 @@ class OrtRunner(Runner):
         self._captured = CapturedStep(manifest.vocab_size, gpu.device_id) if cuda_graphs else None
         if self._captured is not None:
             self._captured.bind(self._decode_binding, device)
+        self._selections: dict[str | None, Selection] = {}
         self._selection: Selection | None = None
+        self._over_adapter: set[Any] = set()  # bindings that have it
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -100,9 +104,10 @@ class OrtRunner(Runner):
 
     def _bind_adapter(self, name: str | None) -> None:
         assert self.pool is not None, "there is no adapter to change to, or from"
-        self._selection = self.pool.select([name])
-        for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
-            self._selection.bind(binding)
+        self._over_adapter.clear()
+        if name not in self._selections:
+            self._selections[name] = self.pool.select([name])
+        self._selection = self._selections[name]
 
     @property
     def cache(self) -> Cache:
@@ -135,7 +140,7 @@ class OrtRunner(Runner):
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         self.use_cache(refuse_closed)
         del self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last, self._positions, self._selection, self._lengths
+        del self._rows, self._last, self._positions, self._selection, self._selections, self._lengths
         self.pool = None
         if self._captured is not None:
             self._captured.close()
@@ -189,6 +194,9 @@ class OrtRunner(Runner):
         if binding not in self._over_cache:
             self._bind_cache(binding)
             self._over_cache.add(binding)
+        if self._selection is not None and binding not in self._over_adapter:
+            self._selection.bind(binding)
+            self._over_adapter.add(binding)
 
     def _bind_positions(self, binding: Any, start: int, count: int) -> None:
         """Where a run's tokens stand, for graphs that are told."""

@@ -5,16 +5,18 @@ Prompts and drafts are runs of one sequence, as a session's; a step is one run o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm4runtime.backends.adapters import Selection
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.cache import Buffer
 from glm4runtime.backends.cuda import open_cuda
+from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import takes_positions
 from glm4runtime.backends.invariance import find_batch_granule, find_granule, require_granule
 from glm4runtime.backends.lengths import lengths_of
@@ -22,9 +24,11 @@ from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
 from glm4runtime.backends.pool import DevicePool, HostPool, Pool
 from glm4runtime.backends.prompt_runs import lacking
-from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest
+from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
 
 _BUCKET = 256  # tokens: masks of a step get wider by as many, and are seldom bound again
+_Kind = tuple[int, bool]  # of steps: how many rows, and whether some of them use adapters
+_SPARE = 1  # places of nobody that a memory limit reckons with: the granule is 2 on every machine seen
 _MEASURED = (48, 31, 16, 5, 40, 23, 9, 1)  # tokens in front of the steps that are compared
 
 
@@ -45,8 +49,12 @@ class OrtBatchRunner(BatchRunner):
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
         invariant: bool = True,
+        adapters: Mapping[str, Path] | None = None,
+        gpu: GpuOptions = ANY_GPU,
     ) -> None:
         """Open the graphs, measure the granules where ``invariant``, and allocate the caches.
+
+        adapters: files of ``glm4export adapter`` by the names that :meth:`use_adapter` takes.
 
         Raises UserError for sizes out of range, a provider that can't start, caches for which there's no memory, and
         where bits depend on the run whatever its width; BundleError for a damaged graph.
@@ -59,10 +67,22 @@ class OrtBatchRunner(BatchRunner):
             threads=threads,
             max_seq_len=max_seq_len,
             prefill_chunk=prefill_chunk,
+            adapters=adapters,
+            gpu=gpu,
+            sequences=slots + (_SPARE if invariant else 0),
         )
+        if self._lane.pool is not None:
+            self.adapters = self._lane.pool.hashes
         self._one_by_one = takes_positions(manifest.graphs[PREFILL])
         if invariant:
             self._measure()
+        if gpu.mem_limit is not None and (spare := self.granule - 1) > _SPARE:
+            raise UserError(
+                f"gpu_mem_limit: invariant steps take multiples of {self.granule} sequences on this GPU, and the limit "
+                f"leaves room for {_SPARE} cache more than slots, not {spare}; leave it out, or load without invariant"
+            )
+        widest = self._lane.draft_rows
+        self.draft_rows = max(1, widest - widest % self.prompt_granule)  # fillers included
         self._places = Places(slots, self.granule)
         self._filled = [0] * slots  # rows of each slot that are worth moving
         self._lane.use_cache(_refuse_unplaced)
@@ -123,10 +143,11 @@ class OrtBatchRunner(BatchRunner):
         order = [self._places.place[slot] for slot in slots]
         count = self._places.rows(len(slots))
         placed_tokens, placed_starts = [0] * count, [0] * count
+        adapters: list[str | None] = [None] * count
         for slot, place, token, start in zip(slots, order, tokens, starts, strict=True):
-            placed_tokens[place], placed_starts[place] = token, start
+            placed_tokens[place], placed_starts[place], adapters[place] = token, start, self._adapter[slot]
             self._filled[slot] = start + 1
-        rows = self._steps.run(placed_tokens, placed_starts)
+        rows = self._steps.run(placed_tokens, placed_starts, adapters)
         if order == list(range(len(order))):
             return rows[: len(order)]
         return np.take(rows, order, axis=0, out=self._logits[: len(order)])
@@ -139,7 +160,8 @@ class OrtBatchRunner(BatchRunner):
             self._places.exchange(one, other)
 
     def _place_lane(self, slot: int) -> int:
-        """Have the lane's runs over a slot's place; returns it."""
+        """Have the lane's runs over a slot's place, with its adapter; returns the place."""
+        self._lane.use_adapter(self._adapter[slot])
         place = self._places.place[slot]
         if place != self._at:
             self._lane.use_cache(partial(self._pool.bind, first=place, count=1))
@@ -148,13 +170,16 @@ class OrtBatchRunner(BatchRunner):
 
     def _new_pool(self, max_seq_len: int, places: int) -> Pool:
         spec = self.manifest.cache
-        if self._lane.device == "cpu":
+        device, device_id = self._lane.place
+        if device == "cpu":
             return HostPool(spec, max_seq_len, places)
-        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"))
+        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), device_id)
 
     def _measure(self) -> None:
         """Set both granules; the lane's own cache is given up."""
         sizes = {"max_seq_len": self.max_seq_len, "prefill_chunk": self.prefill_chunk}
+        named: list[str | None] = [*self._lane.adapters] or [None]  # runs that use them must agree too
+        self._lane.use_adapter(named[0])
         self.prompt_granule = require_granule(find_granule(self._lane), **sizes)
         self.max_seq_len -= self.max_seq_len % self.prompt_granule
         self.invariant = True
@@ -174,7 +199,8 @@ class OrtBatchRunner(BatchRunner):
             starts = [lengths[sequence] for sequence in sequences]
             for place, start in enumerate(starts):
                 pool.copy(widest, place, 0, start)
-            logits = steps.run([tokens[-1 - sequence] for sequence in sequences], starts)
+            used = [named[sequence % len(named)] for sequence in sequences]
+            logits = steps.run([tokens[-1 - sequence] for sequence in sequences], starts, used)
             written = (pool.read(place, start, start + 1) for place, start in enumerate(starts))
             return [row.tobytes() + own.tobytes() for row, own in zip(logits, written, strict=True)]
 
@@ -183,23 +209,29 @@ class OrtBatchRunner(BatchRunner):
 
 
 class _Steps:
-    """Runs of one token for each of the first places of a pool; a binding for each number of them."""
+    """Runs of one token for each of the first places of a pool.
+
+    There is a binding for each number of them, and another one where some use adapters: those read all that are loaded.
+    """
 
     def __init__(self, lane: OrtRunner, pool: Pool) -> None:
-        self._session, self._pool = lane.graphs[lane.step_graph], pool
+        self._session, self._pool, self._adapters = lane.graphs[lane.step_graph], pool, lane.pool
         self._chooses = lane.step_graph == PREFILL
-        device, places = lane.device, pool.places
-        self._tokens = Buffer((places, 1), "int64", device)
-        self._rows = Buffer((places, 1), "int64", device)  # zeros: the one row that there is
+        place, places = lane.place, pool.places
+        self._tokens = Buffer((places, 1), "int64", *place)
+        self._rows = Buffer((places, 1), "int64", *place)  # zeros: the one row that there is
         self._rows.clear()
         self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
-        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, device)
-        self._bindings: dict[int, Any] = {}
+        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, *place)
+        self._bindings: dict[_Kind, Any] = {}
+        self._selections: dict[int, Selection] = {}  # by the number of rows
 
-    def run(self, tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+    def run(self, tokens: Sequence[int], starts: Sequence[int], adapters: Sequence[str | None]) -> np.ndarray:
         """Append a token at each place, at row ``starts[place]``; returns logits float32 [len(tokens), vocab]."""
-        count = len(tokens)
-        binding = self._bindings.get(count) or self._bind(count)
+        kind = count, adapted = len(tokens), any(name is not None for name in adapters)
+        binding = self._bindings.get(kind) or self._bind(kind)
+        if adapted:
+            self._selections[count].choose(adapters)
         self._tokens.host[:count, 0] = tokens
         self._tokens.upload()
         lengths = [start + 1 for start in starts]
@@ -212,15 +244,18 @@ class _Steps:
         """Rows that a step looks at: wider than the longest sequence changes no bit."""
         return min(-(-max(lengths) // _BUCKET) * _BUCKET, self._pool.max_seq_len)
 
-    def _bind(self, count: int) -> Any:
-        binding = self._session.io_binding()
+    def _bind(self, kind: _Kind) -> Any:
+        binding, (count, adapted) = self._session.io_binding(), kind
+        if adapted and self._adapters is not None:
+            self._selections[count] = self._adapters.every(count)
+            self._selections[count].bind(binding)
         self._pool.bind(binding, 0, count)
         self._tokens.bind_input(binding, INPUT_IDS, (count, 1))
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (count, 1))
         self._lengths.bind(binding, count)
         self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
-        self._bindings[count] = binding
+        self._bindings[kind] = binding
         return binding
 
 

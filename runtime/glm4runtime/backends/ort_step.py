@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from glm4runtime.backends.cache import Buffer, Cache
-from glm4runtime.backends.gpu_options import GpuOptions
+from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.runner import MAX_RUN, Runner
 from glm4runtime.backends.side_by_side import side_by_side
@@ -23,7 +23,6 @@ from glm4runtime.contract import ATTENTION_MASK, LOGITS, STEP, CacheSpec, Manife
 from glm4runtime.folder.layout import ORT_CACHES
 
 _PREFIXES = {"tensorrt": "trt", "tensorrt-rtx": "nv"}  # of the names of their options
-_ANY_GPU = GpuOptions()
 
 
 class OrtStepRunner(Runner):
@@ -38,7 +37,7 @@ class OrtStepRunner(Runner):
         threads: int = 0,
         max_seq_len: int | None = None,
         prefill_chunk: int = 512,
-        gpu: GpuOptions = _ANY_GPU,
+        gpu: GpuOptions = ANY_GPU,
     ) -> None:
         """Open the graph and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
@@ -126,7 +125,7 @@ class _Kind:
 
 
 def provider_options(
-    folder: Path, cache: CacheSpec, provider: str, longest: int, gpu: GpuOptions = _ANY_GPU
+    folder: Path, cache: CacheSpec, provider: str, longest: int, gpu: GpuOptions = ANY_GPU
 ) -> Mapping[str, str]:
     """Options of ONNX Runtime's provider for the step graph, runs of 1 to ``longest`` tokens.
 

@@ -25,6 +25,7 @@ class Pool(ABC):
     """Caches at ``places`` places. Rows are given and taken as uint8 [2 * layers, kv_heads, rows, head's bytes]."""
 
     device: str
+    device_id = 0
     _address: int
 
     def __init__(self, spec: CacheSpec, max_seq_len: int, places: int) -> None:
@@ -50,8 +51,8 @@ class Pool(ABC):
         for tensor in range(tensors):
             address = self._address + (tensor * places + first) * heads * rows * width
             layer, part = tensor // 2, _PARTS[tensor % 2]
-            binding.bind_input(past_name(layer, part), self.device, 0, self._type, shape, address)
-            binding.bind_output(present_name(layer, part), self.device, 0, self._type, shape, address)
+            binding.bind_input(past_name(layer, part), self.device, self.device_id, self._type, shape, address)
+            binding.bind_output(present_name(layer, part), self.device, self.device_id, self._type, shape, address)
 
     def block_shape(self, rows: int) -> tuple[int, int, int, int]:
         """Of a block of so many rows."""
@@ -122,32 +123,41 @@ class DevicePool(Pool):
 
     device = "cuda"
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda) -> None:
-        self._cuda, self._held = cuda, Memory(cuda)
+    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, device_id: int = 0) -> None:
+        self._cuda, self._held, self.device_id = cuda, Memory(cuda), device_id
         super().__init__(spec, max_seq_len, places)
 
     def _allocate(self, size: int) -> None:
+        self._use_device()
         self._address = self._held.device(size, "caches")
 
     def read(self, place: int, first: int, end: int) -> np.ndarray:
+        self._use_device()
         block = np.empty(self.block_shape(end - first), np.uint8)
         for tensor, part in enumerate(block):
             self._transfer(_whole(part), self._at(tensor, place, first), part.shape, "cudaMemcpyDeviceToHost")
         return block
 
     def write(self, place: int, first: int, block: np.ndarray) -> None:
+        self._use_device()
         for tensor, part in enumerate(np.ascontiguousarray(block)):
             self._transfer(self._at(tensor, place, first), _whole(part), part.shape, "cudaMemcpyHostToDevice")
         self._cuda("cudaDeviceSynchronize")
 
     def copy(self, source: int, target: int, first: int, end: int) -> None:
+        self._use_device()
         for tensor in range(self._shape[0]):
             to, of = self._at(tensor, target, first), self._at(tensor, source, first)
             self._transfer(to, of, self.block_shape(end - first)[1:], "cudaMemcpyDeviceToDevice")
         self._cuda("cudaDeviceSynchronize")  # ONNX Runtime's stream doesn't wait for this one
 
     def close(self) -> None:
+        self._cuda.api.cudaSetDevice(self.device_id)  # whatever it returns: at the interpreter's end CUDA may be gone
         self._held.close()
+
+    def _use_device(self) -> None:
+        """What waits for a device waits for the calling thread's own, and a graph on another one changes that."""
+        self._cuda("cudaSetDevice", self.device_id)
 
     def _at(self, tensor: int, place: int, row: int) -> tuple[int, int]:
         """Address of a row in a place's first head, and bytes from there to the next head's."""

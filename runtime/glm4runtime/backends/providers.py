@@ -125,10 +125,7 @@ def open_runner(
     )
     chosen = _chosen(folder, manifest, provider)
     has_step = manifest.target == TENSORRT
-    if adapters and manifest.lora is None:
-        raise UserError(
-            f"{folder}: has no side paths for adapters; build it with --lora-slots N, or merge one with --lora"
-        )
+    files = _adapter_files(folder, manifest, adapters)
     gpu = gpu_options(device_id, gpu_mem_limit, chosen)
     if cuda_graphs and (has_step or chosen != "cuda"):
         raise UserError(
@@ -158,7 +155,6 @@ def open_runner(
     }
     if has_step:
         return OrtStepRunner(folder, manifest, **settings)
-    files = {name: Path(path) for name, path in (adapters or {}).items()}
     return OrtRunner(folder, manifest, **settings, adapters=files, cuda_graphs=cuda_graphs)
 
 
@@ -170,9 +166,12 @@ def open_batch_runner(
     provider: str | None,
     threads: int,
     max_seq_len: int | None,
-    prefill_chunk: int,
+    prefill_chunk: int | None = None,
     check_hashes: bool = False,
     invariant: bool = True,
+    adapters: Mapping[str, str | Path] | None = None,
+    device_id: Any = 0,
+    gpu_mem_limit: Any = None,
 ) -> BatchRunner:
     """Open a bundle's graphs for ``slots`` sequences at once, 1 to 256; the other arguments as :func:`open_runner`'s.
 
@@ -187,6 +186,7 @@ def open_batch_runner(
         prefill_chunk=prefill_chunk,
         check_hashes=check_hashes,
         invariant=invariant,
+        adapters=adapters,
     )
     _require_number("slots", slots, 1)
     if slots > _MOST_SLOTS:
@@ -197,9 +197,11 @@ def open_batch_runner(
             f"{folder}: built for {manifest.target}, whose graph takes one sequence; for several at once build it with "
             f"`--target {'` or `--target '.join(GRAPH_PROVIDERS)}`, or load it as a session for each"
         )
+    files = _adapter_files(folder, manifest, adapters)
+    gpu = gpu_options(device_id, gpu_mem_limit, chosen)
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
-    _require_ready(folder, manifest, chosen, check_hashes=check_hashes)
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, device_id=gpu.device_id)
     from glm4runtime.backends.ort_batch import OrtBatchRunner
 
     return OrtBatchRunner(
@@ -209,9 +211,20 @@ def open_batch_runner(
         provider=chosen,
         threads=threads,
         max_seq_len=max_seq_len,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk or default_chunk(manifest, chosen),
         invariant=invariant,
+        adapters=files,
+        gpu=gpu,
     )
+
+
+def _adapter_files(folder: Path, manifest: Manifest, adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
+    """Raises UserError where the bundle takes none."""
+    if adapters and manifest.lora is None:
+        raise UserError(
+            f"{folder}: has no side paths for adapters; build it with --lora-slots N, or merge one with --lora"
+        )
+    return {name: Path(path) for name, path in (adapters or {}).items()}
 
 
 def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:

@@ -33,6 +33,7 @@ class AdapterFile:
     path: Path
     base: str
     rank: int
+    sha256: str  # of the data
     tensors: dict[str, tuple[tuple[int, int], int]]  # shape, and at which byte of the file
 
     @classmethod
@@ -63,7 +64,7 @@ class AdapterFile:
         if found != wanted:
             raise header.error(f"its data's sha256 is {found}, not {wanted} as it says itself")
         placed = {name: (shape, 8 + length + start) for name, (shape, start) in tensors.items()}
-        return cls(path, facts.text("base"), rank, placed)
+        return cls(path, facts.text("base"), rank, found, placed)
 
 
 def _tensor(name: str, read: FieldReader, rank: int) -> tuple[tuple[int, int], int]:

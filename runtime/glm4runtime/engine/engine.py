@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import Distribution, version
@@ -23,6 +23,8 @@ from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.providers import Provider, open_batch_runner, require_settings
 from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
 from glm4runtime.engine import prefix_file
+from glm4runtime.engine.draft import Draft
+from glm4runtime.engine.draft_bundle import open_draft, read_draft
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
@@ -54,6 +56,8 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int  # of these: found in the prefix cache
     completion_tokens: int
+    drafted_tokens: int  # guesses of prompt lookup and the draft bundle
+    accepted_tokens: int  # of these: right
     finished: dict[str, int]  # answers by finish_reason, and ``error``
     prefixes: PrefixStats | None  # None where none are kept
 
@@ -74,23 +78,30 @@ class Engine:
         provider: Provider | None = None,
         threads: int = 0,
         max_seq_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         check_hashes: bool = False,
         invariant: bool = True,
         huge_pages: bool = False,
+        device_id: int = 0,
+        gpu_mem_limit: float | None = None,
         chat_template: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         prefix_cache: PrefixCache = "prompt",
         prefix_cache_bytes: int = 1 << 30,
         max_queue: int = 64,
         stall_ms: float = 200.0,
+        draft: str | Path | None = None,
     ) -> Engine:
         """Open a bundle that ``glm4export build`` made; arguments that :func:`glm4runtime.load` has are the same here.
 
         slots: sequences at once; each has a cache of max_seq_len tokens, whose memory is taken now. invariant: see the
-        class; without it lone streams in int8 and int4 are up to a fifth faster. prefix_cache: keep the cache rows of
+        class; without it lone streams in int8 and int4 are up to a fifth faster. adapters: requests choose one, or
+        none; a step in which some use one reads all of them, so load no others. prefix_cache: keep the cache rows of
         prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits of decode steps), or
         none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
-        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds.
+        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds. draft: the
+        bundle of a smaller model with the same tokenizer, for requests with ``draft``; it gets as many slots, and as
+        much cache as its positions allow.
 
         Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
         """
@@ -102,6 +113,7 @@ class Engine:
             check_hashes=check_hashes,
             invariant=invariant,
             huge_pages=huge_pages,
+            adapters=adapters,
         )
         if not isinstance(bundle, str | os.PathLike):
             raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
@@ -112,6 +124,7 @@ class Engine:
         if manifest.kv_cache is None:
             raise wrong_task(folder, manifest.task)
         text = BundleText(folder, read_text_files(folder), chat_template)
+        drafting = None if draft is None else read_draft(draft, manifest, text, check_hashes=check_hashes)
         runner = open_batch_runner(
             folder,
             manifest,
@@ -122,12 +135,27 @@ class Engine:
             prefill_chunk=prefill_chunk,
             check_hashes=check_hashes,
             invariant=invariant,
+            adapters=adapters,
+            device_id=device_id,
+            gpu_mem_limit=gpu_mem_limit,
         )
+        opened = None
+        if draft is not None and drafting is not None:
+            opened = open_draft(
+                draft,
+                drafting,
+                runner,
+                provider=provider,
+                threads=threads,
+                check_hashes=check_hashes,
+                stall_seconds=stall_ms / 1000,
+            )
         if huge_pages:
             collapse()
         return cls(
             runner,
             text,
+            draft=opened,
             prefix_cache=prefix_cache,
             prefix_cache_bytes=prefix_cache_bytes,
             max_queue=max_queue,
@@ -139,16 +167,17 @@ class Engine:
         runner: BatchRunner,
         text: BundleText,
         *,
+        draft: Draft | None = None,
         prefix_cache: PrefixCache = "prompt",
         prefix_cache_bytes: int = 1 << 30,
         max_queue: int = 64,
         stall_ms: float = 200.0,
     ) -> None:
-        """Start the thread. runner: this engine's own from now on. Others as :meth:`load`'s."""
+        """Start the thread. runner, draft: this engine's own from now on. Others as :meth:`load`'s."""
         self.manifest: Manifest = runner.manifest
         self.max_seq_len = runner.max_seq_len
-        self._runner, self._text = runner, text
-        self._preparation = Preparation(runner, text)
+        self.folder, self.runner, self._text = text.folder, runner, text
+        self._preparation = Preparation(runner, text, drafts=draft is not None)
         self._scheduler = Scheduler(
             runner.slots,
             max_queue=max_queue,
@@ -161,7 +190,7 @@ class Engine:
             block = block_for(runner.prompt_grid)
             store = PrefixStore(prefix_cache_bytes, runner.row_bytes, identity=_identity(runner), block=block)
         self._store = store
-        self._loop = Loop(runner, store, keep_answers=prefix_cache == "all")
+        self._loop = Loop(runner, store, keep_answers=prefix_cache == "all", draft=draft)
         self._condition = threading.Condition()  # guards what follows; never held while a graph runs
         self._ids = itertools.count()
         self._answers: dict[int, Answer] = {}  # by the scheduler's id
@@ -201,6 +230,11 @@ class Engine:
         return self.submit(request)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that were loaded: what :attr:`Request.adapter` may be."""
+        return tuple(self.runner.adapters)
+
+    @property
     def tokenizer(self) -> Any:
         """The bundle's tokenizer. Raises BundleError where it has none."""
         return self._text.tokenizer
@@ -219,11 +253,13 @@ class Engine:
                 and self._thread.is_alive()
                 and self._loop.failures_in_a_row < _FAILURES,
                 last_step_age=time.monotonic() - self._last_step,
-                slots=self._runner.slots,
+                slots=self.runner.slots,
                 scheduler=self._scheduler.stats(),
                 prompt_tokens=self._totals["prompt"],
                 cached_tokens=self._totals["cached"],
                 completion_tokens=self._totals["completion"],
+                drafted_tokens=self._totals["drafted"],
+                accepted_tokens=self._totals["accepted"],
                 finished=dict(self._finished),
                 prefixes=None if self._store is None else self._store.stats(),
             )
@@ -239,12 +275,24 @@ class Engine:
         Raises UserError where there is none, or the file can't be written.
         """
         store = self._require_store()
-        self._call(lambda: prefix_file.save(store, Path(path)))
+        self.call(lambda: prefix_file.save(store, Path(path)))
 
     def restore_prefixes(self, path: str | Path) -> int:
         """Take in what :meth:`save_prefixes` wrote; returns how many tokens. Raises UserError for any other file."""
         store = self._require_store()
-        return self._call(lambda: prefix_file.restore(store, Path(path)))
+        return self.call(lambda: prefix_file.restore(store, Path(path)))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Have the engine's thread call a function between two steps, and wait for what it returns or raises.
+
+        Nothing else is computed meanwhile: for measurements, and for looking at :attr:`runner`.
+        """
+        future: Future[T] = Future()
+        with self._condition:
+            self._require_open()
+            self._calls.append((function, future))
+            self._condition.notify_all()
+        return future.result()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; False where some are left after ``timeout`` seconds."""
@@ -294,15 +342,6 @@ class Engine:
         with self._condition:
             self._condition.notify_all()
 
-    def _call(self, function: Callable[[], T]) -> T:
-        """Have the engine's thread call a function between two steps, and wait for what it returns."""
-        future: Future[T] = Future()
-        with self._condition:
-            self._require_open()
-            self._calls.append((function, future))
-            self._condition.notify_all()
-        return future.result()
-
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
@@ -350,11 +389,12 @@ class Engine:
                 self._end(id, "timeout")
         for function, future in calls:
             _answer_call(function, future)
+        shared = {id for _, id in plan.copies}
         for id, slot in plan.admit:
             answer = self._answers[id]
             if answer.job.feed.timing.started is None:
                 answer.job.note(started=now)
-            self._admit(id, answer, slot)
+            self._admit(id, answer, slot, shared=id in shared)
         ran = [*plan.decode]
         for source, id in plan.copies:
             self._loop.share(self._answers[source], self._answers[id])
@@ -370,8 +410,8 @@ class Engine:
         self._settle(ran)
         return True
 
-    def _admit(self, id: int, answer: Answer, slot: int) -> None:
-        rows = self._loop.admit(answer, slot)
+    def _admit(self, id: int, answer: Answer, slot: int, *, shared: bool) -> None:
+        rows = self._loop.admit(answer, slot, shared=shared)
         with self._condition:
             if rows:
                 self._scheduler.reused(id, rows)
@@ -417,7 +457,11 @@ class Engine:
             job.close()
             usage = job.feed.usage
             self._totals.update(
-                prompt=usage.prompt_tokens, cached=usage.cached_tokens, completion=usage.completion_tokens
+                prompt=usage.prompt_tokens,
+                cached=usage.cached_tokens,
+                completion=usage.completion_tokens,
+                drafted=usage.drafted_tokens,
+                accepted=usage.accepted_tokens,
             )
         self._condition.notify_all()
 

@@ -104,15 +104,11 @@ class Job:
     feed: Feed
     capacity: int  # tokens that a slot holds
     submitted: float
+    salt: str  # what cached prompts are told apart by, beside their tokens
     answers: list[Answer] = field(default_factory=list)
     prompt_logits: np.ndarray = field(default_factory=lambda: np.empty(0))  # float32 [vocab], for answers that wait
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of its tokens but the first
     beams: BeamGroup | None = None
-
-    @property
-    def salt(self) -> str:
-        """What cached prompts are told apart by, beside their tokens."""
-        return self.request.salt
 
     @property
     def compares(self) -> bool:

@@ -16,20 +16,27 @@ import numpy as np
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.runner import MAX_RUN
 from glm4runtime.engine.beams import BeamGroup
+from glm4runtime.engine.draft import Draft
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.prefix import PrefixStore
+from glm4runtime.engine.run_times import RunTimes
 from glm4runtime.engine.slot_runner import SlotRunner
 from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling.logprobs import log_probabilities
-from glm4runtime.speculation import Speculation
+from glm4runtime.speculation import Guesses, Speculation
 from glm4runtime.text.structure import fill_masks
 
 
 class Loop:
     """Runs the graphs for answers, and chooses their tokens. One thread owns it."""
 
-    def __init__(self, runner: BatchRunner, store: PrefixStore | None, *, keep_answers: bool) -> None:
-        """store: of prompts' rows; None keeps none. keep_answers: keep rows that answers' own steps wrote, too."""
+    def __init__(
+        self, runner: BatchRunner, store: PrefixStore | None, *, keep_answers: bool, draft: Draft | None = None
+    ) -> None:
+        """store: of prompts' rows; None keeps none. keep_answers: keep rows that answers' own steps wrote, too.
+        draft: for answers that want its guesses.
+        """
+        self.draft = draft
         self.runner, self.store, self.keep_answers = runner, store, keep_answers
         self.failed: dict[Answer, Exception] = {}  # since the last look
         self.failures_in_a_row = 0  # runs; none has worked since
@@ -39,12 +46,18 @@ class Loop:
         """Free graphs and cache."""
         self._masks.shutdown()
         self.runner.close()
+        if self.draft is not None:
+            self.draft.close()
 
-    def admit(self, answer: Answer, slot: int) -> int:
-        """Give an answer its slot, with what the store has of its prompt; returns how many rows that is."""
+    def admit(self, answer: Answer, slot: int, *, shared: bool = False) -> int:
+        """Give an answer its slot, with what the store has of its prompt; returns how many rows that is.
+
+        shared: none, since another one of its request is about to :meth:`share` its prompt.
+        """
         job = answer.job
         answer.slot, answer.rows = slot, 0
-        if self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
+        self.runner.use_adapter(slot, job.request.adapter)
+        if shared or self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
             return 0
         with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
             for first, block in hit:
@@ -114,6 +127,8 @@ class Loop:
         if self.keep_answers and not answer.in_prompt:
             self._keep(answer, np.append(answer.job.ids, answer.tokens)[: answer.rows])
         self.runner.release(answer.slot)
+        if self.draft is not None:
+            self.draft.release(answer.slot)
         answer.slot = -1
 
     def _step(self, answers: list[Answer]) -> np.ndarray:
@@ -164,9 +179,7 @@ class Loop:
         """The prompt is in the cache: choose the first token."""
         job = answer.job
         answer.rows = len(job.ids)
-        if job.request.lookup:
-            slot = SlotRunner(self.runner, answer.slot, answer.rows)
-            answer.speculation = Speculation(slot, PromptLookup(job.ids.tolist(), job.request.lookup))
+        answer.speculation = self._speculation(answer)
         if answer.matcher is not None:
             fill_masks([answer.matcher])
         if job.beams is None:
@@ -175,6 +188,18 @@ class Loop:
             self._advance(job, job.beams, job.prompt_logits[None])
         if job.feed.timing.first_token is None:
             job.note(first_token=time.monotonic())
+
+    def _speculation(self, answer: Answer) -> Speculation | None:
+        request, text = answer.job.request, answer.job.ids.tolist()
+        times = RunTimes() if self.draft is None else self.draft.model
+        guesses: Guesses
+        if request.draft and self.draft is not None:
+            guesses = self.draft.guesses(answer.slot, text, request.draft)
+        elif request.lookup:
+            guesses = PromptLookup(text, min(request.lookup, self.runner.draft_rows - 1))
+        else:
+            return None
+        return Speculation(SlotRunner(self.runner, answer.slot, text, times), guesses)
 
     def _choose(self, answer: Answer, logits: np.ndarray) -> None:
         try:

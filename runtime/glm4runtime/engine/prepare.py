@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from glm4runtime.backends.batch import BatchRunner
+from glm4runtime.backends.runner import unknown_adapter
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import UserError
 from glm4runtime.engine.beams import BeamGroup
@@ -19,7 +20,7 @@ from glm4runtime.text.assistant import AnswerParser
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.stop import split_stop, stop_items
 from glm4runtime.text.structure import Matcher, Vocabulary, compile_structure
-from glm4runtime.text.turn import THINK
+from glm4runtime.text.turn import in_thought
 
 
 class PromptTooLong(UserError):
@@ -36,18 +37,23 @@ class PromptTooLong(UserError):
 class Preparation:
     """Makes jobs of requests, from any thread."""
 
-    def __init__(self, runner: BatchRunner, text: BundleText) -> None:
+    def __init__(self, runner: BatchRunner, text: BundleText, *, drafts: bool = False) -> None:
+        """drafts: whether there is a draft bundle."""
         self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
-        self._text = text
+        self._adapters = runner.adapters
+        self._text, self._drafts = text, drafts
 
     def job(self, request: Request, now: float) -> Job:
         """Raises UserError for what can't be answered, PromptTooLong among them."""
         manifest = self._manifest
+        salt = self._salt(request)
         ids, prompt = self._prompt(request)
         if len(ids) > self._limit:
             raise PromptTooLong(len(ids), self._limit)
         if request.num_beams > self._slots:
             raise UserError(f"request: num_beams={request.num_beams}, and the engine has {self._slots} slots")
+        if request.draft and not self._drafts:
+            raise UserError(f"request: draft={request.draft}, and the engine has no draft bundle; load it with draft=")
         wants_text = any(isinstance(item, str) for item in stop_items(request.stop))
         tokenizer = self._text.tokenizer if wants_text else None
         stop_ids, strings = split_stop(request.stop, tokenizer, manifest.vocab_size)
@@ -56,7 +62,7 @@ class Preparation:
         count = max(request.n, request.best_of or 0, request.num_beams)
         feed = Feed(request.n)
         feed.usage = Usage(len(ids), 0, 0)
-        job = Job(request, ids, stop, feed, self._limit, now)
+        job = Job(request, ids, stop, feed, self._limit, now, salt)
         for index in range(count):
             params = request.params
             if params.seed is not None:
@@ -67,6 +73,17 @@ class Preparation:
         if request.num_beams > 1:
             job.beams = BeamGroup(job)
         return job
+
+    def _salt(self, request: Request) -> str:
+        """What cached prompts are told apart by. Raises UserError for an adapter that isn't loaded."""
+        name = request.adapter
+        if name is None:
+            adapter = ""
+        elif isinstance(name, str) and name in self._adapters:
+            adapter = self._adapters[name]  # not its name: that may be another one's after a restart
+        else:
+            raise unknown_adapter(name, tuple(self._adapters))
+        return f"{adapter}\0{request.salt}"
 
     def _prompt(self, request: Request) -> tuple[np.ndarray, str | None]:
         """Token ids, int64 [n], and their text where it was one."""
@@ -84,7 +101,7 @@ class Preparation:
         structure = request.structure
         if structure is None:
             return None
-        thinking = request.messages is not None and _opened(prompt)
+        thinking = request.messages is not None and prompt is not None and in_thought(prompt)
         return compile_structure(structure, self._vocabulary, thinking=thinking)
 
     @cached_property
@@ -96,13 +113,8 @@ class Preparation:
             if strings:
                 raise UserError(f"stop: {strings[0]!r} is text, and this bundle has no tokenizer; give token ids")
             return None
-        if request.messages is None:
+        if request.messages is None or prompt is None:
             return AnswerParser(self._text.tokenizer, stop_strings=strings, thinking=False)
         return AnswerParser(
-            self._text.tokenizer, stop_strings=strings, thinking=_opened(prompt) or "auto", tools=bool(request.tools)
+            self._text.tokenizer, stop_strings=strings, thinking=in_thought(prompt) or "auto", tools=bool(request.tools)
         )
-
-
-def _opened(prompt: str | None) -> bool:
-    """Whether a rendered conversation leaves the assistant inside a thought."""
-    return prompt is not None and prompt.rstrip().endswith(THINK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from glm4runtime.contract import UserError, shown
@@ -50,6 +50,7 @@ class Request:
     logprobs: int | None = None  # log-probabilities of the answer's tokens, with so many alternatives each
     prompt_logprobs: int | None = None  # the same of the prompt's
     lookup: int = 0  # guess up to so many tokens per run, see glm4runtime.lookup; such an answer has runs of its own
+    draft: int = 0  # the same with guesses of the draft bundle that the engine was loaded with
     adapter: str | None = None  # the name of one that the engine was loaded with
     salt: str = ""  # requests share cached prompts only with those of the same salt
     key: str = ""  # whose request it is: waiting requests of different keys take turns
@@ -78,6 +79,9 @@ class Request:
             if self.timeout <= 0:
                 raise UserError(f"request: timeout={self.timeout} must be more than 0 seconds")
         check_limit(self.lookup)
+        check_limit(self.draft, "draft")
+        if self.lookup and self.draft:
+            raise UserError(f"request: lookup={self.lookup} goes with no draft={self.draft}: give one of them")
         for name, text in (("salt", self.salt), ("key", self.key)):
             if not isinstance(text, str) or len(text) > MOST_KEY:
                 raise UserError(f"request: {name}: expected at most {MOST_KEY} characters, found {shown(text)}")
@@ -88,6 +92,7 @@ class Request:
             for name, given in (
                 ("best_of", self.best_of is not None),
                 ("lookup", self.lookup > 0),
+                ("draft", self.draft > 0),
                 ("structure", self.structure is not None),
                 ("params.temperature", self.params.temperature != 0),
             )
@@ -135,6 +140,10 @@ class Usage:
     completion_tokens: int  # stop tokens are not counted
     drafted_tokens: int = 0  # guesses of prompt lookup or a draft bundle
     accepted_tokens: int = 0  # those that proved right
+
+    def __add__(self, other: Usage) -> Usage:
+        """Of several requests together."""
+        return Usage(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ _BLANK_LINES = re.compile(r"\s*\n")
 Part = tuple[str, str] | ToolCall  # ("thought" or "words", a piece of it), or a whole call
 
 
+def in_thought(prompt: str) -> bool:
+    """Whether a rendered conversation leaves the assistant inside a thought."""
+    return prompt.rstrip().endswith(THINK)
+
+
 class Turn:
     """Takes a turn's text in pieces and gives its parts, each as soon as it's certain which it is.
 

@@ -97,6 +97,14 @@ def test_several_answers_share_a_prompt_and_have_seeds_of_their_own(load_engine:
     assert best.choices[0].choice == 0
 
 
+def test_answers_that_share_a_prompt_and_find_it_in_the_store(load_engine: LoadEngine) -> None:
+    engine = load_engine(slots=2)
+    params = SamplingParams(temperature=1, seed=1, max_new_tokens=4, min_new_tokens=4)
+    first, again = (engine.generate(Request(prompt(70), params=params, n=3)).result() for _ in range(2))
+    assert first.choices == again.choices
+    assert (first.usage.cached_tokens, again.usage.cached_tokens) == (0, 64)
+
+
 def scored(engine: Engine, params: SamplingParams) -> Result:
     return engine.generate(Request(prompt(40), params=params, n=3, logprobs=0)).result()
 
@@ -145,6 +153,20 @@ def test_prompt_lookup_gives_the_tokens_of_an_invariant_session(load_engine: Loa
     with load(demo_bundles["fp32"], invariant=True, max_seq_len=256, prefill_chunk=32) as session:
         assert list(result.choices[0].tokens) == list(session.generate(ids, params, lookup=7))
     assert 0 < result.usage.accepted_tokens <= result.usage.drafted_tokens
+
+
+def test_guesses_stay_within_what_a_run_takes_well(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine(prefix_cache="off")
+    runner, widths = engine.runner, []
+    verify = runner.verify
+    monkeypatch.setattr(runner, "verify", lambda *run: widths.append(len(run[1])) or verify(*run))
+    request = Request((prompt(11) * 6)[:60], params=SamplingParams(max_new_tokens=40), lookup=15)
+    engine.generate(request).result()
+    assert max(widths) > 2
+    widths.clear()
+    monkeypatch.setattr(runner, "draft_rows", 2)
+    engine.generate(request).result()
+    assert max(widths) == 2
 
 
 def test_a_next_turn_finds_the_prompt_of_the_last_one(load_engine: LoadEngine) -> None:
@@ -241,14 +263,14 @@ def test_cancels_at_random_points_free_their_slots(load_engine: LoadEngine) -> N
 
 def failing(engine: Engine, name: str, wrong: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a method of the runner fail where ``wrong`` says so of its arguments."""
-    right = getattr(engine._runner, name)
+    right = getattr(engine.runner, name)
 
     def run(*arguments: Any) -> Any:
         if wrong(*arguments):
             raise RuntimeError("the graph failed")
         return right(*arguments)
 
-    monkeypatch.setattr(engine._runner, name, run)
+    monkeypatch.setattr(engine.runner, name, run)
 
 
 def test_a_failing_run_takes_down_whom_it_was_for(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +294,7 @@ def test_a_failing_run_takes_down_whom_it_was_for(load_engine: LoadEngine, monke
 
 def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
-    step = engine._runner.step
+    step = engine.runner.step
 
     def poisoned(slots: Any, tokens: Any, starts: Any) -> Any:
         rows = step(slots, tokens, starts)
@@ -281,7 +303,7 @@ def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatc
                 row[:] = np.nan
         return rows
 
-    monkeypatch.setattr(engine._runner, "step", poisoned)
+    monkeypatch.setattr(engine.runner, "step", poisoned)
     params = SamplingParams(max_new_tokens=20, min_new_tokens=20)
     bad, good = (engine.submit(Request(prompt(n), params=params)) for n in (50, 9))
     with pytest.raises(RequestFailed, match="finite maximum"):

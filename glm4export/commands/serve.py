@@ -1,0 +1,183 @@
+"""``glm4export serve``: bundles behind an HTTP API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm4export.commands.slot_options import (
+    add_slot_options,
+    answering_manifest,
+    engine_settings,
+    open_slots,
+)
+from glm4runtime.contract import UserError
+
+if TYPE_CHECKING:
+    from glm4runtime.encoder import Encoder
+    from glm4runtime.engine import Engine
+    from glm4serve.deploy.ray import Scale
+
+EXAMPLE = "example: glm4export serve glm-4-9b-int4 --port 8000"
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def configure(command: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    command.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="its folder's name is the model's name")
+    command.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME=BUNDLE",
+        help="a bundle under another name; again for more bundles, each with slots and a cache of its own",
+    )
+    engine = add_slot_options(command)
+    engine.add_argument(
+        "--max-queue", type=int, default=64, metavar="N", help="requests that may wait (default: %(default)s); then 429"
+    )
+    engine.add_argument(
+        "--stall-ms", type=float, default=200.0, metavar="MS", help="how long a new prompt may hold up answers"
+    )
+    http = command.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="default: %(default)s, which only this machine reaches")
+    http.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s; 0: a free one")
+    http.add_argument("--keys", type=Path, metavar="FILE", help="API keys: a line each, KEY or NAME KEY")
+    http.add_argument("--no-key", action="store_true", help="another --host for everybody who reaches it, without keys")
+    http.add_argument("--cors-origin", action="append", default=[], metavar="URL", help="a site whose pages may ask")
+    http.add_argument("--certificate", type=Path, metavar="FILE", help="TLS: the certificate, PEM")
+    http.add_argument("--certificate-key", type=Path, metavar="FILE", help="TLS: its private key, PEM")
+    http.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds for a whole answer (default: %(default)s)"
+    )
+    http.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds that answers under way have after SIGTERM (default: %(default)s)",
+    )
+    http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
+    ray = command.add_argument_group("Ray")
+    ray.add_argument("--ray", action="store_true", help="replicas under Ray Serve, on this machine or RAY_ADDRESS's")
+    ray.add_argument("--replicas", type=int, metavar="N", help="default: 1; each has engines of its own")
+    ray.add_argument("--min-replicas", type=int, metavar="N", help="between these two, by the length of the queue")
+    ray.add_argument("--max-replicas", type=int, metavar="N")
+    command.add_argument("--json", action="store_true", help="print a line of JSON with the address when it's ready")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from glm4serve import create_app, logs, server
+
+    bundles = _bundles(arguments)
+    settings = _settings(arguments)
+    if arguments.certificate is not None:
+        server.check_certificate(arguments.certificate, arguments.certificate_key)
+
+    def ready(address: str) -> None:
+        if arguments.json:
+            print(json.dumps({"url": address, "models": list(bundles)}), flush=True)
+        else:
+            print(f"{', '.join(bundles)} at {address}/v1 (Ctrl-C ends it)", flush=True)
+
+    scale = _scale(arguments)
+    if scale is not None:
+        from glm4serve.deploy import ray
+
+        server.bound_socket(arguments.host, arguments.port).close()  # told now, and not by Ray's log
+        engine = engine_settings(arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms)
+        if arguments.chat_template is not None:
+            engine["chat_template"] = arguments.chat_template.resolve()
+        served = ray.Served({name: folder.resolve() for name, folder in bundles.items()}, engine, settings)
+        ray.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
+        return 0
+    with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
+        models: dict[str, Engine | Encoder] = {}
+        for name, folder in bundles.items():
+            model = models[name] = open_slots(
+                folder, arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms
+            )
+            opened.callback(model.close)
+        logs.configure()
+        server.serve(
+            create_app(models, settings),
+            bound,
+            drain=arguments.drain,
+            certificate=arguments.certificate,
+            key=arguments.certificate_key,
+            ready=ready,
+        )
+    return 0
+
+
+def _bundles(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Folders by the models' names, each looked at before any is opened."""
+    named = [] if arguments.bundle is None else [(arguments.bundle.resolve().name, arguments.bundle)]
+    for text in arguments.name:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            raise UserError(f"--name {text}: expected NAME=BUNDLE")
+        named.append((name, Path(folder)))
+    if not named:
+        raise UserError("which bundle? give its folder, or --name NAME=BUNDLE")
+    bundles = dict(named)
+    if len(bundles) != len(named):
+        raise UserError("two bundles have the same name; give each its own with --name NAME=BUNDLE")
+    for folder in bundles.values():
+        answering_manifest(folder)
+    return bundles
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    from glm4serve.keys import Keys
+    from glm4serve.server import is_loopback
+    from glm4serve.settings import Settings
+
+    for name in ("timeout", "drain"):
+        if not 0 <= getattr(arguments, name) <= 86400:
+            raise UserError(f"--{name} {getattr(arguments, name)}: expected seconds from 0 to 86400")
+    if arguments.certificate_key is not None and arguments.certificate is None:
+        raise UserError("--certificate-key goes with --certificate")
+    if arguments.keys is not None and arguments.no_key:
+        raise UserError("--keys and --no-key exclude each other")
+    local = is_loopback(arguments.host)
+    if not local and arguments.keys is None and not arguments.no_key:
+        raise UserError(
+            f"--host {arguments.host}: others would reach it; give API keys (--keys FILE), or --no-key for everybody"
+        )
+    return Settings(
+        keys=None if arguments.keys is None else Keys.from_file(arguments.keys),
+        # Without keys, a page whose name was pointed at this machine could ask as if it were ours.
+        hosts=_LOOPBACK if local and arguments.keys is None else (),
+        cors_origins=tuple(arguments.cors_origin),
+        request_timeout=arguments.timeout or None,
+        slots_page=arguments.slots_page,
+    )
+
+
+def _scale(arguments: argparse.Namespace) -> Scale | None:
+    """What --ray and its options ask for; None without it."""
+    from glm4serve.deploy.ray import Scale, require_ray
+
+    fixed, least, most = arguments.replicas, arguments.min_replicas, arguments.max_replicas
+    if not arguments.ray:
+        if (fixed, least, most) != (None, None, None):
+            raise UserError("--replicas, --min-replicas and --max-replicas go with --ray")
+        return None
+    if fixed is not None and (least, most) != (None, None):
+        raise UserError("--replicas and --min-replicas with --max-replicas exclude each other")
+    if (least is None) != (most is None):
+        raise UserError("--min-replicas and --max-replicas go together")
+    if arguments.threads < 1:
+        raise UserError("--ray: give each replica's --threads; Ray reserves as many CPUs for it")
+    if arguments.certificate is not None or arguments.slots_page or not arguments.port:
+        raise UserError("--ray goes with no --certificate (a proxy in front has it), --slots-page or --port 0")
+    require_ray()
+    if least is None or most is None:
+        least = most = 1 if fixed is None else fixed
+    return Scale(least, most, drain=arguments.drain, gpus=1.0 if arguments.provider == "cuda" else 0.0)

@@ -1,0 +1,186 @@
+"""From a protocol's requests to the engine and back: the seam that every protocol's module stands on.
+
+run = await submit(http, generator, [request], param="messages")
+if not body.stream:
+    return JSONResponse(form_of(await run.whole()))
+return run.stream(writer)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+import anyio.to_thread
+from starlette.requests import Request as HttpRequest
+
+from glm4runtime.engine.request import Delta, Request, Result, Usage
+from glm4serve import logs
+from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.event_stream import EventStream, disconnected
+from glm4serve.models import Generator
+from glm4serve.service import Service, note, owner_of, service_of
+
+if TYPE_CHECKING:
+    from glm4runtime.engine.handle import Handle
+
+
+class Writer(Protocol):
+    """A protocol's form of an answer in events. Texts are whole events, see :func:`glm4serve.sse.event`."""
+
+    def begin(self) -> Iterable[str]:
+        """In front of the first delta."""
+
+    def delta(self, prompt: int, delta: Delta) -> Iterable[str]:
+        """What is new in an answer to the prompt of that index."""
+
+    def end(self, results: Sequence[Result]) -> Iterable[str]:
+        """Behind the last one; a result for each prompt."""
+
+    def error(self, error: ApiError) -> Iterable[str]:
+        """In place of what would have followed."""
+
+
+async def submit(http: HttpRequest, generator: Generator, requests: Sequence[Request], *, param: str) -> Run:
+    """Have the requests, one for each prompt, answered. param: the field that holds prompts, for errors.
+
+    Raises ApiError for what can't be answered; then none of them is.
+    """
+    service = service_of(http)
+    settings, run = service.settings, Run(service, generator, http)
+    note(http, model=generator.name)
+    try:
+        for request in requests:
+            asked = replace(request, key=owner_of(http), timeout=settings.request_timeout)
+            # In a thread: the template runs in another process, and a grammar may take a while.
+            run.handles.append(await anyio.to_thread.run_sync(generator.engine.submit, asked))
+    except BaseException as error:
+        run.close()
+        if isinstance(error, Exception):
+            raise told(error, param) from error
+        raise
+    return run
+
+
+class Run:
+    """Answers under way for one HTTP request. Whoever has one closes it; ``whole`` and ``stream`` do."""
+
+    def __init__(self, service: Service, generator: Generator, http: HttpRequest) -> None:
+        self.handles: list[Handle] = []
+        self._service, self._generator, self._http = service, generator, http
+        self._reasons: list[str] = []
+        service.runs.add(self)
+
+    async def whole(self) -> list[Result]:
+        """Each prompt's result. Raises ApiError where one failed, ran out of time, or the client went away."""
+        gone = asyncio.ensure_future(disconnected(self._http.receive))
+        work = asyncio.ensure_future(self._results())
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ApiError(499, "the client went away", code="client_gone")
+            return work.result()
+        finally:
+            gone.cancel()
+            work.cancel()
+            await asyncio.wait({gone, work})
+            self.close()
+
+    def stream(self, writer: Writer) -> EventStream:
+        """The response that tells of the answers as they come; an error ends it in the protocol's form."""
+        settings = self._service.settings
+        return EventStream(
+            self._events(writer), closed=self.close, ping=settings.ping, write_timeout=settings.write_timeout
+        )
+
+    def cancel(self) -> None:
+        """End the answers; whoever reads them is told that the server does."""
+        for handle in self.handles:
+            handle.cancel()
+
+    def close(self) -> None:
+        """Let go of the engine: cancels what isn't done, and notes what was. Again: no effect."""
+        if self not in self._service.runs:
+            return
+        self._service.runs.discard(self)
+        self.cancel()
+        if not self.handles:
+            return
+        total = sum((handle.usage for handle in self.handles), Usage(0, 0, 0))
+        note(
+            self._http,
+            prompt_tokens=total.prompt_tokens,
+            cached_tokens=total.cached_tokens,
+            completion_tokens=total.completion_tokens,
+            finish_reasons=self._reasons or ["cancelled"],
+        )
+        for handle in self.handles:
+            if handle.timing.finished is not None and self._reasons:
+                self._service.metrics.finished(self._generator.name, handle.timing)
+
+    async def _results(self) -> list[Result]:
+        async for _ in self._deltas():
+            pass
+        return [await handle.result_async() for handle in self.handles]
+
+    async def _events(self, writer: Writer) -> AsyncGenerator[str, None]:
+        try:
+            for text in writer.begin():
+                yield text
+            async for prompt, delta in self._deltas():
+                for text in writer.delta(prompt, delta):
+                    yield text
+            results = [await handle.result_async() for handle in self.handles]
+            for text in writer.end(results):
+                yield text
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logs.failure(self._http.scope.get("glm4.id", ""), error)
+            for text in writer.error(told(error)):
+                yield text
+
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Deltas of all the prompts' answers. Raises ApiError where one was ended from outside."""
+        metrics, name = self._service.metrics, self._generator.name
+        last: dict[tuple[int, int], float] = {}
+        async with contextlib.aclosing(_merged(self.handles)) as merged:
+            async for prompt, delta in merged:
+                if delta.tokens:
+                    now, answer = time.monotonic(), (prompt, delta.choice)
+                    if answer in last:
+                        metrics.between(name, now - last[answer], len(delta.tokens))
+                    last[answer] = now
+                if delta.finish_reason is not None:
+                    self._reasons.append(delta.finish_reason)
+                if delta.finish_reason == "timeout":
+                    raise ApiError(504, "the request's time was over before its answer was whole", code="timeout")
+                if delta.finish_reason == "cancelled":
+                    raise unavailable("the server is being shut down, and ended the answer before it was whole")
+                yield prompt, delta
+
+
+async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """Deltas of several handles, as they come, each with its handle's index."""
+    if len(handles) == 1:
+        async for delta in handles[0]:
+            yield 0, delta
+        return
+    coming = {asyncio.ensure_future(anext(handle)): index for index, handle in enumerate(handles)}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                index = coming.pop(future)
+                try:
+                    delta = future.result()
+                except StopAsyncIteration:
+                    continue
+                coming[asyncio.ensure_future(anext(handles[index]))] = index
+                yield index, delta
+    finally:
+        for future in coming:
+            future.cancel()

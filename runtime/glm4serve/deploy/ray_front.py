@@ -1,0 +1,178 @@
+"""In front of the replicas: reads a request, has one of them answer it, and another one where that dies in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import anyio
+from starlette.types import Message, Receive, Scope, Send
+
+from glm4serve import logs
+from glm4serve.deploy.ray_replica import SCOPE
+from glm4serve.deploy.routing import blocks_of
+from glm4serve.errors import ApiError, unavailable
+from glm4serve.gate import read_body
+from glm4serve.responses import respond
+from glm4serve.settings import Settings
+from glm4serve.sse import event
+
+_ATTEMPTS = 3
+_CUT = 5.0  # seconds in which clients are told that the service ends
+_ENDING = "the server is being shut down"
+#: Each replica has its own numbers: one of them alone would be taken for the whole.
+_OF_ONE_REPLICA = frozenset({"/metrics", "/slots"})
+
+
+class Messages(Protocol):
+    """A replica's answer on its way."""
+
+    def __aiter__(self) -> Any:
+        """(head or None, message) pairs of ASGI messages."""
+
+    def cancel(self) -> None:
+        """End it there."""
+
+
+Ask = Callable[[tuple[bytes, ...], dict[str, Any], bytes], Messages]
+
+
+class _Ended(Exception):
+    """The service is over."""
+
+
+class Front:
+    """An ASGI application that keeps no model.
+
+    A request of which nothing has been answered yet is asked again where its replica dies: nothing but its answer
+    depends on it. A stream that has begun can't be: it ends with an error event.
+    """
+
+    def __init__(self, ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> None:
+        """ask: sends a request to a replica. lost: what is raised where that one is no more. settings: of bodies."""
+        self._ask, self._lost, self._settings = ask, lost, settings
+        self._draining, self._in_flight, self._over = False, 0, asyncio.Event()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests; those under way have so long, and are then told that the service ends."""
+        self._draining = True
+        for limit in (seconds, _CUT):
+            with anyio.move_on_after(limit):
+                while self._in_flight:
+                    await asyncio.sleep(0.02)
+            self._over.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "http":
+            path = scope["path"]
+            try:
+                if self._draining:
+                    raise unavailable(_ENDING)
+                if path in _OF_ONE_REPLICA:
+                    raise ApiError(404, f"{path}: each replica has its own; Ray's metrics tell all of them")
+                with anyio.fail_after(self._settings.body_timeout):
+                    body = await read_body(receive, self._settings.body_limit)
+            except TimeoutError:
+                error = ApiError(408, "body: it didn't come in time", code="timeout")
+                await respond(path, error)(scope, receive, send)
+            except ApiError as error:
+                await respond(path, error)(scope, receive, send)
+            else:
+                await self._forward({key: scope[key] for key in SCOPE if key in scope}, body, receive, send)
+
+    async def _forward(self, scope: dict[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        self._in_flight += 1
+        try:
+            error = await self._answer(scope, body, send)
+            if error is not None:
+                await respond(scope["path"], error)(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    async def _answer(self, scope: dict[str, Any], body: bytes, send: Send) -> ApiError | None:
+        """Pass a replica's answer on; returns an error where nothing has been answered."""
+        blocks, path = blocks_of(body), scope["path"]
+        for attempt in range(1, _ATTEMPTS + 1):
+            answer, head = self._ask(blocks, scope, body), None
+            coming = answer.__aiter__()
+            try:
+                while (pair := await self._next(coming)) is not None:
+                    first, message = pair
+                    if first is not None:
+                        head = first
+                        await send(first)
+                    await send(message)
+                return None
+            except _Ended:
+                if head is None:
+                    return unavailable(_ENDING)
+                await send(_broken(path, head, _ENDING))
+                return None
+            except self._lost as error:
+                logs.event("replica lost", error=type(error).__name__, attempt=attempt, path=path, begun=bool(head))
+                if head is not None:
+                    await send(_broken(path, head, "the replica that wrote this answer died"))
+                    return None
+            finally:
+                answer.cancel()
+        return unavailable("the replicas that had this request died")
+
+    async def _next(self, coming: Any) -> Any:
+        """A replica's next pair; None behind the last one. Raises _Ended, or what reading it does."""
+        over = asyncio.ensure_future(self._over.wait())
+        pair = asyncio.ensure_future(_pair(coming))
+        try:
+            await asyncio.wait({over, pair}, return_when=asyncio.FIRST_COMPLETED)
+            if not pair.done():
+                raise _Ended
+            return pair.result()
+        finally:
+            over.cancel()
+            pair.cancel()
+
+
+async def _pair(coming: Any) -> Any:
+    return await anext(coming, None)
+
+
+def _broken(path: str, head: Message, why: str) -> Message:
+    """The end of an answer that had begun."""
+    body, headers = b"", {name.lower(): value for name, value in head["headers"]}
+    if headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        error = respond(path, unavailable(f"{why}; what came is not the whole"))
+        shown = json.loads(bytes(error.body))
+        body = event(shown, "error" if "type" in shown else None).encode()  # a form that has a type of its own: named
+    return {"type": "http.response.body", "body": body, "more_body": False}
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+class FrontReplica:
+    """A Ray Serve deployment's class, of which Ray makes an ingress with :func:`build` 's application."""
+
+    def __init__(self, replicas: object) -> None:
+        """replicas: a handle, which makes Ray start them first."""
+
+    async def drain(self, seconds: float) -> None:
+        """As the application's."""
+        await _front[0].drain(seconds)
+
+
+_front: list[Front] = []  # this process's: Ray makes deployment and application apart from each other
+
+
+def build(ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> Front:
+    """The application of this process."""
+    _front[:] = [Front(ask, lost, settings)]
+    return _front[0]

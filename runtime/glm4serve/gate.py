@@ -1,0 +1,151 @@
+"""In front of every request: its id, host and key, its body's limits; behind it: its line in the log."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from glm4serve import logs
+from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.event_stream import SlowReader
+from glm4serve.responses import respond
+from glm4serve.service import Service
+
+#: Answered without a key, and while the service drains: what a balancer asks.
+OPEN = frozenset({"/health", "/ready"})
+_ID = re.compile(r"[\w.-]{1,128}")
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, service: Service, keyless: frozenset[str] = frozenset()) -> None:
+        """keyless: paths beside :data:`OPEN` that need no key, such as a page that asks for one itself."""
+        self._app, self._service, self._keyless = app, service, OPEN | keyless
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        given = headers.get("x-request-id", "")
+        id = given if _ID.fullmatch(given) else secrets.token_hex(12)
+        scope["glm4.id"] = id
+        began, status = time.monotonic(), 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = id
+            await send(message)
+
+        counted = path not in OPEN
+        self._service.in_flight += counted
+        try:
+            self._admit(scope, headers)
+            await self._app(scope, await self._body(scope, headers, receive), answer)
+        except ApiError as error:
+            if not status:
+                await respond(path, error)(scope, receive, answer)
+        except SlowReader:
+            scope.setdefault("glm4.log", {})["cut"] = "slow reader"
+        except Exception as error:
+            logs.failure(id, error)
+            if not status:
+                await respond(path, told(error))(scope, receive, answer)
+        finally:
+            self._service.in_flight -= counted
+            route = scope.get("route")
+            name = getattr(route, "path", "(other)")
+            self._service.metrics.responses.labels(name, str(status or 499)).inc()
+            logs.request(
+                id=id,
+                method=scope["method"],
+                path=name,
+                status=status or 499,
+                seconds=round(time.monotonic() - began, 4),
+                key=scope.get("glm4.owner", ""),
+                **scope.get("glm4.log", {}),
+            )
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        settings, path = self._service.settings, scope["path"]
+        if settings.hosts and _host(headers.get("host", "")) not in settings.hosts:
+            raise ApiError(421, "host: this name is not served here", code="unknown_host")
+        if path in OPEN:
+            return
+        if self._service.draining:
+            raise unavailable("the server is being shut down")
+        if settings.keys is None or path in self._keyless or scope["method"] == "OPTIONS":
+            return
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        owner = settings.keys.owner(key) if key else None
+        if owner is None:
+            raise ApiError(
+                401,
+                "API key: it is no key of this server's" if key else "API key: none given (Authorization: Bearer KEY)",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        scope["glm4.owner"] = owner
+
+    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """The whole body, read here within its limits, in front of what else comes."""
+        limit = self._service.settings.body_limit
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
+            raise _too_large(limit)
+        if not length and "transfer-encoding" not in headers and scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return receive
+        try:
+            with anyio.fail_after(self._service.settings.body_timeout):
+                body = await read_body(receive, limit)
+        except TimeoutError:
+            raise ApiError(408, "body: it didn't come in time", code="timeout", headers=_CLOSE) from None
+        message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal message
+            if message is None:
+                return await receive()
+            first, message = message, None
+            return first
+
+        return replay
+
+
+_CLOSE = {"Connection": "close"}
+
+
+async def read_body(receive: Receive, limit: int) -> bytes:
+    """A request's whole body. Raises ApiError: 413 above ``limit`` bytes, 499 where the client went away."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client went away", code="client_gone")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"body: expected at most {limit} bytes", code="body_too_large", headers=_CLOSE)
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without its port."""
+    name = header.rsplit(":", 1)[0] if re.search(r":\d*$", header) else header
+    return name.strip("[]").lower()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glm4export import cli
+from tests.helpers.small_bundles import fill
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "which bundle?"),
+        (["--name", "a"], "--name a: expected NAME=BUNDLE"),
+        (["{bundle}", "--name", "bundle={bundle}"], "two bundles have the same name"),
+        (["{bundle}", "--host", "0.0.0.0"], "--host 0.0.0.0: others would reach it"),
+        (["{bundle}", "--keys", "{missing}"], "API keys can't be read"),
+        (["{bundle}", "--keys", "{missing}", "--no-key"], "--keys and --no-key exclude each other"),
+        (["{bundle}", "--drain", "-1"], "--drain -1.0: expected seconds from 0 to 86400"),
+        (["{bundle}", "--timeout", "nan"], "--timeout nan: expected seconds"),
+        (["{bundle}", "--certificate-key", "{missing}"], "--certificate-key goes with --certificate"),
+        (["{bundle}", "--certificate", "{missing}"], "no certificate and key that TLS can use"),
+        (["{bundle}", "--port", "70000"], "port 70000: can't be listened on"),
+        (["{missing}"], "missing"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are told before a bundle is opened."""
+    bundle = tmp_path / "bundle"
+    fill(bundle)
+    argv = [word.format(bundle=bundle, missing=tmp_path / "missing") for word in options]
+    assert cli.main(["serve", *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm4runtime import Encoder, load_encoder
+from glm4serve import create_app
+from tests.helpers.asgi import CHAT, ask
+from tests.helpers.checkpoints import save_with_tokenizer
+from tests.helpers.encoders import random_encoder
+
+PATH = "/v1/embeddings"
+
+
+@pytest.fixture(scope="module")
+def encoder(build_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encoder]:
+    """A random model's hidden states, pooled; its tokens are bytes."""
+    checkpoint = save_with_tokenizer(random_encoder("features", vocab_size=256), tmp_path_factory.mktemp("features"))
+    bundle = build_bundle(checkpoint, pooling="mean", target="cpu", precision="fp32")
+    with load_encoder(bundle, max_seq_len=64) as opened:
+        yield opened
+
+
+def test_embeddings(encoder: Encoder) -> None:
+    """Floats and base64 are the encoder's own numbers, for texts and token ids."""
+    app = create_app({"e": encoder})
+    texts = ["first text", "é"]
+    ids = [encoder.tokenizer.encode_text(text)[0] for text in texts]
+    wanted = encoder.embed(texts)
+    for given in (texts, ids):
+        answer = ask(app, PATH, {"input": given}).json()
+        assert np.array_equal(np.array([item["embedding"] for item in answer["data"]], np.float32), wanted)
+        assert answer["usage"] == {"prompt_tokens": sum(map(len, ids)), "total_tokens": sum(map(len, ids))}
+    answer = ask(app, PATH, {"input": texts, "encoding_format": "base64"}).json()
+    rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in answer["data"]]
+    assert np.array_equal(rows, wanted)
+    assert len(ask(app, PATH, {"input": "one"}).json()["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [[10**7]]}, "token id 10000000"),
+        ({"input": "a " * 200}, "at most 64 fit"),
+        ({"input": "a", "dimensions": 8}, "dimensions: unknown field"),
+    ],
+)
+def test_refusals(encoder: Encoder, body: dict[str, Any], message: str) -> None:
+    response = ask(create_app({"e": encoder}), PATH, body)
+    assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+
+
+def test_a_model_of_the_other_kind(encoder: Encoder) -> None:
+    response = ask(create_app({"e": encoder}), CHAT, {"model": "e", "messages": [{"role": "user", "content": "a"}]})
+    assert response.status_code == 400 and "gives embeddings, no text" in response.json()["error"]["message"]
