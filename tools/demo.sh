@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/environment.sh
-install cpu,compile
+install cpu,compile,serve,structured
 
 echo "== Building the embedded model"
 glm4export build --precision fp16 -o out/demo-fp16

@@ -62,6 +62,7 @@ def configure(command: argparse.ArgumentParser) -> None:
         help="seconds that answers under way have after SIGTERM (default: %(default)s)",
     )
     http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
+    http.add_argument("--no-page", action="store_true", help="no chat page at /")
     ray = command.add_argument_group("Ray")
     ray.add_argument("--ray", action="store_true", help="replicas under Ray Serve, on this machine or RAY_ADDRESS's")
     ray.add_argument("--replicas", type=int, metavar="N", help="default: 1; each has engines of its own")
@@ -157,6 +158,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         cors_origins=tuple(arguments.cors_origin),
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
+        page=not arguments.no_page,
     )
 
 

@@ -14,10 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from glm4runtime.encoder import Encoder
-from glm4serve import health, tokens
+from glm4serve import health, page, tokens
+from glm4serve.anthropic import messages
 from glm4serve.errors import ApiError, invalid
 from glm4serve.gate import Gate
-from glm4serve.openai import chat, completions, embeddings, listing
+from glm4serve.openai import chat, completions, embeddings, listing, responses
 from glm4serve.responses import respond
 from glm4serve.service import Service
 from glm4serve.settings import Settings
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
     from glm4runtime.engine import Engine
 
 #: Each protocol's routes. One more is one more module, see docs/serving.md.
-ROUTERS = (chat.router, completions.router, embeddings.router, listing.router, tokens.router, health.router)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses.router,
+    embeddings.router,
+    listing.router,
+    messages.router,
+    tokens.router,
+    health.router,
+)
 
 
 def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None = None) -> FastAPI:
@@ -50,7 +60,9 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Gate, service=service)
+    if service.settings.page:
+        app.include_router(page.router)
+    app.add_middleware(Gate, service=service, keyless=page.PATHS if service.settings.page else frozenset())
     if service.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

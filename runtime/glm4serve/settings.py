@@ -22,3 +22,4 @@ class Settings:
     stall_limit: float = 120.0  # seconds without a step after which an engine counts as dead
     embedding_queue: int = 64  # requests for embeddings that may wait
     slots_page: bool = False  # GET /slots
+    page: bool = True  # the chat page at /
