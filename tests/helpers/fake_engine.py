@@ -80,7 +80,7 @@ class FakeEngine:
         self.feeds.append(feed)
         self.running += 1
         threading.Thread(target=self._answer, args=(request, feed, ids), daemon=True).start()
-        return Handle(feed, self._cancel)
+        return Handle(feed)
 
     def stats(self) -> EngineStats:
         """As Engine's."""
@@ -93,12 +93,11 @@ class FakeEngine:
             prompt_tokens=11,
             cached_tokens=3,
             completion_tokens=5,
+            drafted_tokens=0,
+            accepted_tokens=0,
             finished=dict(self._finished),
             prefixes=PrefixStats(2, 11, 3, 1, 4, 4096, 8192),
         )
-
-    def _cancel(self, feed: Feed) -> None:
-        feed.cancelled = True
 
     def _answer(self, request: Request, feed: Feed, ids: list[int]) -> None:
         began = time.monotonic()

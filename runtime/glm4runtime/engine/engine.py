@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import Distribution, version
@@ -25,7 +25,7 @@ from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wron
 from glm4runtime.engine import prefix_file
 from glm4runtime.engine.draft import Draft
 from glm4runtime.engine.draft_bundle import open_draft, read_draft
-from glm4runtime.engine.handle import Feed, Handle, RequestFailed
+from glm4runtime.engine.handle import Handle, RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
 from glm4runtime.engine.plan import SchedulerStats
@@ -217,13 +217,18 @@ class Engine:
         wait as may, EngineClosed where no more are taken.
         """
         now = time.monotonic()
+        with self._condition:
+            self._require_open()  # before the template's process is started again
         job = self._preparation.job(request, now)
         deadline = None if request.timeout is None else now + request.timeout
+        handle = Handle(job.feed)  # first, so that an interrupt from here on cancels the request
         with self._condition:
+            if self._closing:
+                self._text.close()  # which preparing a conversation may have opened again
             self._require_open()
             self._queue(job, deadline)
             self._condition.notify_all()
-        return Handle(job.feed, self._cancel)
+        return handle
 
     def generate(self, request: Request) -> Handle:
         """The same: iterate over what it returns, ``for`` or ``async for``."""
@@ -287,9 +292,11 @@ class Engine:
 
         Nothing else is computed meanwhile: for measurements, and for looking at :attr:`runner`.
         """
+        if threading.current_thread() is self._thread:
+            return function()
         future: Future[T] = Future()
         with self._condition:
-            self._require_open()
+            self._require_thread()
             self._calls.append((function, future))
             self._condition.notify_all()
         return future.result()
@@ -306,7 +313,7 @@ class Engine:
             self._draining = self._closing = True
             self._condition.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join()  # at once in a forked child
         self._text.close()
         _OPEN.discard(self)
 
@@ -315,32 +322,38 @@ class Engine:
         key, tokens, limit = job.request.key, len(job.ids), job.request.params.max_new_tokens
         ids: list[int] = []
         try:
-            for _ in job.answers:
+            for answer in job.answers:
                 id, parent = next(self._ids), ids[0] if ids else None
                 together = job.beams is not None and parent is not None
-                self._scheduler.submit(id, key, tokens, limit, deadline=deadline, parent=parent, together=together)
                 ids.append(id)
-        except UserError:
+                self._answers[id] = answer  # the scheduler knows none that isn't here, wherever an interrupt comes
+                self._scheduler.submit(id, key, tokens, limit, deadline=deadline, parent=parent, together=together)
+        except BaseException:
             for id in ids:
                 self._scheduler.cancel(id)
+                self._answers.pop(id, None)
             raise
-        self._answers.update(zip(ids, job.answers, strict=True))
 
-    def _require_open(self) -> None:
+    def _require_thread(self) -> None:
         if self._death is not None:
             raise EngineClosed(f"the engine's thread has died: {_told(self._death)}; load the bundle again")
+        if self._closing:
+            raise EngineClosed("the engine is closed; load the bundle again")
+
+    def _require_open(self) -> None:
+        self._require_thread()
         if self._draining:
-            raise EngineClosed("the engine takes no more requests: it is being closed")
+            raise EngineClosed("the engine takes no more requests: it is being drained, to be closed then")
 
     def _require_store(self) -> PrefixStore:
         if self._store is None:
             raise UserError("this engine keeps no prefixes: it was loaded with prefix_cache='off'")
         return self._store
 
-    def _cancel(self, feed: Feed) -> None:
-        feed.cancelled = True
-        with self._condition:
-            self._condition.notify_all()
+    def _forked(self) -> None:
+        """In a child: the thread isn't here, and may have held the lock."""
+        self._condition = threading.Condition()
+        self._death = UserError("the process forked, and threads stay in the parent")
 
     # What follows runs in the engine's thread.
 
@@ -355,20 +368,14 @@ class Engine:
                 reason = (
                     None if self._death is None else RequestFailed(f"the engine's thread died: {_told(self._death)}")
                 )
-                for answer in {id(a.job): a for a in self._answers.values()}.values():
-                    self._give_up(answer.job, reason)
+                for job in {id(answer.job): answer.job for answer in self._answers.values()}.values():
+                    _give_up(job, reason)
                 self._answers.clear()
                 for _, future in self._calls:
-                    future.set_exception(EngineClosed("the engine was closed"))
+                    future.set_exception(reason or EngineClosed("the engine was closed"))
                 self._calls.clear()
                 self._condition.notify_all()
             self._loop.close()
-
-    def _give_up(self, job: Job, reason: Exception | None) -> None:
-        for answer in job.answers:
-            if reason is None:
-                answer.finish("cancelled")
-        job.close(reason)
 
     def _step(self) -> bool:
         """One step; False at the engine's end."""
@@ -387,6 +394,7 @@ class Engine:
             plan = self._scheduler.plan(now)
             for id in plan.expired:
                 self._end(id, "timeout")
+        ran = dict.fromkeys([*plan.decode, *(id for id, _ in plan.admit)])
         for function, future in calls:
             _answer_call(function, future)
         shared = {id for _, id in plan.copies}
@@ -395,13 +403,12 @@ class Engine:
             if answer.job.feed.timing.started is None:
                 answer.job.note(started=now)
             self._admit(id, answer, slot, shared=id in shared)
-        ran = [*plan.decode]
         for source, id in plan.copies:
             self._loop.share(self._answers[source], self._answers[id])
-            ran.append(id)
+            ran[id] = None
         if plan.prefill is not None:
             self._prefill(*plan.prefill)
-            ran.append(plan.prefill[0])
+            ran[plan.prefill[0]] = None
         if plan.decode:
             began = time.monotonic()
             self._loop.decode([self._answers[id] for id in plan.decode])
@@ -420,9 +427,10 @@ class Engine:
         began = time.monotonic()
         done = self._loop.prefill(self._answers[id], width)
         with self._condition:
-            self._scheduler.prefilled(id, done, time.monotonic() - began)
+            if done:
+                self._scheduler.prefilled(id, done, time.monotonic() - began)
 
-    def _settle(self, ran: list[int]) -> None:
+    def _settle(self, ran: Iterable[int]) -> None:
         """Let go of the answers that ended in this step."""
         with self._condition:
             for id in ran:
@@ -441,8 +449,8 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         for id in [id for id, answer in self._answers.items() if answer.job is job]:
             self._scheduler.cancel(id)
-            self._loop.failed.pop(self._answers[id], None)
-            self._loop.end(self._answers.pop(id))
+            self._loop.end(answer := self._answers.pop(id))
+            self._loop.failed.pop(answer, None)
             self._finished["error"] += 1
         job.close(RequestFailed(f"the request failed: {_told(error)}"))
         self._condition.notify_all()
@@ -493,11 +501,33 @@ def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
         future.set_exception(error)
 
 
+def _give_up(job: Job, reason: Exception | None) -> None:
+    """Tell a job's reader that the engine has ended."""
+    try:
+        if reason is None:
+            for answer in job.answers:
+                answer.finish("cancelled")
+        job.close(reason)
+    except Exception as error:  # the others are to be told nevertheless
+        job.feed.end(None, RequestFailed(f"the request failed: {_told(error)}"))
+
+
 def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]:.300}"
+    if isinstance(error, UserError):
+        return str(error)
+    lines = str(error).splitlines() or ["no message"]  # MemoryError has none
+    return f"{type(error).__name__}: {lines[0]:.300}"
 
 
 _OPEN: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_OPEN):
+        engine._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @atexit.register

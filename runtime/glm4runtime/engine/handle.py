@@ -7,7 +7,6 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 
 from glm4runtime.contract import UserError
@@ -33,7 +32,14 @@ class Feed:
         self._deltas: deque[Delta] = deque()
         self._error: Exception | None = None
         self._done = False
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def cancel(self) -> None:
+        """Have the engine let go of it at its next step: there is one, as long as any request is under way.
+
+        Takes no lock: the garbage collector calls this in whatever thread it likes, whatever lock that one holds.
+        """
+        self.cancelled = True
 
     def put(self, delta: Delta) -> None:
         """Hand over what is new."""
@@ -55,8 +61,8 @@ class Feed:
 
     def _wake(self) -> None:
         self._condition.notify_all()
-        if self._waiter is not None:
-            (loop, future), self._waiter = self._waiter, None
+        waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(_release, future)
 
@@ -75,7 +81,7 @@ class Feed:
                     return self._next()
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
-                self._waiter = (loop, future)
+                self._waiters.append((loop, future))
             await future
 
     def _next(self) -> Delta | None:
@@ -102,15 +108,14 @@ def _release(future: asyncio.Future[None]) -> None:
 
 
 class Handle:
-    """Iterate over it, or ``async for``, for the deltas; one reader at a time.
+    """Iterate over it, or ``async for``, for the deltas; where several read, each delta goes to one of them.
 
     Where it is no longer referenced, its request is cancelled: a caller who went away takes no slot.
     """
 
-    def __init__(self, feed: Feed, cancel: Callable[[Feed], None]) -> None:
+    def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._cancel = cancel
-        weakref.finalize(self, cancel, feed).atexit = False
+        weakref.finalize(self, feed.cancel).atexit = False
 
     def __iter__(self) -> Handle:
         return self
@@ -140,7 +145,7 @@ class Handle:
 
     def cancel(self) -> None:
         """Stop: the slot is free within one step. From any thread; without effect on a request that has ended."""
-        self._cancel(self._feed)
+        self._feed.cancel()
 
     @property
     def done(self) -> bool:

@@ -30,7 +30,7 @@ class Answer:
         self.tokens: list[int] = []  # chosen; the last one isn't in the cache yet
         self.speculation: Speculation | None = None  # such an answer has runs of its own
         self.finish_reason: FinishReason | None = None
-        self.log_probability = 0.0  # of all its tokens together: what best_of compares
+        self.log_probability, self.scored = 0.0, 0  # of all tokens chosen, a stop token too: what best_of compares
         self.whole = Delta(index)
 
     @property
@@ -50,6 +50,7 @@ class Answer:
         scored = log_probabilities(logits[None], [token], request.logprobs or 0)[0] if shown else None
         if scored is not None:
             self.log_probability += scored.logprob
+            self.scored += 1
         if self.matcher is not None:
             self.matcher.consume(token)
         if token in job.stop:
@@ -65,11 +66,18 @@ class Answer:
             self.finish("length")
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Take tokens that were chosen elsewhere, a stop token at their end perhaps, as the whole answer."""
+        """Take tokens that were chosen elsewhere, a stop token at their end perhaps, as the whole answer.
+
+        A stop string ends it nevertheless.
+        """
         stop = tokens[-1] if tokens and tokens[-1] in self.job.stop else None
-        self.tokens = list(tokens if stop is None else tokens[:-1])
-        for token in self.tokens:
+        self.tokens = []
+        for token in tokens if stop is None else tokens[:-1]:
+            self.tokens.append(token)
             self._tell(replace(self._pushed(token), tokens=(token,)))
+            if self.parser is not None and self.parser.stopped is not None:
+                self.finish("stop", self.parser.stopped)
+                return
         self.finish("length" if stop is None else "stop", stop)
 
     def _pushed(self, token: int) -> Delta:
@@ -160,5 +168,11 @@ class Job:
             return [answer.whole for answer in self.answers]
         if self.beams is not None:
             return [answer.whole for answer in self.answers[: self.request.n]]
-        best = sorted(self.answers, key=lambda answer: -answer.log_probability / max(len(answer.tokens), 1))
+        best = sorted(self.answers, key=_rank)
         return [replace(answer.whole, choice=index) for index, answer in enumerate(best[: self.request.n])]
+
+
+def _rank(answer: Answer) -> tuple[bool, bool, float]:
+    """Whole ones first, then those with tokens, then by log-probability per token."""
+    cut = answer.finish_reason in ("cancelled", "timeout")
+    return cut, not answer.scored, -answer.log_probability / max(answer.scored, 1)

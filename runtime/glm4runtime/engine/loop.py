@@ -7,8 +7,9 @@ then made again row by row, which gives the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from glm4runtime.engine.slot_runner import SlotRunner
 from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling.logprobs import log_probabilities
 from glm4runtime.speculation import Guesses, Speculation
-from glm4runtime.text.structure import fill_masks
+from glm4runtime.text.structure import Matcher, fill_masks
 
 
 class Loop:
@@ -59,22 +60,32 @@ class Loop:
         self.runner.use_adapter(slot, job.request.adapter)
         if shared or self.store is None or job.request.prompt_logprobs is not None:  # these need every row's logits
             return 0
-        with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
-            for first, block in hit:
-                self.runner.write_rows(slot, first, block)
-            answer.rows = hit.rows
-        job.feed.usage = replace(job.feed.usage, cached_tokens=max(answer.rows, job.feed.usage.cached_tokens))
+        try:
+            with self.store.match(job.ids, job.salt, len(job.ids) - 1) as hit:  # the last one's logits are wanted
+                for first, block in hit:
+                    self.runner.write_rows(slot, first, block)
+                answer.rows = hit.rows
+        except Exception as error:
+            self._fail(answer, error)
+            return 0
+        if answer is job.answers[0]:  # what others of its request find was computed for this one
+            job.feed.usage = replace(job.feed.usage, cached_tokens=answer.rows)
         return answer.rows
 
     def share(self, source: Answer, answer: Answer) -> None:
         """Give an answer the prompt that another one of its request has computed."""
-        job = answer.job
-        self.runner.copy_rows(source.slot, answer.slot, len(job.ids))
+        try:
+            self.runner.copy_rows(source.slot, answer.slot, len(answer.job.ids))
+        except Exception as error:
+            self._fail(answer, error)
+            return
         self._begin(answer)
 
     def prefill(self, answer: Answer, width: int) -> int:
-        """One run of an answer's prompt, of about ``width`` tokens; returns how many more of them are done."""
+        """One run of an answer's prompt, of about ``width`` tokens; returns how many more are done, 0 if it failed."""
         job, runner, before = answer.job, self.runner, answer.rows
+        if answer in self.failed:  # since it was given its slot
+            return 0
         try:
             if job.request.prompt_logprobs is not None:
                 self._scored_run(answer, job.request.prompt_logprobs)
@@ -87,10 +98,11 @@ class Loop:
             self.failures_in_a_row = 0
         except Exception as error:
             self._fail(answer, error)
-            return len(job.ids) - before
+            return 0
         if not answer.in_prompt:
-            self._keep(answer, job.ids)
             self._begin(answer)
+            if answer not in self.failed:  # rows that gave no numbers would spoil other requests'
+                self._keep(answer, job.ids)
         return answer.rows - before
 
     def decode(self, answers: list[Answer]) -> None:
@@ -101,8 +113,7 @@ class Loop:
             for answer in answers
             if answer.speculation is None and (answer.job.beams is None or under_way.issuperset(answer.job.answers))
         ]
-        matchers = [answer.matcher for answer in answers if answer.matcher is not None]
-        masks = self._masks.submit(fill_masks, matchers) if matchers else None  # while the graph runs
+        masks = self._start_masks([answer.matcher for answer in answers if answer.matcher is not None])
         if together:
             try:
                 rows = self._step(together)
@@ -113,7 +124,10 @@ class Loop:
                 else:
                     together, rows = self._one_by_one(together)
         if masks is not None:
-            masks.result()
+            try:
+                masks.result()
+            except Exception as error:
+                self.failed.update((answer, error) for answer in answers if answer.matcher is not None)
         if together:
             self._take(together, rows)
         for answer in answers:
@@ -124,12 +138,23 @@ class Loop:
         """Let go of an answer's slot; its rows stay in the store where that is wanted."""
         if answer.slot < 0:
             return
-        if self.keep_answers and not answer.in_prompt:
+        # A beam's tokens are its search's best in the end, and not those in its slot.
+        if self.keep_answers and not answer.in_prompt and answer.job.beams is None and answer not in self.failed:
             self._keep(answer, np.append(answer.job.ids, answer.tokens)[: answer.rows])
         self.runner.release(answer.slot)
         if self.draft is not None:
             self.draft.release(answer.slot)
         answer.slot = -1
+
+    def _start_masks(self, matchers: list[Matcher]) -> Future[None] | None:
+        """Have masks filled while the graph runs."""
+        if not matchers:
+            return None
+        try:
+            return self._masks.submit(fill_masks, matchers)
+        except RuntimeError:  # the main thread has ended, and executors with it; others still read their answers
+            fill_masks(matchers)
+            return None
 
     def _step(self, answers: list[Answer]) -> np.ndarray:
         """The logits behind each answer's last token, float32 [answers, vocab]. Raises what the graph raises."""
@@ -179,15 +204,19 @@ class Loop:
         """The prompt is in the cache: choose the first token."""
         job = answer.job
         answer.rows = len(job.ids)
-        answer.speculation = self._speculation(answer)
-        if answer.matcher is not None:
-            fill_masks([answer.matcher])
+        if job.feed.timing.first_token is None:
+            job.note(first_token=time.monotonic())
+        try:
+            answer.speculation = self._speculation(answer)
+            if answer.matcher is not None:
+                fill_masks([answer.matcher])
+        except Exception as error:
+            self.failed[answer] = error
+            return
         if job.beams is None:
             self._choose(answer, job.prompt_logits)
         elif all(beam.slot >= 0 and not beam.in_prompt for beam in job.answers):
             self._advance(job, job.beams, job.prompt_logits[None])
-        if job.feed.timing.first_token is None:
-            job.note(first_token=time.monotonic())
 
     def _speculation(self, answer: Answer) -> Speculation | None:
         request, text = answer.job.request, answer.job.ids.tolist()
@@ -202,6 +231,8 @@ class Loop:
         return Speculation(SlotRunner(self.runner, answer.slot, text, times), guesses)
 
     def _choose(self, answer: Answer, logits: np.ndarray) -> None:
+        if answer in self.failed:
+            return
         try:
             answer.choose(logits)
         except Exception as error:  # no numbers, or a grammar that allows nothing: this answer's own
@@ -217,7 +248,7 @@ class Loop:
         run = job.ids[start : start + MAX_RUN].tolist()
         rows = self.runner.verify(answer.slot, run, start)
         for at, row in enumerate(rows, start + 1):
-            if at < len(job.ids):
+            if len(job.prompt_logprobs) < at < len(job.ids):  # else known: an answer before this one had its own run
                 job.prompt_logprobs += log_probabilities(row[None], job.ids[at : at + 1], alternatives)
         answer.rows = start + len(run)
         job.prompt_logits = rows[-1].copy()
@@ -226,4 +257,5 @@ class Loop:
         if self.store is None or answer.job.request.prompt_logprobs is not None:
             return
         runner, slot = self.runner, answer.slot
-        self.store.insert(ids, lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)
+        with contextlib.suppress(Exception):  # the answer is right without: say there's no memory for a copy
+            self.store.insert(ids, lambda first, end: runner.read_rows(slot, first, end), answer.job.salt)

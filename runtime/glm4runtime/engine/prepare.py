@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class Preparation:
         self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
         self._adapters = runner.adapters
         self._text, self._drafts = text, drafts
+        self._lock = threading.Lock()
+        self._made: Vocabulary | None = None
 
     def job(self, request: Request, now: float) -> Job:
         """Raises UserError for what can't be answered, PromptTooLong among them."""
@@ -104,9 +106,12 @@ class Preparation:
         thinking = request.messages is not None and prompt is not None and in_thought(prompt)
         return compile_structure(structure, self._vocabulary, thinking=thinking)
 
-    @cached_property
+    @property
     def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self._text.tokenizer, self._manifest.vocab_size, self._manifest.tokens.eos)
+        with self._lock:  # many threads may ask for the first structured answer, and it's large
+            if self._made is None:
+                self._made = Vocabulary(self._text.tokenizer, self._manifest.vocab_size, self._manifest.tokens.eos)
+            return self._made
 
     def _parser(self, request: Request, prompt: str | None, strings: list[str]) -> AnswerParser | None:
         if not self._text.has_tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,15 +11,28 @@ from glm4runtime.contract import UserError, shown
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.speculation import check_limit
 from glm4runtime.text.answers import ToolCall
+from glm4runtime.text.grammar import Structure
 from glm4runtime.text.stop import Stop
 
 if TYPE_CHECKING:
     from glm4runtime.sampling.logprobs import TokenLogprobs
-    from glm4runtime.text.structure import Structure
 
 #: ``stop``: a stop token or string came; ``length``: the token limit, or the end of the cache; ``tool_calls``: as
 #: ``stop``, with at least one call in the answer; ``cancelled``; ``timeout``: the request's time was over.
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "timeout"]
+
+_PLAIN = SamplingParams()
+_CHANGES_LOGITS = (
+    "min_new_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "dry_multiplier",
+    "logit_bias",
+    "banned_tokens",
+    "forced_tokens",
+)
 
 MOST_CHOICES = 64
 MOST_LOGPROBS = 100  # alternatives per token
@@ -62,6 +75,10 @@ class Request:
             raise UserError(f"request: expected either prompt or messages, found {found}")
         if not isinstance(self.params, SamplingParams):
             raise UserError(f"request: params: expected SamplingParams, found {shown(self.params)}")
+        if not isinstance(self.template_variables, Mapping):
+            raise UserError(f"request: template_variables: expected a mapping, found {shown(self.template_variables)}")
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise UserError(f"request: structure: expected a Structure, found {shown(self.structure)}")
         if self.messages is None and (self.tools or self.template_variables):
             raise UserError("request: tools and template_variables go with messages: a prompt is taken as it is")
         _require_count("n", self.n, 1, MOST_CHOICES)
@@ -94,12 +111,17 @@ class Request:
                 ("lookup", self.lookup > 0),
                 ("draft", self.draft > 0),
                 ("structure", self.structure is not None),
+                ("logprobs", self.logprobs is not None),
                 ("params.temperature", self.params.temperature != 0),
+                *((f"params.{name}", getattr(self.params, name) != getattr(_PLAIN, name)) for name in _CHANGES_LOGITS),
             )
             if given
         ]
         if other:
-            raise UserError(f"request: num_beams={self.num_beams} goes with no {other[0]}: beam search is greedy")
+            raise UserError(
+                f"request: num_beams={self.num_beams} goes with no {other[0]}: beam search compares the model's own "
+                "probabilities"
+            )
         if self.n > self.num_beams:
             raise UserError(f"request: n={self.n} answers, but num_beams={self.num_beams}; ask for as many beams")
 
@@ -171,5 +193,5 @@ def _require_count(name: str, value: Any, least: int, most: int) -> None:
 
 
 def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise UserError(f"request: {name}: expected a finite number, found {shown(value)}")

@@ -21,6 +21,8 @@ def split_stop(stop: Stop, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
     """Token ids and strings out of ``stop``; a special token's text is both. Raises UserError for what is neither."""
     ids, strings = [], []
     for item in stop_items(stop):
+        if isinstance(item, str) and not _is_unicode(item):
+            raise UserError(f"stop: {item!r} is not valid Unicode, so no answer holds it")
         if isinstance(item, str) and item:
             strings.append(item)
             token = None if tokenizer is None else tokenizer.token_id(item)
@@ -33,6 +35,14 @@ def split_stop(stop: Stop, tokenizer: Tokenizer | None, vocab_size: int) -> tupl
                 f"stop: expected token ids in 0..{vocab_size - 1} or strings that aren't empty, found {item!r}"
             )
     return ids, strings
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 class StopStrings:
