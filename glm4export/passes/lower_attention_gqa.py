@@ -31,7 +31,11 @@ def lower_attention_gqa(skeleton: Skeleton, *, take_lengths: bool = False) -> Co
     it took a mask: its inputs have one shape for every length then, and no node computes on the host.
     """
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
-    lengths = _lengths(skeleton, nodes[0]) if not take_lengths else _lengths_as_inputs(skeleton)
+    lengths: tuple[ir.Value, ...] = ()
+    if take_lengths:
+        lengths = _lengths_as_inputs(skeleton)
+    elif nodes:
+        lengths = _lengths(skeleton, nodes[0])
     _pad_rotary_tables(skeleton)
     for node in nodes:
         query, key, value, past_key, past_value, _, cos, sin = node.inputs

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
-import runpy
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,18 +191,6 @@ def test_gpu_check_passes_arguments_as_tensorrt_does(monkeypatch: pytest.MonkeyP
     assert [value & 0xFFFFFFFF for value in (appended[9], *attending[10:13])] == [3, 3, splits, rows]
     assert attending[1:3] == [keys, values] and attending[13] == attended.data_ptr()
     assert combining[0] == combining[-1] == attended.data_ptr() and combining[1:3] == attending[14:]
-
-
-def test_gpu_check_tells_that_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    monkeypatch.syspath_prepend(TOOLS)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOLS / "gpu_check.py"), run_name="__main__")
-    assert stop.value.code == 2
-    assert re.fullmatch(r"gpu_check: no GPU: torch \S+ finds no CUDA device; run this .*\n", capsys.readouterr().err)
 
 
 def test_a_device_that_kernels_are_not_made_for_is_refused() -> None:
