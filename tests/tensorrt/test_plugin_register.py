@@ -27,7 +27,6 @@ from tools.plugin_runs import driver
 from tools.plugin_runs.launch import Integers, attention
 from tools.plugin_runs.reference import Case
 
-TOOLS = Path(__file__).parents[2] / "tools"
 GLM4_9B = Geometry(32, 2, 128, 64, 4096, 128**-0.5)
 PROGRAMS = 264  # twice an H100's multiprocessors
 ATTRIBUTES = {"num_heads": 32, "kv_num_heads": 2, "head_dim": 128, "scale": 128**-0.5, "programs": PROGRAMS}
