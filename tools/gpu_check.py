@@ -3,12 +3,16 @@
     python tools/gpu_check.py -o gpu-check
     python tools/gpu_check.py -o gpu-check-9b --model zai-org/GLM-4-9B-0414
 
-Needs a CUDA build of torch, and triton. First every kernel of the attention plugin, as TensorRT gets it, against
-PyTorch; then its speed: bytes of cache read per second while decoding, beside a plain copy's, and arithmetic per second
-in prefill, beside torch's scaled_dot_product_attention. Then, for each installed TensorRT, engines of a model (the
-embedded one unless told otherwise) in every precision and with either attention: built, loaded, compared with PyTorch
-as `glm4export verify` does, and timed. Writes report.txt and report.json. Exit status 1 where a result is wrong, 2
-without a GPU.
+With torch and triton alone: every kernel of the attention plugin, as TensorRT gets it, against PyTorch, and its speed:
+bytes of cache read per second while decoding, beside a plain copy's, and arithmetic per second in prefill, beside
+torch's scaled_dot_product_attention. With the project installed too: bundles for cuda in every precision, of the
+embedded model unless told otherwise, compared with PyTorch as `glm4export verify` does, timed beside what a copy
+reaches and beside transformers, their steps as CUDA graphs, eight requests at once beside each alone; and for each
+installed TensorRT, engines in every precision, with either attention and, for the plugin, either way of updating the
+cache.
+
+Without a GPU it runs what a CPU can, and says what it skipped. Writes report.md and report.json, and begins nothing
+more after ten minutes. Exit status 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -29,13 +33,8 @@ from plugin_runs.launch import attention
 from plugin_runs.reference import Case
 from torch.nn.functional import scaled_dot_product_attention
 
-from glm4export import cli
-from glm4export.sources.checkpoint import locate
-from glm4export.tensorrt.flavour import installed_flavours
 from glm4export.tensorrt.plugin.geometry import Geometry
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
-from glm4export.verification.verify import verify
-from glm4runtime import Session, load
 from glm4runtime.contract import UserError
 
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2e-2}  # of values of size 1
@@ -43,7 +42,6 @@ GROUPS = ((1, 2), (3, 2), (6, 8), (16, 2), (24, 2))  # query heads per kv head, 
 SEQUENCES = (((0, 150, 31), 1), ((900, 3), 5), ((0, 40), 130), ((1000, 0, 1), 1))  # pasts, new tokens
 COLD_BYTES = 1 << 29  # what a round of decoding reads at least, several times the largest L2 cache
 REPEATS = 20
-DECODED = 128  # tokens that an engine's speed is taken from
 
 
 def geometry(group: int, kv_heads: int, head_dim: int, max_seq: int, dtype: str, cache: str) -> Geometry:
@@ -138,89 +136,91 @@ def prefill(capability: int, programs: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def engines(model: str | None, folder: Path) -> Iterator[dict[str, Any]]:
-    """Each engine's largest mean KL from PyTorch and its decoding speed; what could not be built or run says why."""
-    kinds = [("standard", precision) for precision in ("fp16", "bf16", "fp8", "int8", "int4")]
-    for flavour in installed_flavours():
-        plugins = (
-            [("plugin", precision) for precision in ("fp16", "bf16", "int8", "int4")] if flavour.takes_plugins else []
-        )
-        for attention_kind, precision in [*kinds, *plugins]:
-            bundle = folder / f"{flavour.name}-{precision}-{attention_kind}"
-            command = ["build", *([model] if model else []), "-o", str(bundle), "--target", "tensorrt"]
-            command += ["--precision", precision, "--attention", attention_kind, "--engine", flavour.name]
-            command += ["--max-seq-len", "2048"]
-            if precision == "fp8":
-                command += ["--calibrate", str(locate(None).folder / "heldout.txt")]
-            case = {"case": f"{flavour.name}, {precision}, {attention_kind} attention"}
-            if status := cli.main(command):
-                yield {**case, "ok": False, "error": f"glm4export build ended with status {status}"}
-                continue
-            try:
-                session = load(bundle, provider="engine")
-                found = verify(session, checkpoint=model)
-                tokens = decode_speed(session)
-            except UserError as error:
-                yield {**case, "ok": False, "error": str(error)}
-            else:
-                worst = max(phase.mean_kl for phase in found.phases)
-                yield {**case, "ok": not found.failures, "mean_kl": worst, "tokens_per_second": tokens}
+def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[str, Any]] | str]]:
+    """Each step's name and its results, or why it's skipped here."""
+    peak = None
+    no_gpu = "--cpu was given" if arguments.cpu else f"torch {torch.__version__} finds no CUDA device"
+    if arguments.cpu or not torch.cuda.is_available():
+        for name in ("kernels", "decoding", "prefill", "engines", "cuda graphs", "transformers"):
+            yield name, no_gpu
+        provider = "cpu"
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        capability, programs = 10 * properties.major + properties.minor, 2 * properties.multi_processor_count
+        peak, provider = copy_bandwidth(), "cuda"
+        yield "kernels", check(capability, programs)
+        yield "decoding", decoding(capability, programs)
+        yield "prefill", prefill(capability, programs)
+    try:
+        from gpu_runs import bundles
+    except ImportError as error:
+        yield "bundles", f"{error.name} is not installed: only kernels are checked; pip install '.[dev,gpu]' for all"
+        return
+    folder = arguments.output / "bundles"
+    wanted = arguments.precision or ("fp16", "int4", "int8", "bf16")
+    able = [precision for precision in wanted if provider == "cuda" or precision != "bf16"]
+    if len(able) < len(wanted):
+        yield "cuda bundle, bf16", "onnxruntime's CPU kernels take no bf16"
+    yield "cuda bundles", bundles.cuda_bundles(arguments.model, folder, able, provider=provider, peak=peak)
+    if provider == "cuda":
+        yield "transformers", bundles.transformers_speed(arguments.model)
+        yield "engines", bundles.engines(arguments.model, folder)
 
 
-def decode_speed(session: Session) -> float:
-    """Tokens a second, greedy, after a prompt of 512 tokens."""
-    runner = session.runner
-    runner.rewind()
-    token = int(runner.prefill(range(512)).argmax())
-    start = time.perf_counter()
-    for _ in range(DECODED):
-        token = int(runner.decode(token).argmax())
-    return DECODED / (time.perf_counter() - start)
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every step's results by its name, and what was skipped or not reached in time, with the reason."""
+    report: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "results": {}, "skipped": {}}
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")  # makes torch's context the current one, which the kernels are loaded into
+        report["device"] = torch.cuda.get_device_properties(0).name
+    end = time.monotonic() + 60 * arguments.minutes
+    for name, found in steps(arguments):
+        if isinstance(found, str):
+            report["skipped"][name] = found
+            print(f"skipped  {name}: {found}", flush=True)
+            continue
+        results = report["results"][name] = []
+        for result in found:
+            results.append(result)
+            wrong = result.get("ok", True) is False
+            if wrong or name != "kernels":  # there are hundreds
+                print(f"{'WRONG  ' if wrong else ''}{line_of(result)}", flush=True)
+            if time.monotonic() > end:
+                report["skipped"][f"the rest of {name}"] = f"{arguments.minutes:g} minutes were over"
+                break
+    return report
+
+
+def line_of(result: dict[str, Any]) -> str:
+    figures = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items())
+    return ", ".join(figures)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page: what was run, and what was not."""
+    lines = [f"# {report.get('device', 'no GPU')}, torch {report['torch']}, CUDA {report['cuda']}"]
+    for name, results in report["results"].items():
+        wrong = [result for result in results if result.get("ok", True) is False]
+        lines += ["", f"## {name}: {len(results) - len(wrong)} of {len(results)} right", ""]
+        lines += [f"- {line_of(result)}" for result in (wrong if name == "kernels" else results)]
+    lines += ["", "## Skipped", ""]
+    lines += [f"- {name}: {why}" for name, why in report["skipped"].items()] or ["- nothing"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu-check"), help="default: %(default)s")
-    parser.add_argument("--model", metavar="MODEL", help="for the engines; default: the embedded one")
+    parser.add_argument("--model", metavar="MODEL", help="for bundles and engines; default: the embedded one")
+    parser.add_argument("--cpu", action="store_true", help="what runs without a GPU; the default where there's none")
+    parser.add_argument("--precision", action="append", choices=("fp16", "bf16", "int8", "int4"), help="default: all")
+    parser.add_argument("--minutes", type=float, default=10, help="begin nothing more then; default: %(default)g")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise UserError(f"no GPU: torch {torch.__version__} finds no CUDA device; run this where there is one")
-    torch.zeros(1, device="cuda")  # makes torch's context the current one, which the kernels are loaded into
-    properties = torch.cuda.get_device_properties(0)
-    capability, programs = 10 * properties.major + properties.minor, 2 * properties.multi_processor_count
-    report: dict[str, Any] = {
-        "device": properties.name, "capability": capability, "multiprocessors": properties.multi_processor_count,
-        "torch": torch.__version__, "cuda": torch.version.cuda,
-    }  # fmt: skip
-    lines = [", ".join(f"{key} {value}" for key, value in report.items())]
     arguments.output.mkdir(parents=True, exist_ok=True)
-
-    def note(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
-
-    report["checks"] = []
-    for result in check(capability, programs):
-        report["checks"].append(result)
-        if not result["ok"]:
-            note(f"WRONG  {result['case']}: attended off by {result['error']:.2g}, cache by {result['cache']:.2g}")
-    right = sum(result["ok"] for result in report["checks"])
-    note(f"{right} of {len(report['checks'])} cases agree with PyTorch")
-    for part in (decoding, prefill):
-        report[part.__name__] = []
-        for result in part(capability, programs):
-            report[part.__name__].append(result)
-            figures = ", ".join(f"{key} {value:.3g}" for key, value in result.items() if key != "case")
-            note(f"{result['case']}: {figures}")
-    report["engines"] = []
-    for result in engines(arguments.model, arguments.output / "bundles"):
-        report["engines"].append(result)
-        note(f"{'' if result['ok'] else 'WRONG  '}{', '.join(f'{key} {value}' for key, value in result.items())}")
-    right_engines = sum(result["ok"] for result in report["engines"])
-    note(f"{right_engines} of {len(report['engines'])} engines agree with PyTorch")
-    (arguments.output / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report = run(arguments)
+    (arguments.output / "report.md").write_text(markdown(report), encoding="utf-8")
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0 if right == len(report["checks"]) and right_engines == len(report["engines"]) else 1
+    return int(any(result.get("ok", True) is False for results in report["results"].values() for result in results))
 
 
 if __name__ == "__main__":

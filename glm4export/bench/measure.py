@@ -17,10 +17,10 @@ from glm4export.bench.report import Decode, Plan, Prefill, Report, Spread
 from glm4export.bench.workload import Workload, workload
 from glm4export.machine import describe, process_memory
 from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.contract import (
-    ATTENTION_MASK,
     INPUT_IDS,
     LOGIT_ROWS,
     LOGITS,
@@ -157,8 +157,7 @@ class BatchDecoder:
         for buffer in self._cache.values():
             buffer.write(ones)
         self._batch, self._tokens = batch, Buffer((batch, 1), "int64", device)
-        self._mask = Buffer((batch, capacity), "int64", device)
-        self._mask.write(np.ones((batch, capacity), np.int64))
+        self._lengths = lengths_of(runner.manifest.graphs[runner.step_graph], batch, capacity, device)
         self._logits = Buffer((batch, 1, vocab), "float32", "cpu")
         self._first = Buffer((batch, 1), "int64", device)
         self._first.write(np.zeros((batch, 1), np.int64))
@@ -176,6 +175,7 @@ class BatchDecoder:
         self._logits.bind_output(self._binding, LOGITS)
         if graph == PREFILL:
             self._first.bind_input(self._binding, LOGIT_ROWS)
+        self._lengths.bind(self._binding, self._batch)
 
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` tokens of every sequence."""
@@ -184,7 +184,7 @@ class BatchDecoder:
     def step(self) -> None:
         """Append a token to every sequence."""
         self.length += 1
-        self._mask.bind_input(self._binding, ATTENTION_MASK, (self._batch, self.length))
+        self._lengths.tell(self._binding, [self.length] * self._batch, self.length)
         self._graph.run_with_iobinding(self._binding)
         self._tokens.write(self._logits.array.argmax(axis=-1))
 

@@ -50,6 +50,11 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
         action="store_true",
         help="weights that don't fit the GPU stay in host memory when the engine runs",
     )
+    group.add_argument(
+        "--plugin-cache",
+        choices=("aliased", "bound"),
+        help="with --attention plugin: what TensorRT is told of the cache that is updated in place (default: aliased)",
+    )
 
 
 def require_flavour(arguments: argparse.Namespace) -> None:
@@ -81,6 +86,7 @@ def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder 
         timing_cache=arguments.timing_cache,
         version_compatible=arguments.version_compatible,
         weight_streaming=arguments.weight_streaming,
+        **({} if arguments.plugin_cache is None else {"plugin_cache": arguments.plugin_cache}),
         **({} if arguments.prefill_chunk is None else {"prefill_chunk": arguments.prefill_chunk}),
     )
     return EngineBuilder(plan(options), engine_line)
@@ -88,7 +94,7 @@ def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder 
 
 _ENGINE_ONLY = (
     *("engine", "compute_capability", "prefill_chunk", "optimization_level", "workspace"),
-    *("timing_cache", "version_compatible", "weight_streaming"),
+    *("timing_cache", "version_compatible", "weight_streaming", "plugin_cache"),
 )
 
 

@@ -23,6 +23,9 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
         "on the other four",
     )
     add_gpu_options(command)
+    command.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a step as one captured graph, for cuda (never run yet)"
+    )
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
     command.add_argument(
@@ -61,6 +64,7 @@ def load_session(
         invariant=arguments.invariant,
         device_id=arguments.device_id,
         gpu_mem_limit=arguments.gpu_mem_limit,
+        cuda_graphs=arguments.cuda_graphs,
         chat_template=chat_template,
         adapters=adapters,
     )

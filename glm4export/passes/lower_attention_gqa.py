@@ -9,20 +9,33 @@ import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
 from glm4export.passes.counted import Counts, counts, per_layer
+from glm4export.terminal.errors import InternalError
 from glm4export.weights.recipes import Recipe, RotaryTable
 from glm4graphs.attention import DOMAIN, OP_TYPE
-from glm4runtime.contract import ATTENTION_MASK, UserError
+from glm4runtime.contract import ATTENTION_MASK, SEQLENS_K, TOTAL_SEQUENCE_LENGTH, UserError
 
 CONTRIB = "com.microsoft"
 _HEAD_COLUMNS = 16  # a rotated head must have a multiple of this many
 _ROTARY_COLUMNS = 8  # cos and sin must have a multiple of this many
 
 
-@counts(per_layer(attention=1))
-def lower_attention_gqa(skeleton: Skeleton) -> Counts:
-    """Counts: ``attention`` nodes lowered."""
+def _promised(skeleton: Skeleton, *, take_lengths: bool = False) -> Counts:
+    return {**per_layer(attention=1)(skeleton), "masks": int(take_lengths)}
+
+
+@counts(_promised)
+def lower_attention_gqa(skeleton: Skeleton, *, take_lengths: bool = False) -> Counts:
+    """Counts: ``attention`` nodes lowered, ``masks`` replaced.
+
+    take_lengths: the graph takes what attention is told of lengths, ``seqlens_k`` and ``total_sequence_length``, where
+    it took a mask: its inputs have one shape for every length then, and no node computes on the host.
+    """
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
-    lengths = _lengths(skeleton, nodes[0]) if nodes else ()
+    lengths: tuple[ir.Value, ...] = ()
+    if take_lengths:
+        lengths = _lengths_as_inputs(skeleton)
+    elif nodes:
+        lengths = _lengths(skeleton, nodes[0])
     _pad_rotary_tables(skeleton)
     for node in nodes:
         query, key, value, past_key, past_value, _, cos, sin = node.inputs
@@ -35,9 +48,11 @@ def lower_attention_gqa(skeleton: Skeleton) -> Counts:
             {**attributes, "do_rotary": 1, "rotary_interleaved": 1},
             domain=CONTRIB,
         )
+    if take_lengths:
+        _drop_mask(skeleton)
     skeleton.model.opset_imports.pop(DOMAIN, None)
     skeleton.model.opset_imports[CONTRIB] = 1
-    return {"attention": len(nodes)}
+    return {"attention": len(nodes), "masks": int(take_lengths)}
 
 
 def _pad_rotary_tables(skeleton: Skeleton) -> None:
@@ -59,6 +74,26 @@ def _pad_rotary_tables(skeleton: Skeleton) -> None:
             padded = Recipe(dataclasses.replace(recipe.expr, columns=columns), recipe.dtype)
             old = skeleton.graph.initializers.pop(name)
             old.replace_all_uses_with(skeleton.weight(name, padded))
+
+
+def _lengths_as_inputs(skeleton: Skeleton) -> tuple[ir.Value, ir.Value]:
+    """``seqlens_k`` int32 [batch] and ``total_sequence_length`` int32 [], behind the mask."""
+    lengths = (
+        ir.val(SEQLENS_K, ir.DataType.INT32, ["batch"]),
+        ir.val(TOTAL_SEQUENCE_LENGTH, ir.DataType.INT32, []),
+    )
+    inputs = skeleton.graph.inputs
+    index = next(i for i, value in enumerate(inputs) if value.name == ATTENTION_MASK)
+    inputs[index + 1 : index + 1] = lengths
+    return lengths
+
+
+def _drop_mask(skeleton: Skeleton) -> None:
+    inputs = skeleton.graph.inputs
+    index = next(i for i, value in enumerate(inputs) if value.name == ATTENTION_MASK)
+    if readers := sorted({use.node.op_type for use in inputs[index].uses()}):
+        raise InternalError(f"its mask is read by {', '.join(readers)}, where only {DOMAIN}::{OP_TYPE} is expected to")
+    del inputs[index]
 
 
 def _lengths(skeleton: Skeleton, anchor: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -98,7 +98,9 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     elif graph == MODEL:
         yield lower_attention_full(options.position_ids)
     else:
-        yield lower_attention_standard() if tensorrt else lower_attention_gqa()
+        # Only our own runtime runs this graph of a GPU's; others know decode, by its mask
+        lengths = (options.target, graph) == ("cuda", PREFILL)
+        yield lower_attention_standard() if tensorrt else lower_attention_gqa(take_lengths=lengths)
     if options.output_attentions:
         yield give_attentions()
     if options.cache_dtype == "int8":

@@ -17,7 +17,7 @@ from typing import Any
 from glm4export.bundle.folder import changed_bundle, require_space
 from glm4export.tensorrt.flavour import Flavour, choose_flavour
 from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
-from glm4export.tensorrt.worker import Job
+from glm4export.tensorrt.worker import ALIASED, Job
 from glm4runtime import signals
 from glm4runtime.backends.gpu import gpu_capability
 from glm4runtime.contract import (
@@ -53,6 +53,7 @@ class EngineOptions:
     timing_cache: Path | None = None
     version_compatible: bool = False
     weight_streaming: bool = False
+    plugin_cache: str = ALIASED  # or "bound", with --attention plugin
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:
@@ -135,6 +136,8 @@ class EngineBuilder:
                 f"--attention plugin: {self.plan.flavour.name} takes no plugins; build its engines with "
                 "--attention standard, or with full TensorRT on the machine with the GPU (--engine tensorrt)"
             )
+        if attention != PLUGIN and self.plan.options.plugin_cache != ALIASED:
+            raise UserError("--plugin-cache goes with --attention plugin, which this graph hasn't got; leave it out")
         require_memory(weights)
         size = sum(nbytes for _, nbytes in weights.values()) * _ENGINE_OVERHEAD + _KERNEL_BYTES
         require_space(folder, len(self.plan.compute_capabilities) * int(size))
@@ -201,6 +204,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
         timing_cache=None if options.timing_cache is None else str(options.timing_cache.absolute()),
         version_compatible=options.version_compatible,
         weight_streaming=options.weight_streaming,
+        plugin_cache=options.plugin_cache,
     )
     with show(Path(stem).name) as phase:
         facts = run(job, phase)

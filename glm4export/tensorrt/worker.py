@@ -30,6 +30,7 @@ from glm4runtime.contract import LOGIT_ROWS, UserError, installing
 from glm4runtime.contract.engine_spec import PLUGIN, Profile
 
 Say = Callable[[dict[str, Any]], None]
+ALIASED = "aliased"
 _SAMPLE_SECONDS = 0.05
 _SAMPLES_TOLD = 20  # one in so many is told
 
@@ -50,6 +51,7 @@ class Job:
     timing_cache: str | None
     version_compatible: bool
     weight_streaming: bool
+    plugin_cache: str = ALIASED  # or "bound": what the plugin tells TensorRT of the cache that it updates
 
     def to_json(self) -> str:
         """The job on one line."""
@@ -108,7 +110,7 @@ def _graph(job: Job) -> Iterator[Path]:
     from glm4export.tensorrt.plugin.graph import write_plugin_graph  # Triton and the compiler's packages
     from glm4export.tensorrt.plugin.register import register
 
-    register(int(job.compute_capability.replace(".", "")))
+    register(int(job.compute_capability.replace(".", "")), aliased=job.plugin_cache == ALIASED)
     rewritten = graph.with_name(f".plugins-{os.getpid()}.onnx")
     try:
         write_plugin_graph(graph, rewritten, programs=2 * (gpu_multiprocessors() or 1))

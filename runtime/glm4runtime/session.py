@@ -35,6 +35,7 @@ def load(
     huge_pages: bool = False,
     device_id: int = 0,
     gpu_mem_limit: float | None = None,
+    cuda_graphs: bool = False,
     chat_template: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> Session:
@@ -51,7 +52,8 @@ def load(
     pages, where Linux lets it: a second or two per GB, and steps take up to a seventh less
     (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing). device_id: which of the
     visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. gpu_mem_limit: GB that cache, weights
-    and activations may take on it, for ``cuda``. chat_template: a Jinja template in place of the bundle's, as text or
+    and activations may take on it, for ``cuda``. cuda_graphs: launch a step of decoding as one captured graph, for
+    ``cuda``; never run yet, see docs/gpu.md. chat_template: a Jinja template in place of the bundle's, as text or
     as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests call them by, for a
     bundle built with ``--lora-slots``.
 
@@ -69,6 +71,7 @@ def load(
         check_hashes=check_hashes,
         invariant=invariant,
         huge_pages=huge_pages,
+        cuda_graphs=cuda_graphs,
         adapters=adapters,
     )
     if not isinstance(bundle, str | os.PathLike):
@@ -89,6 +92,7 @@ def load(
         adapters=adapters,
         device_id=device_id,
         gpu_mem_limit=gpu_mem_limit,
+        cuda_graphs=cuda_graphs,
     )
     if huge_pages:
         collapse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,22 @@ def test_sizes_of_splits() -> None:
     ):  # fmt: skip
         assert split_sizes(batch, seq, 2, 16, 256, Integers()) == wanted
     assert split_sizes(1, 1, 8, 6, 20, Integers()) == (2, 6)
+
+
+@pytest.mark.parametrize("kv_heads,group", [(2, 16), (2, 24), (8, 6)])  # GLM-4-9B, 32B, Rumination
+@pytest.mark.parametrize("programs", [40, 116, 264])  # twice a GPU's multiprocessors: 20, 58, 132
+def test_partial_results_have_a_bound(kv_heads: int, group: int, programs: int) -> None:
+    """Their size doesn't grow with seq, so the most of a profile lies inside its range; it has a bound all the same."""
+
+    def rows(seq: int, batch: int = 1) -> int:
+        splits, kept = split_sizes(batch, seq, kv_heads, group, programs, Integers())
+        return batch * kv_heads * splits * kept
+
+    for batch, seq in itertools.product((1, 2, 8, 64), range(1, 513)):
+        assert rows(seq, batch) <= max(batch * kv_heads, 64 * programs)
+    assert max(map(rows, range(1, 513))) > rows(512) == kv_heads  # a profile's last size isn't its largest
+    inside = max(range(2, 17), key=rows)
+    assert rows(inside) >= rows(16) and (inside < 16 or kv_heads == 8)
 
 
 @pytest.mark.parametrize(

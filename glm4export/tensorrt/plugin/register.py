@@ -14,6 +14,7 @@ from glm4export.tensorrt.plugin.aot import Kernel, append_kernel, attend_kernel,
 from glm4export.tensorrt.plugin.geometry import APPEND_ROWS, Geometry, split_sizes
 from glm4export.tensorrt.plugin.graph import APPEND, ATTEND, COMBINE, NAMESPACE
 from glm4export.tensorrt.plugin.tiles import decode_tiles, prefill_tiles
+from glm4runtime.contract import UserError
 
 
 class Tactic(IntEnum):
@@ -23,11 +24,13 @@ class Tactic(IntEnum):
     PREFILL = 2
 
 
-def register(capability: int) -> None:
+def register(capability: int, *, aliased: bool = True) -> None:
     """Make the plugins known to TensorRT's registry, once per process.
 
-    ``capability``, such as 89, is the device's that the engine is for. Raises UserError for one that the kernels aren't
-    made for.
+    ``capability``, such as 89, is the device's that the engine is for. ``aliased``: tell TensorRT that an updated cache
+    is the cache; it may keep a copy, or refuse. Otherwise it's an output like any other, and is the cache only because
+    both are bound to one address, which TensorRT must then let the kernel write to. Raises UserError for a
+    capability that the kernels aren't made for.
     """
     import tensorrt as trt
     import tensorrt.plugin as trtp
@@ -63,7 +66,7 @@ def register(capability: int) -> None:
         qkv: Desc, past_key: Desc, past_value: Desc, position_ids: Desc, write_indices: Desc, cos: Desc, sin: Desc,
         key_scale: Desc, value_scale: Desc,
     ) -> tuple[Desc, Desc]:  # fmt: skip
-        return past_key.aliased(), past_value.aliased()
+        return (past_key.aliased(), past_value.aliased()) if aliased else (past_key.like(), past_value.like())
 
     @trtp.aot_impl(f"{NAMESPACE}::{APPEND}")
     def compile_append(
@@ -109,6 +112,13 @@ def register(capability: int) -> None:
         scale: float, programs: int, outputs: tuple[Desc], tactic: int,
     ) -> Launch:  # fmt: skip
         geometry = geometry_of(qkv, key_cache, cos, scale)
+        # TensorRT hands attributes over by place: two that changed theirs would compute something else, silently
+        told, found = (num_heads, kv_num_heads, head_dim), (geometry.num_heads, geometry.kv_heads, geometry.head_dim)
+        if told != found:
+            raise UserError(
+                f"attention plugin: num_heads, kv_num_heads, head_dim are {told}, the tensors' shapes say {found}; "
+                "please report this, and build with --attention standard"
+            )
         tiles = (prefill_tiles if tactic == Tactic.PREFILL else decode_tiles)(geometry)
         kernel = attend_kernel(geometry, capability, tiles)
         assert kernel.tile is not None

@@ -14,13 +14,15 @@ import numpy as np
 
 from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
+from glm4runtime.backends.cuda_graph import CAPTURING, CapturedStep, require_capture
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
+from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
 from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
-from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
+from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
 # Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
 # every matrix first, and moves five times the bytes. That for 4 bits takes 16, as many as a run may have.
@@ -41,6 +43,7 @@ class OrtRunner(Runner):
         prefill_chunk: int = 512,
         adapters: Mapping[str, Path] | None = None,
         gpu: GpuOptions = ANY_GPU,
+        cuda_graphs: bool = False,
         sequences: int = 1,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
@@ -57,10 +60,12 @@ class OrtRunner(Runner):
         names = graphs_to_open(folder, manifest)
         cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences
         options = gpu.cuda(cache_bytes, len(names)) if provider == "cuda" else {}
+        if cuda_graphs:
+            require_capture(manifest)
+            options |= CAPTURING
         self._cache = Cache(manifest.cache, self.max_seq_len, device, gpu.device_id)
         place = self.place = device, gpu.device_id
-        self._mask = Buffer((1, self.max_seq_len), "int64", *place)
-        self._mask.write(np.ones((1, self.max_seq_len), np.int64))
+        self._lengths = lengths_of(manifest.graphs[PREFILL], 1, self.max_seq_len, *place)
         self._prompt = Buffer((1, self.prefill_chunk), "int64", *place)
         self._token = Buffer((1, 1), "int64", *place)
         self._draft = Buffer((1, MAX_RUN), "int64", *place)
@@ -79,12 +84,16 @@ class OrtRunner(Runner):
         self._over_cache: set[Any] = set()  # bindings that are over it
         for binding in (self._prefill_binding, self._decode_binding, self._verify_binding):
             self._logits.bind_output(binding, LOGITS, (1, 1, manifest.vocab_size))
+            self._lengths.bind(binding, 1)
         self._token.bind_input(self._decode_binding, INPUT_IDS)
         self._last.bind_input(self._prefill_binding, LOGIT_ROWS)
         self._chooses = self.step_graph == PREFILL
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
+        self._captured = CapturedStep(manifest.vocab_size, gpu.device_id) if cuda_graphs else None
+        if self._captured is not None:
+            self._captured.bind(self._decode_binding, device)
         self._selections: dict[str | None, Selection] = {}
         self._selection: Selection | None = None
         self._over_adapter: set[Any] = set()  # bindings that have it
@@ -130,9 +139,11 @@ class OrtRunner(Runner):
     def _release(self) -> None:
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
         self.use_cache(refuse_closed)
-        del self._mask, self._prompt, self._token, self._draft, self._logits, self._row
-        del self._rows, self._last, self._positions, self._selection, self._selections
+        del self._prompt, self._token, self._draft, self._logits, self._row
+        del self._rows, self._last, self._positions, self._selection, self._selections, self._lengths
         self.pool = None
+        if self._captured is not None:
+            self._captured.close()
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
         binding, count = self._prefill_binding, len(ids)
@@ -141,11 +152,8 @@ class OrtRunner(Runner):
         self._prompt.bind_input(binding, INPUT_IDS, (1, count))
         self._last.host[0, 0] = count - 1 - padding
         self._last.upload()
-        mask = self._mask
-        if padding:  # from row 0 only: the graph takes a past's length for what the mask leaves of the run
-            mask = Buffer((1, count), "int64", *self.place)
-            mask.write(np.array([[1] * (count - padding) + [0] * padding]))
-        mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        # Padding from row 0 only: the graph takes a past's length for what is left of the run
+        self._lengths.tell(binding, [start + count - padding], start + count)
         self._bind_positions(binding, start, count)
         self._run(self._prefill, binding)
         return self._row
@@ -153,7 +161,12 @@ class OrtRunner(Runner):
     def _run_token(self, token: int, start: int) -> np.ndarray:
         self._token.host[0, 0] = token
         self._token.upload()
-        self._mask.bind_input(self._decode_binding, ATTENTION_MASK, (1, start + 1))
+        if self._captured is not None:
+            # The total is captured, so it's the most that it'll ever be
+            self._lengths.tell(self._decode_binding, [start + 1], self.max_seq_len)
+            self._over(self._decode_binding)
+            return self._captured.run(self._decode, self._decode_binding)
+        self._lengths.tell(self._decode_binding, [start + 1], start + 1)
         self._bind_positions(self._decode_binding, start, 1)
         self._run(self._decode, self._decode_binding)
         return self._row
@@ -163,7 +176,7 @@ class OrtRunner(Runner):
         self._draft.host[0, :count] = tokens
         self._draft.upload()
         self._draft.bind_input(binding, INPUT_IDS, (1, count))
-        self._mask.bind_input(binding, ATTENTION_MASK, (1, start + count))
+        self._lengths.tell(binding, [start + count], start + count)
         self._bind_positions(binding, start, count)
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (1, count))
@@ -173,13 +186,17 @@ class OrtRunner(Runner):
         return rows
 
     def _run(self, session: Any, binding: Any) -> None:
+        self._over(binding)
+        session.run_with_iobinding(binding, None if self._captured is None else self._captured.uncaptured)
+
+    def _over(self, binding: Any) -> None:
+        """Have a binding over the cache."""
         if binding not in self._over_cache:
             self._bind_cache(binding)
             self._over_cache.add(binding)
         if self._selection is not None and binding not in self._over_adapter:
             self._selection.bind(binding)
             self._over_adapter.add(binding)
-        session.run_with_iobinding(binding)
 
     def _bind_positions(self, binding: Any, start: int, count: int) -> None:
         """Where a run's tokens stand, for graphs that are told."""

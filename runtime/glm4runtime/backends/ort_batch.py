@@ -19,11 +19,12 @@ from glm4runtime.backends.cuda import open_cuda
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import takes_positions
 from glm4runtime.backends.invariance import find_batch_granule, find_granule, require_granule
+from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
 from glm4runtime.backends.pool import DevicePool, HostPool, Pool
 from glm4runtime.backends.prompt_runs import lacking
-from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
+from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
 
 _BUCKET = 256  # tokens: masks of a step get wider by as many, and are seldom bound again
 _Kind = tuple[int, bool]  # of steps: how many rows, and whether some of them use adapters
@@ -221,12 +222,9 @@ class _Steps:
         self._rows = Buffer((places, 1), "int64", *place)  # zeros: the one row that there is
         self._rows.clear()
         self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
-        self._mask = Buffer((places * pool.max_seq_len,), "int64", *place)
-        self._shape = (0, 0)  # rows and tokens that the mask is laid out for
-        self._lengths: list[int] = []  # ones in each of its rows
+        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, *place)
         self._bindings: dict[_Kind, Any] = {}
         self._selections: dict[int, Selection] = {}  # by the number of rows
-        self._widths: dict[_Kind, int] = {}  # tokens of the mask that each binding has
 
     def run(self, tokens: Sequence[int], starts: Sequence[int], adapters: Sequence[str | None]) -> np.ndarray:
         """Append a token at each place, at row ``starts[place]``; returns logits float32 [len(tokens), vocab]."""
@@ -236,14 +234,15 @@ class _Steps:
             self._selections[count].choose(adapters)
         self._tokens.host[:count, 0] = tokens
         self._tokens.upload()
-        self._fill_mask([start + 1 for start in starts])
-        if self._widths[kind] != self._shape[1]:
-            self._widths[kind] = 0  # until it's bound: an interrupt may come between
-            self._mask.bind_input(binding, ATTENTION_MASK, self._shape)
-            self._widths[kind] = self._shape[1]
+        lengths = [start + 1 for start in starts]
+        self._lengths.tell(binding, lengths, self._width(lengths))
         self._session.run_with_iobinding(binding)
         rows: np.ndarray = self._logits.array[:count, 0]
         return rows
+
+    def _width(self, lengths: list[int]) -> int:
+        """Rows that a step looks at: wider than the longest sequence changes no bit."""
+        return min(-(-max(lengths) // _BUCKET) * _BUCKET, self._pool.max_seq_len)
 
     def _bind(self, kind: _Kind) -> Any:
         binding, (count, adapted) = self._session.io_binding(), kind
@@ -254,24 +253,10 @@ class _Steps:
         self._tokens.bind_input(binding, INPUT_IDS, (count, 1))
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (count, 1))
+        self._lengths.bind(binding, count)
         self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
-        self._bindings[kind], self._widths[kind] = binding, 0
+        self._bindings[kind] = binding
         return binding
-
-    def _fill_mask(self, lengths: list[int]) -> None:
-        """So many ones in each row. A mask wider than the longest row changes no bit."""
-        count = len(lengths)
-        width = min(-(-max(lengths) // _BUCKET) * _BUCKET, self._pool.max_seq_len)
-        mask = self._mask.host[: count * width].reshape(count, width)
-        if self._shape != (count, width):
-            self._shape = (0, 0)
-            mask[...] = 0
-            self._lengths = [0] * count
-            self._shape = (count, width)
-        for row, (old, new) in enumerate(zip(self._lengths, lengths, strict=True)):
-            mask[row, min(old, new) : max(old, new)] = new > old
-        self._lengths = lengths
-        self._mask.upload()
 
 
 def _refuse_unplaced(_: Any) -> None:

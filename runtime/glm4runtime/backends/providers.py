@@ -49,6 +49,7 @@ def require_settings(
     invariant: Any = False,
     truncate: Any = False,
     huge_pages: Any = False,
+    cuda_graphs: Any = False,
     adapters: Any = None,
 ) -> None:
     """Raise UserError for arguments of ``glm4runtime.load`` or ``load_encoder`` that fit no bundle on this machine."""
@@ -67,6 +68,7 @@ def require_settings(
         )
     _require_adapters(adapters)
     switches = {"check_hashes": check_hashes, "invariant": invariant, "truncate": truncate, "huge_pages": huge_pages}
+    switches["cuda_graphs"] = cuda_graphs
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise UserError(f"{name}={shown(value)} is not True or False")
@@ -107,6 +109,7 @@ def open_runner(
     adapters: Mapping[str, str | Path] | None = None,
     device_id: Any = 0,
     gpu_mem_limit: Any = None,
+    cuda_graphs: bool = False,
 ) -> Runner:
     """Open a bundle's graphs or its engine; arguments as :func:`glm4runtime.load`'s.
 
@@ -124,6 +127,12 @@ def open_runner(
     has_step = manifest.target == TENSORRT
     files = _adapter_files(folder, manifest, adapters)
     gpu = gpu_options(device_id, gpu_mem_limit, chosen)
+    if cuda_graphs and (has_step or chosen != "cuda"):
+        raise UserError(
+            f"cuda_graphs is for bundles for cuda on cuda; this one is for {manifest.target} and runs on {chosen}"
+            + (", whose steps are captured anyway" if chosen == ENGINE else "")
+            + "; leave it out"
+        )
     prefill_chunk = prefill_chunk or default_chunk(manifest, chosen)
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
@@ -146,7 +155,7 @@ def open_runner(
     }
     if has_step:
         return OrtStepRunner(folder, manifest, **settings)
-    return OrtRunner(folder, manifest, **settings, adapters=files)
+    return OrtRunner(folder, manifest, **settings, adapters=files, cuda_graphs=cuda_graphs)
 
 
 def open_batch_runner(
