@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from glm4runtime.generation import Generation
+if TYPE_CHECKING:
+    from glm4runtime.generation import Generation
 
 
 class Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_yarn_by_option_refused(
     folder.mkdir()
     data = config_of(rope_parameters={**DEFAULT, **rope})
     (folder / "config.json").write_text(json.dumps(data))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")  # without tensors
     argv = ["build", str(folder), "-o", str(tmp_path / "out"), "--target", "cpu", *options]
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err

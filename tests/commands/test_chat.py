@@ -171,7 +171,7 @@ def test_on_a_terminal(demo_bundles: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "said.json"
     command = [*GLM4EXPORT, "chat", str(demo_bundles["fp32"]), "--max-new-tokens", "1500", "--system", ADDING[0]]
     with Terminal(command) as terminal:
-        terminal.wait("/help tells the commands.*> ")
+        terminal.wait("/help tells the commands[^>]*> ")
         terminal.type(f"{ADDING[1]}\n")
         shown = terminal.wait(r"\[.*\]")
         assert "\x1b[2mOnes: 2 + 5 = 7. Tens: 1 + 1 + 0 = 2.\x1b[22m\r\n\r\n12 + 15 = 27.\r\n" in shown
@@ -182,7 +182,7 @@ def test_on_a_terminal(demo_bundles: dict[str, Path], tmp_path: Path) -> None:
         terminal.type("/undo\n/system\nMy name is\\\nAda.\nWhat is my name?\n")
         assert re.search(r"\[\d+ prompt tokens \(\d+ cached\), ", terminal.wait("Your name is Ada\\.\r\n\\[.*\\]"))
         terminal.type(f"/save {file}\n")
-        terminal.wait("4 messages")
+        terminal.wait("4 messages[^>]*> ")  # at the prompt: the end of input is a key there
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     assert json.loads(file.read_text())[0] == {"role": "user", "content": "My name is\nAda."}
@@ -199,7 +199,7 @@ def test_ctrl_c_ends_an_answer(demo_bundles: dict[str, Path], tmp_path: Path) ->
         terminal.type("\x03")
         terminal.wait("ended by Ctrl-C")
         terminal.type(f"/save {file}\n")
-        terminal.wait("2 messages")
+        terminal.wait("2 messages[^>]*> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     assert json.loads(file.read_text())[1]["content"].startswith("Herman")

@@ -87,6 +87,7 @@ def test_without_a_device_every_call_takes_its_arguments_and_says_so() -> None:
         cuda.cudaMemcpyKind,
     )
     calls: dict[str, tuple[Any, ...]] = {
+        "cudaSetDevice": (0,),
         "cudaMalloc": (16,),
         "cudaMallocHost": (16,),
         "cudaMemset": (256, 0, 16),
