@@ -161,9 +161,11 @@ def test_clients_that_go_free_their_slots(model: Any) -> None:
         assert sender.begun.wait(60)
     for sender in (*senders, waiting):
         sender.cancelled = True
-    for sender in (*senders, waiting):
-        assert sender.wait().errors() == [("CANCELLED", "the request was cancelled")]
-        assert len([r for r in sender.responses if r.error is None]) < 1900
+    ended = [sender.wait() for sender in (*senders, waiting)]
+    # On a machine that is busy elsewhere, an answer may have come to its end before this thread cancelled it.
+    cut = [sender for sender in ended if len([r for r in sender.responses if r.error is None]) < 1900]
+    assert waiting in cut
+    assert all(sender.errors() == [("CANCELLED", "the request was cancelled")] for sender in cut)
     assert ask(model, {"messages": json.dumps(QUESTION)}).wait().texts() == ["The capital of France is Paris."]
 
 
