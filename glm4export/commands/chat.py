@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from glm4export.commands.conversation import Conversation
 from glm4export.commands.questions import ask, command_of
 from glm4export.commands.rates import Rates
-from glm4export.commands.sampling_options import add_sampling_options, sampling_params
+from glm4export.commands.sampling_options import add_answer_options, sampling_params
 from glm4export.commands.session_options import add_session_options, load_session
 from glm4runtime import signals
 from glm4runtime.contract import UserError
@@ -42,24 +42,7 @@ _DIM, _BRIGHT = "\x1b[2m", "\x1b[22m"
 def configure(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
-    command.add_argument("--system", metavar="TEXT", help="system message")
-    command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end answers before TEXT; may be given again"
-    )
-    command.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
-    )
-    add_sampling_options(command, max_new_tokens=2048)
-    command.add_argument(
-        "--lookup",
-        type=int,
-        default=0,
-        metavar="N",
-        help="guess up to N tokens per step where the text repeats itself: faster (try 7)",
-    )
-    command.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="of `glm4export adapter`, for a bundle built with --lora-slots"
-    )
+    add_answer_options(command, max_new_tokens=2048)
     add_session_options(command)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4export.commands.questions import not_text
 from glm4export.commands.rates import Rates
-from glm4export.commands.sampling_options import add_sampling_options, sampling_params
+from glm4export.commands.sampling_options import add_answer_options, sampling_params
 from glm4export.commands.session_options import add_session_options, load_session
 from glm4runtime.contract import UserError
 
@@ -29,24 +29,7 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="one question; - reads it from standard input")
     command.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
-    command.add_argument("--system", metavar="TEXT", help="system message")
-    command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT; may be given again"
-    )
-    command.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
-    )
-    add_sampling_options(command)
-    command.add_argument(
-        "--lookup",
-        type=int,
-        default=0,
-        metavar="N",
-        help="guess up to N tokens per step where the text repeats itself: faster (try 7)",
-    )
-    command.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="of `glm4export adapter`, for a bundle built with --lora-slots"
-    )
+    add_answer_options(command)
     add_session_options(command)
     command.add_argument("--json", action="store_true", help="print text, reason and timing as JSON")
 

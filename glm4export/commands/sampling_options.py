@@ -1,8 +1,9 @@
-"""Options of the commands that choose tokens, and the parameters that they make."""
+"""Options of the commands that show answers, and the sampling parameters that they make."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +12,29 @@ if TYPE_CHECKING:
 _OFF = "default: %(default)s, which is off"
 
 
-def add_sampling_options(command: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
+def add_answer_options(command: argparse.ArgumentParser, *, max_new_tokens: int = 256) -> None:
+    """Options of commands that show a model's answers."""
+    command.add_argument("--system", metavar="TEXT", help="system message")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer before TEXT; may be given again"
+    )
+    command.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a Jinja template in place of the bundle's own"
+    )
+    _add_sampling_options(command, max_new_tokens)
+    command.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens per step where the text repeats itself: faster (try 7)",
+    )
+    command.add_argument(
+        "--adapter", type=Path, metavar="FILE", help="of `glm4export adapter`, for a bundle built with --lora-slots"
+    )
+
+
+def _add_sampling_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """One option for each field of ``SamplingParams`` that makes sense without token ids."""
     command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
     command.add_argument(

@@ -46,6 +46,7 @@ def open_draft(
     provider: Provider | None,
     threads: int,
     check_hashes: bool,
+    device_id: int,
     stall_seconds: float,
 ) -> Draft:
     """Open a draft with the slots and the cache length of ``model``, or as many tokens as it has positions for.
@@ -62,6 +63,7 @@ def open_draft(
         prefill_chunk=model.prefill_chunk,
         check_hashes=check_hashes,
         invariant=False,
+        device_id=device_id,
     )
     return Draft(runner, stall_seconds)
 

@@ -128,6 +128,7 @@ class Engine:
                 provider=provider,
                 threads=threads,
                 check_hashes=check_hashes,
+                device_id=device_id,
                 stall_seconds=stall_ms / 1000,
             )
         if huge_pages:
