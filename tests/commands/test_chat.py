@@ -173,12 +173,12 @@ def test_on_a_terminal(demo_bundles: dict[str, Path], tmp_path: Path) -> None:
     with Terminal(command) as terminal:
         terminal.wait("/help tells the commands[^>]*> ")
         terminal.type(f"{ADDING[1]}\n")
-        shown = terminal.wait(r"\[.*\]")
+        shown = terminal.wait(r"\[.*\][^>]*> ")
         assert "\x1b[2mOnes: 2 + 5 = 7. Tens: 1 + 1 + 0 = 2.\x1b[22m\r\n\r\n12 + 15 = 27.\r\n" in shown
         pattern = r"\[\d+ prompt tokens, first token after \d+\.\d\d s, \d+ tokens at \d+\.\d tok/s, ended by stop\]"
         assert re.search(pattern, shown)
         terminal.type("not sent\x03")
-        terminal.wait("> ")
+        terminal.wait("\n> ")  # the prompt behind it: Ctrl-C drops what was typed before that
         terminal.type("/undo\n/system\nMy name is\\\nAda.\nWhat is my name?\n")
         assert re.search(r"\[\d+ prompt tokens \(\d+ cached\), ", terminal.wait("Your name is Ada\\.\r\n\\[.*\\]"))
         terminal.type(f"/save {file}\n")
