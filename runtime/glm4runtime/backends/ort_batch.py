@@ -73,7 +73,7 @@ class OrtBatchRunner(BatchRunner):
         )
         if self._lane.pool is not None:
             self.adapters = self._lane.pool.hashes
-        self._one_by_one = takes_positions(manifest.graphs[PREFILL])
+        self._one_by_one = takes_positions(manifest.first(PREFILL))
         if invariant:
             self._measure()
         if gpu.mem_limit is not None and (spare := self.granule - 1) > _SPARE:
@@ -222,7 +222,7 @@ class _Steps:
         self._rows = Buffer((places, 1), "int64", *place)  # zeros: the one row that there is
         self._rows.clear()
         self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
-        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, *place)
+        self._lengths = lengths_of(lane.manifest.first(lane.step_graph), places, pool.max_seq_len, *place)
         self._bindings: dict[_Kind, Any] = {}
         self._selections: dict[int, Selection] = {}  # by the number of rows
 

@@ -46,6 +46,7 @@ from glm4runtime.contract.names import (
     SEQLENS_K,
     SEQUENCE_CLASSIFICATION,
     STEP,
+    STREAM,
     TARGETS,
     TASKS,
     TENSORRT,
@@ -65,6 +66,8 @@ from glm4runtime.contract.names import (
     hidden_state_name,
     past_name,
     present_name,
+    stage_name,
+    stream_name,
 )
 
 __all__ = [
@@ -103,6 +106,7 @@ __all__ = [
     "SHA256",
     "SHA256_WORDS",
     "STEP",
+    "STREAM",
     "TARGETS",
     "TASKS",
     "TENSORRT",
@@ -145,5 +149,7 @@ __all__ = [
     "refuse_pointer",
     "sha256_of",
     "shown",
+    "stage_name",
+    "stream_name",
     "wrong_task",
 ]
