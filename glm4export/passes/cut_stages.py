@@ -3,7 +3,8 @@
 A stage is a graph of its own. It takes the residual stream in front of its first layer, ``stream.{layer}`` [batch, seq,
 hidden], from the stage before, as that computed it: in the dtype of activations, and scaled as fp16's is. The first one
 has the embedding, the last one the final norm and the head; what all layers read of the inputs, each computes for
-itself. Every pass has run by then, so stages compute what the whole graph does, node by node.
+itself. Every pass has run by then, so stages compute what the whole graph does, node by node. (ONNX Runtime computes
+fp16 on a CPU in float32, and rounds between graphs but not between most nodes: stages round the stream once more.)
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ def _stage(skeleton: Skeleton, first: int, end: int) -> Skeleton:
     graph = ir.convenience.extract(whole, [*taken, *(value.name or "" for value in whole.inputs)], outputs)
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
-    recipes = {name: recipe for name, recipe in skeleton.recipes.items() if name in graph.initializers}
+    initializers = {name: graph.initializers[name] for name in whole.initializers if name in graph.initializers}
+    graph.initializers.clear()
+    graph.initializers.update(initializers)  # in their order
+    recipes = {name: recipe for name, recipe in skeleton.recipes.items() if name in initializers}
     strange = [name for name in recipes if (found := _LAYER.match(name)) and not first <= int(found[1]) < end]
     if strange:
         raise InternalError(f"the {whole.name} graph, cut in front of layer {first}, still reads {', '.join(strange)}")

@@ -54,6 +54,7 @@ class OrtRunner(Runner):
         if provider == "cuda" and manifest.precision == "int8":
             self.draft_rows = _INT8_ROWS
         device = self.device = device_of(provider)
+        self.gpu = gpu
         self.pool = AdapterPool(manifest, device, adapters, gpu.device_id) if adapters else None
         names = graphs_to_open(folder, manifest)
         cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences

@@ -104,6 +104,7 @@ class StagedBinding:
         self._elsewhere: list[dict[str, tuple[Any, ...]]] = [{} for _ in stages]
         self._shape: tuple[int, ...] | None = None  # of the ids, to which the streams belong
         self._streams: list[Any] = []  # OrtValues, as far as there were runs of that shape
+        self._expect_streams()  # before any other output, so that they come first
 
     def bind_input(
         self, name: str, device: str, device_id: int, dtype: Any, shape: Sequence[int], address: int

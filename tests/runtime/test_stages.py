@@ -1,0 +1,369 @@
+"""Bundles of stages: the bits of one graph, on one device and on several, and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
+
+from glm4export.build.options import BuildOptions
+from glm4export.inspection import facts
+from glm4export.passes.cut_stages import split
+from glm4runtime import BundleError, Session, UserError, load
+from glm4runtime.backends import ort as ort_runner
+from glm4runtime.backends import stages
+from glm4runtime.backends.gpu_options import GpuOptions, gpu_options
+from glm4runtime.backends.ort import OrtRunner
+from glm4runtime.backends.ort_batch import OrtBatchRunner
+from glm4runtime.backends.prepare import prepare
+from glm4runtime.backends.stages import Stage, StagedGraph
+from glm4runtime.contract import WEIGHTS, read_manifest, sha256_of
+from glm4runtime.sampling import SamplingParams
+from tests.conftest import Build
+from tests.helpers import checkpoints
+from tests.helpers.heldout import HELDOUT
+
+LAYERS = 4
+KINDS: dict[str, tuple[dict[str, Any], int]] = {  # options, and stages
+    "fp32": ({"precision": "fp32"}, 3),
+    "int8": ({"precision": "int8"}, 2),
+    "int4, prefill in int8": ({"precision": "int4", "prefill_precision": "int8"}, 2),
+    "int4 with an int8 cache": ({"precision": "int4", "kv_cache": "int8", "calibrate": HELDOUT}, 4),
+}
+FP16 = {"fp16": ({"precision": "fp16"}, 2), "cuda": ({"precision": "fp16", "target": "cuda"}, 3)}
+Bundles = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def bundles(build_bundle: Build, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """A kind by its name, whole or in stages."""
+    model = checkpoints.random_model(num_hidden_layers=LAYERS, vocab_size=2000)
+    folder = checkpoints.save_with_tokenizer(model, tmp_path_factory.mktemp("stages") / "checkpoint")
+
+    def build(kind: str, stages: int | None = None) -> Path:
+        return build_bundle(folder, **{"target": "cpu", **{**KINDS, **FP16}[kind][0]}, stages=stages)
+
+    return cache(build)
+
+
+def answers(session: Session) -> list[bytes]:
+    """Prompts in chunks, steps and drafts, their cache, and tokens with guesses."""
+    runner, tokens = session.runner, np.random.default_rng(0).integers(4, 256, 40).tolist()
+    found = [runner.prefill(tokens[:23]).copy(), runner.decode(5).copy(), runner.verify([6, 7, 8]).copy()]
+    runner.accept()
+    found += [runner.decode(9).copy(), runner.prefill(tokens[23:]).copy()]
+    kept = [row.tobytes() for row in found] + runner.cache_bits(runner.length)
+    for lookup in (0, 5):
+        generated = session.generate(tokens[:8] * 3, SamplingParams(max_new_tokens=24), lookup=lookup)
+        kept.append(",".join(map(str, generated)).encode())
+    return kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_have_the_bits_of_one_graph(kind: str, bundles: Bundles) -> None:
+    count = KINDS[kind][1]
+    with (
+        load(bundles(kind), threads=1, prefill_chunk=16) as whole,
+        load(bundles(kind, count), threads=1, prefill_chunk=16) as cut,
+    ):
+        assert isinstance(cut.runner, OrtRunner) and isinstance(whole.runner, OrtRunner)
+        assert list(cut.runner.graphs) == list(whole.runner.graphs)
+        assert {len(graph.stages) for graph in cut.runner.graphs.values()} == {count}
+        assert answers(cut) == answers(whole)
+    assert not (bundles(kind, count) / "genai_config.json").exists()
+    sizes = [(bundles(kind, stages) / WEIGHTS).stat().st_size for stages in (None, count)]
+    assert sizes[0] == sizes[1]
+
+
+def test_many_sequences_over_stages(bundles: Bundles) -> None:
+    found = []
+    for bundle in (bundles("fp32"), bundles("fp32", 3)):
+        settings: dict[str, Any] = {"slots": 3, "provider": "cpu", "threads": 1, "prefill_chunk": 16}
+        runner = OrtBatchRunner(bundle, read_manifest(bundle), **settings)
+        found.append([runner.prefill(slot, [5 + slot, 6, 7], 0).tobytes() for slot in range(3)])
+        found[-1] += [
+            runner.step([2, 0], [8, 9], [3, 3]).tobytes(),
+            runner.step([0, 1, 2], [9] * 3, [4, 3, 4]).tobytes(),
+        ]
+        found[-1] += [runner.verify(1, [4, 5, 6], 4).tobytes(), runner.read_rows(1, 0, 7).tobytes()]
+        runner.close()
+    assert found[0] == found[1]
+
+
+def test_prepared_stages(bundles: Bundles, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles("fp32", 2), tmp_path / "bundle"))
+    with load(bundle, threads=1) as session:
+        wanted = session.runner.prefill([5, 6, 7]).copy()
+    prepared = prepare(bundle, read_manifest(bundle))
+    for stage in range(2):
+        first, second = ((prepared / f"{name}.{stage}" / WEIGHTS).stat() for name in ("prefill", "decode"))
+        assert first.st_ino == second.st_ino
+    with load(bundle, threads=1, check_hashes=True) as session:
+        assert np.array_equal(session.runner.prefill([5, 6, 7]), wanted)
+
+
+def test_stages_for_cuda(bundles: Bundles) -> None:
+    """Residual and norm are one node but at the cut; near to the graph without one."""
+    whole, cut = bundles("cuda"), bundles("cuda", 3)
+    nodes = [node.op_type for part in range(3) for node in onnx.load(cut / f"prefill.{part}.onnx").graph.node]
+    assert nodes.count("SkipSimplifiedLayerNormalization") == 2 * LAYERS - 1 - 2
+    assert nodes.count("RMSNormalization") == 2 * LAYERS + 1 + 1 + 2
+    require_near(cut, whole)
+
+
+def test_stages_in_fp16_round_the_stream_once_more(bundles: Bundles) -> None:
+    """On a CPU, where the whole graph keeps it in float32."""
+    require_near(bundles("fp16", 2), bundles("fp16"))
+
+
+def require_near(bundle: Path, other: Path) -> None:
+    with load(bundle, provider="cpu", threads=1) as ours, load(other, provider="cpu", threads=1) as theirs:
+        wanted = theirs.runner.prefill([5, 6, 7, 8])
+        assert np.abs(ours.runner.prefill([5, 6, 7, 8]) - wanted).max() < 2e-3 * np.abs(wanted).max()
+        params = SamplingParams(max_new_tokens=16)
+        assert list(ours.generate([5, 6, 7], params)) == list(theirs.generate([5, 6, 7], params))
+
+
+@pytest.mark.parametrize(
+    ("costs", "parts", "lengths"),
+    [
+        ([3, 1, 1, 1, 1, 1], 2, (2, 4)),
+        ([3, 1, 1, 1, 1, 3], 2, (3, 3)),
+        ([1, 1, 1, 1, 9], 3, (2, 2, 1)),
+        ([1, 1, 1, 1, 1], 4, (1, 1, 1, 2)),
+        ([7, 1, 1], 3, (1, 1, 1)),
+    ],
+)
+def test_the_largest_stage_is_as_small_as_can_be(costs: list[int], parts: int, lengths: tuple[int, ...]) -> None:
+    assert split(costs, parts) == lengths
+
+
+def test_tables_count_where_they_are_read(bundles: Bundles) -> None:
+    """The embedding's table weighs as much as layers do, and in fp16 twice what the head takes in int8."""
+    assert read_manifest(bundles("fp32", 2)).stages == (2, 2)
+    found = facts.inspect_bundle(bundles("int8", 2))
+    assert found["stages"] == [1, 3]
+    assert "  stages     2, of 1, 3 layers\n" in facts.text(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": 1}, "--stages 1: expected at least 2; leave it out for one graph with all layers"),
+        (
+            {"target": "tensorrt"},
+            "--stages does not go with --target tensorrt, whose engines are made of one graph; build",
+        ),
+        (
+            {"inputs": "embeds"},
+            "--stages does not go with --inputs embeds, which is for programs that run a graph them",
+        ),
+        ({"output_hidden_states": True}, "--stages does not go with --output-hidden-states, which is for programs"),
+        ({"output_attentions": True}, "--stages does not go with --output-attentions, which is for programs"),
+        ({"position_ids": True}, "--stages does not go with --position-ids, which is for programs"),
+        ({"lora_slots": 2}, "--stages does not go with --lora-slots, whose adapters lie on one device; merge one with"),
+    ],
+)
+def test_options_that_do_not_go_with_stages(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        BuildOptions(**{"precision": "fp16", "stages": 2, **options})
+    assert message in str(error.value)
+
+
+def test_models_that_have_no_stages() -> None:
+    options = BuildOptions(stages=5)
+    with pytest.raises(UserError, match="--stages 5: the model has 4 layers; ask for as many stages at most"):
+        options.require_fit("causal-lm", 4)
+    with pytest.raises(UserError, match="--stages goes with --task causal-lm, not with features; build without it"):
+        options.require_fit("features", 40)
+
+
+def changed(manifest: dict[str, Any], *names: str) -> None:
+    """The graphs of two stages put into each other's place."""
+    graphs = manifest["graphs"]
+    graphs[names[0]], graphs[names[1]] = graphs[names[1]], graphs[names[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(stages=[2, 1]), r"json: stages is \[2, 1\], expected the layers of each, 4 in all"),
+        (lambda m: m.update(stages=[4, 0]), r"stages is \[4, 0\], expected the layers of each, 4 in all"),
+        (lambda m: m.update(stages=[]), r"stages is \[\], expected the layers of each, 4 in all"),
+        (lambda m: m.update(stages=[2.0, 2]), "stages holds 2.0, expected int"),
+        (lambda m: m.update(stages=[2, 1, 1]), "manifest.json: no prefill.2 graph; build the bundle again"),
+        (lambda m: m.update(stages=[3, 1]), r"\.0\.onnx: it has keys and values of 2 layers, .* cache of 3"),
+        (lambda m: m.pop("stages"), "manifest.json: no prefill graph; build the bundle again"),
+        (lambda m: m["graphs"].pop("decode.1"), "manifest.json: no decode.1 graph; build the bundle again"),
+        (lambda m: changed(m, "decode.0", "decode.1"), r"decode\.\d\.onnx: (it has no past_key|its logits are)"),
+    ],
+)  # fmt: skip
+def test_manifests_that_are_not_their_stages(
+    change: Callable[[Any], Any], message: str, bundles: Bundles, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(bundles("fp32", 2), tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        load(bundle)
+
+
+def test_files_that_are_not_their_stages(bundles: Bundles, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles("fp32", 2), tmp_path / "bundle"))
+    kept = (bundle / "prefill.1.onnx").read_bytes()
+    (bundle / "prefill.1.onnx").unlink()
+    with pytest.raises(BundleError, match=r"prefill\.1\.onnx: missing; the manifest lists it"):
+        load(bundle)
+    model = onnx.load_from_string(kept)
+    for values in (model.graph.input, *(node.input for node in model.graph.node)):
+        for index, value in enumerate(values):  # of another build, that was cut elsewhere
+            if isinstance(value, str) and value == "stream.2":
+                values[index] = "stream.3"
+            elif getattr(value, "name", "") == "stream.2":
+                value.name = "stream.3"
+    onnx.save(model, bundle / "prefill.1.onnx")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    told = manifest["files"]["prefill.1.onnx"]
+    told["size"], told["sha256"] = (bundle / "prefill.1.onnx").stat().st_size, sha256_of(bundle / "prefill.1.onnx")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"prefill\.1\.onnx: its input is 'stream.3' .*the manifest says 'stream.2'"):
+        load(bundle)
+    next(spec for spec in manifest["graphs"]["prefill.1"]["inputs"] if spec["name"] == "stream.2")["name"] = "stream.3"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"takes 'stream.3' .*, expected stream.2; it gets 'stream.2' float32"):
+        load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("device_id", "provider", "stages", "message"),
+    [
+        ([0, 1], "cpu", (2, 2), "device_id=[0, 1]: several devices are for cuda, this session runs on cpu"),
+        ([0, 1], "cuda", None, "device_id=[0, 1]: the bundle has no stages, so it runs on one device; give one"),
+        ((0, 1, 2), "cuda", (2, 2), "device_id=[0, 1, 2]: the bundle has 2 stages; give a device for each"),
+        ([0, -1], "cuda", (2, 2), "device_id=-1 is not a whole number from 0 on"),
+    ],
+)  # fmt: skip
+def test_devices_that_do_not_fit(device_id: Any, provider: str, stages: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        gpu_options(device_id, None, provider, stages)
+    assert message in str(error.value)
+
+
+def test_devices_of_stages() -> None:
+    assert gpu_options([1, 1], 2, "cuda", (2, 2)) == GpuOptions(1, 2)
+    several = gpu_options((1, 0, 1), 2, "cuda", (2, 2, 1))
+    assert several == GpuOptions(1, 2, (1, 0, 1)) and several.devices == (1, 0)
+
+
+def test_one_device_is_all_that_many_sequences_have(bundles: Bundles) -> None:
+    manifest = read_manifest(bundles("fp32", 2))
+    from glm4runtime.backends.providers import open_batch_runner
+
+    sizes: dict[str, Any] = {"slots": 2, "threads": 0, "max_seq_len": None}
+    with pytest.raises(
+        UserError, match=r"device_id=\[0, 1\]: several sequences at once have their caches on one device"
+    ):
+        open_batch_runner(bundles("fp32", 2), manifest, provider="cuda", device_id=[0, 1], **sizes)
+
+
+def test_a_device_for_each_stage(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in: devices in the host's memory, and sessions that compute there. Same bits, each cache on its own."""
+    on_cpu = ort_collection.OrtDevice.make("cpu", 0)
+    asked: list[tuple[Any, ...]] = []
+    limits: list[tuple[str, int]] = []
+    opened = stages.open_session
+
+    def opened_on_cpu(path: Path, provider: str, threads: int, *, optimized: bool, options: Any) -> Any:
+        limits.append((options["device_id"], int(options["gpu_mem_limit"])))
+        return opened(path, "cpu", threads)
+
+    with load(bundles("fp32"), threads=1, prefill_chunk=16) as session:
+        wanted = answers(session)
+    monkeypatch.setattr(ort_collection.OrtDevice, "make", lambda *where: asked.append(where) or on_cpu)
+    for module in (ort_runner, stages):
+        monkeypatch.setattr(module, "device_of", lambda provider: "cuda")
+    monkeypatch.setattr(stages, "open_session", opened_on_cpu)
+    bundle = bundles("fp32", 3)
+    manifest = read_manifest(bundle)
+    gpu = GpuOptions(0, 1, (0, 1, 1))
+    runner = OrtRunner(bundle, manifest, provider="cuda", threads=1, prefill_chunk=16, gpu=gpu)
+    session = Session(bundle, manifest, runner, None)  # type: ignore[arg-type]
+    assert {where[:2] for where in asked if where[0] == "cuda"} == {("cuda", 0), ("cuda", 1)}
+    row = manifest.cache.bytes_per_token * manifest.cache.max_seq_len // LAYERS
+    first, *others = manifest.stages or ()
+    rest = (10**9 - row * sum(others)) // 2
+    assert limits == [("0", 10**9 - row * first), ("1", rest), ("1", rest)]
+    assert [bits for bits in answers(session) if len(bits) < 4096] == [bits for bits in wanted if len(bits) < 4096]
+    runner.close()
+
+
+class Recorder:
+    """A session and its binding in one, that notes what is bound and run."""
+
+    def __init__(self, name: str, inputs: list[str], outputs: list[str], notes: list[str]) -> None:
+        self.name, self.notes, self.ends = name, notes, (inputs, outputs)
+
+    def get_inputs(self) -> list[Any]:
+        return [type("Arg", (), {"name": name}) for name in self.ends[0]]
+
+    def get_outputs(self) -> list[Any]:
+        return [type("Arg", (), {"name": name}) for name in self.ends[1]]
+
+    def io_binding(self) -> Recorder:
+        return Bound(self.name, *self.ends, self.notes)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.notes.append(f"run {self.name}")
+
+
+class Bound(Recorder):
+    def bind_input(self, name: str, device: str, device_id: int, *_: Any) -> None:
+        self.notes.append(f"{self.name} < {name} at {device}:{device_id}")
+
+    def bind_output(self, name: str, device: str, device_id: int, *_: Any) -> None:
+        self.notes.append(f"{self.name} > {name} at {device}:{device_id}")
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self.notes.append(f"{self.name} < {value}")
+
+    def get_outputs(self) -> list[Any]:
+        return [f"the stream of {self.name}"]
+
+
+def test_what_is_bound_and_copied() -> None:
+    """On one device once; what comes from another one, at every run."""
+    notes: list[str] = []
+    ends = [(["input_ids", "mask"], ["stream.2"]), (["stream.2", "mask"], ["stream.4"]), (["stream.4"], ["logits"])]
+    made = [Recorder(f"stage {index}", *names, notes) for index, names in enumerate(ends)]
+    graph = StagedGraph([Stage(session, ("cuda", at)) for session, at in zip(made, (0, 1, 1), strict=True)])
+    binding = graph.io_binding()
+    streams = ["stage 0 > stream.2 at cpu:0", "stage 1 > stream.4 at cuda:1"]
+    assert notes == streams  # in front of all other outputs
+    notes.clear()
+    where = (np.int64, (1, 3), 0)
+    binding.bind_input("input_ids", "cuda", 0, *where)
+    binding.bind_input("mask", "cuda", 0, *where)
+    binding.bind_output("logits", "cpu", 0, *where)
+    bound = ["stage 0 < input_ids at cuda:0", "stage 0 < mask at cuda:0", "stage 1 < mask at cuda:0"]
+    assert notes == [*streams, *bound, "stage 2 > logits at cpu:0"]
+    runs = []
+    for _ in range(2):
+        notes.clear()
+        graph.run_with_iobinding(binding)
+        runs.append(list(notes))
+    crossing = ["run stage 0", "stage 1 < the stream of stage 0", "stage 1 < mask at cuda:0", "run stage 1"]
+    assert runs == [[*crossing, "stage 2 < the stream of stage 1", "run stage 2"], [*crossing, "run stage 2"]]
+    notes.clear()
+    binding.bind_input("input_ids", "cuda", 0, np.int64, (1, 3), 8)  # as many: streams have their place
+    assert notes == ["stage 0 < input_ids at cuda:0"]
+    binding.bind_input("input_ids", "cuda", 0, np.int64, (1, 4), 8)
+    assert notes[1:3] == streams
