@@ -18,8 +18,8 @@ from glm4export.build.options import BuildOptions
 from glm4export.inspection import facts
 from glm4export.passes.cut_stages import split
 from glm4runtime import BundleError, Session, UserError, load
+from glm4runtime.backends import cuda, ort_batch, stages
 from glm4runtime.backends import ort as ort_runner
-from glm4runtime.backends import stages
 from glm4runtime.backends.gpu_options import GpuOptions, gpu_options
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_batch import OrtBatchRunner
@@ -29,6 +29,7 @@ from glm4runtime.contract import WEIGHTS, read_manifest, sha256_of
 from glm4runtime.sampling import SamplingParams
 from tests.conftest import Build
 from tests.helpers import checkpoints
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.heldout import HELDOUT
 
 LAYERS = 4
@@ -84,18 +85,29 @@ def test_stages_have_the_bits_of_one_graph(kind: str, bundles: Bundles) -> None:
 
 
 def test_many_sequences_over_stages(bundles: Bundles) -> None:
-    found = []
-    for bundle in (bundles("fp32"), bundles("fp32", 3)):
-        settings: dict[str, Any] = {"slots": 3, "provider": "cpu", "threads": 1, "prefill_chunk": 16}
-        runner = OrtBatchRunner(bundle, read_manifest(bundle), **settings)
-        found.append([runner.prefill(slot, [5 + slot, 6, 7], 0).tobytes() for slot in range(3)])
-        found[-1] += [
-            runner.step([2, 0], [8, 9], [3, 3]).tobytes(),
-            runner.step([0, 1, 2], [9] * 3, [4, 3, 4]).tobytes(),
-        ]
-        found[-1] += [runner.verify(1, [4, 5, 6], 4).tobytes(), runner.read_rows(1, 0, 7).tobytes()]
-        runner.close()
-    assert found[0] == found[1]
+    one, three = (
+        steps(OrtBatchRunner(bundle, read_manifest(bundle), provider="cpu", **SIZES))
+        for bundle in (bundles("fp32"), bundles("fp32", 3))
+    )
+    assert one == three
+
+
+SIZES: dict[str, Any] = {"slots": 3, "threads": 1, "prefill_chunk": 16, "max_seq_len": 32}
+
+
+def steps(runner: OrtBatchRunner) -> list[bytes]:
+    """Prompts, steps that move slots, drafts, rows moved about and what the cache holds then."""
+    found = [runner.prefill(slot, [5 + slot, 6, 7], 0).tobytes() for slot in range(3)]
+    found += [runner.step([2, 0], [8, 9], [3, 3]).tobytes(), runner.step([0, 1, 2], [9] * 3, [4, 3, 4]).tobytes()]
+    found.append(runner.verify(1, [4, 5, 6], 4).tobytes())
+    runner.copy_rows(0, 1, 4)
+    runner.write_rows(2, 3, runner.read_rows(0, 3, 4))
+    found += [
+        runner.step([1, 2], [6, 7], [4, 4]).tobytes(),
+        *(runner.read_rows(slot, 0, 5).tobytes() for slot in range(3)),
+    ]
+    runner.close()
+    return found
 
 
 def test_prepared_stages(bundles: Bundles, tmp_path: Path) -> None:
@@ -264,46 +276,53 @@ def test_devices_of_stages() -> None:
     assert several == GpuOptions(1, 2, (1, 0, 1)) and several.devices == (1, 0)
 
 
-def test_one_device_is_all_that_many_sequences_have(bundles: Bundles) -> None:
-    manifest = read_manifest(bundles("fp32", 2))
-    from glm4runtime.backends.providers import open_batch_runner
-
-    sizes: dict[str, Any] = {"slots": 2, "threads": 0, "max_seq_len": None}
-    with pytest.raises(
-        UserError, match=r"device_id=\[0, 1\]: several sequences at once have their caches on one device"
-    ):
-        open_batch_runner(bundles("fp32", 2), manifest, provider="cuda", device_id=[0, 1], **sizes)
-
-
-def test_a_device_for_each_stage(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in: devices in the host's memory, and sessions that compute there. Same bits, each cache on its own."""
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """A stand-in: GPUs in the host's memory, and sessions that compute there. What was asked of them."""
     on_cpu = ort_collection.OrtDevice.make("cpu", 0)
-    asked: list[tuple[Any, ...]] = []
-    limits: list[tuple[str, int]] = []
-    opened = stages.open_session
+    asked: dict[str, list[Any]] = {"memory": [], "limits": []}
+    opened, api = stages.open_session, FakeCuda()
+
+    def make(name: str, device_id: int, *_: Any) -> Any:
+        asked["memory"].append((name, device_id))
+        return on_cpu
 
     def opened_on_cpu(path: Path, provider: str, threads: int, *, optimized: bool, options: Any) -> Any:
-        limits.append((options["device_id"], int(options["gpu_mem_limit"])))
+        asked["limits"].append((options["device_id"], options.get("gpu_mem_limit")))
         return opened(path, "cpu", threads)
 
-    with load(bundles("fp32"), threads=1, prefill_chunk=16) as session:
-        wanted = answers(session)
-    monkeypatch.setattr(ort_collection.OrtDevice, "make", lambda *where: asked.append(where) or on_cpu)
+    monkeypatch.setattr(ort_collection.OrtDevice, "make", make)
     for module in (ort_runner, stages):
         monkeypatch.setattr(module, "device_of", lambda provider: "cuda")
     monkeypatch.setattr(stages, "open_session", opened_on_cpu)
+    monkeypatch.setattr(ort_batch, "open_cuda", lambda extra: cuda.Cuda(api))
+    return asked
+
+
+def test_a_device_for_each_stage(bundles: Bundles, devices: dict[str, list[Any]]) -> None:
+    """Each cache on its own, and a limit for each; the bits of one."""
     bundle = bundles("fp32", 3)
-    manifest = read_manifest(bundle)
-    gpu = GpuOptions(0, 1, (0, 1, 1))
-    runner = OrtRunner(bundle, manifest, provider="cuda", threads=1, prefill_chunk=16, gpu=gpu)
-    session = Session(bundle, manifest, runner, None)  # type: ignore[arg-type]
-    assert {where[:2] for where in asked if where[0] == "cuda"} == {("cuda", 0), ("cuda", 1)}
+    manifest, found = read_manifest(bundle), []
+    for ids in ((), (0, 1, 1)):
+        devices["limits"].clear()
+        gpu = GpuOptions(0, 1, ids)
+        runner = OrtRunner(bundle, manifest, provider="cuda", threads=1, prefill_chunk=16, gpu=gpu)
+        found.append(answers(Session(bundle, manifest, runner, None)))  # type: ignore[arg-type]
+        runner.close()
+    assert found[0] == found[1]
+    assert {where for where in devices["memory"] if where[0] == "cuda"} == {("cuda", 0), ("cuda", 1)}
     row = manifest.cache.bytes_per_token * manifest.cache.max_seq_len // LAYERS
     first, *others = manifest.stages or ()
-    rest = (10**9 - row * sum(others)) // 2
-    assert limits == [("0", 10**9 - row * first), ("1", rest), ("1", rest)]
-    assert [bits for bits in answers(session) if len(bits) < 4096] == [bits for bits in wanted if len(bits) < 4096]
-    runner.close()
+    rest = str((10**9 - row * sum(others)) // 2)
+    assert devices["limits"] == [("0", str(10**9 - row * first)), ("1", rest), ("1", rest)]
+
+
+def test_many_sequences_over_devices(bundles: Bundles, devices: dict[str, list[Any]]) -> None:
+    bundle, found = bundles("fp32", 3), []
+    for ids in ((), (0, 1, 1)):
+        gpu = GpuOptions(0, None, ids)
+        found.append(steps(OrtBatchRunner(bundle, read_manifest(bundle), provider="cuda", gpu=gpu, **SIZES)))
+    assert found[0] == found[1]
 
 
 class Recorder:

@@ -22,7 +22,7 @@ from glm4runtime.backends.invariance import find_batch_granule, find_granule, re
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
-from glm4runtime.backends.pool import DevicePool, HostPool, Pool
+from glm4runtime.backends.pool import DevicePool, HostPool, Pool, SplitPool
 from glm4runtime.backends.prompt_runs import lacking
 from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
 
@@ -170,10 +170,12 @@ class OrtBatchRunner(BatchRunner):
 
     def _new_pool(self, max_seq_len: int, places: int) -> Pool:
         spec = self.manifest.cache
-        device, device_id = self._lane.place
-        if device == "cpu":
+        gpu, stages = self._lane.gpu, self.manifest.stages
+        if self._lane.device == "cpu":
             return HostPool(spec, max_seq_len, places)
-        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), device_id)
+        if stages is not None and len(gpu.devices) > 1:
+            return SplitPool(spec, max_seq_len, places, open_cuda("gpu"), list(zip(stages, gpu.stages, strict=True)))
+        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), gpu.device_id)
 
     def _measure(self) -> None:
         """Set both granules; the lane's own cache is given up."""

@@ -199,11 +199,6 @@ def open_batch_runner(
         )
     files = _adapter_files(folder, manifest, adapters)
     gpu = gpu_options(device_id, gpu_mem_limit, chosen, manifest.stages)
-    if len(gpu.devices) > 1:
-        raise UserError(
-            f"device_id={shown(list(gpu.stages))}: several sequences at once have their caches on one device; give one "
-            "number, or load the bundle as a session"
-        )
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
     _require_ready(folder, manifest, chosen, check_hashes=check_hashes, devices=gpu.devices)
