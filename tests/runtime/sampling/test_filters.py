@@ -82,6 +82,20 @@ def test_typical_at_full_vocabulary(spread: float, mass: float) -> None:
     assert np.count_nonzero(found != expected) <= 2e-3 * np.count_nonzero(expected)
 
 
+@pytest.mark.parametrize("step", [0.0, 0.01, 0.25])
+@pytest.mark.parametrize("mass", [0.05, 0.9, 0.9999])
+def test_nucleus_at_full_vocabulary(step: float, mass: float) -> None:
+    """Rows without a peak, with few ties and with many: as many tokens as a sum over a sort says, lowest ids first."""
+    logits = np.random.default_rng(1).standard_normal(151552)
+    logits = (np.round(logits / step) * step if step else logits).astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    sums = np.cumsum(np.exp(logits.astype(np.float64) - logits.max())[order])
+    count = int(np.searchsorted(sums, mass * sums[-1])) + 1
+    found = kept(logits, top_p=mass) > 0
+    assert np.count_nonzero(found) == pytest.approx(count, abs=1)  # exp in float32 may round it to a neighbour
+    assert np.array_equal(np.flatnonzero(found), np.sort(order[: np.count_nonzero(found)]))
+
+
 def xtc(probabilities: NDArray[np.float64], threshold: float, special: tuple[int, ...]) -> NDArray[np.float64]:
     """text-generation-webui's XTCLogitsWarper by definition, where it acts."""
     order = np.argsort(-probabilities, kind="stable")
@@ -102,6 +116,12 @@ def test_xtc_by_its_definition(logits: Logits, threshold: float, top_k: int, sto
     found = kept(logits, 0.29, stop, **params, xtc_probability=0.3, xtc_threshold=threshold)
     np.testing.assert_allclose(found, xtc(before, threshold, stop), rtol=1e-4, atol=1e-12)
     assert np.array_equal(kept(logits, 0.3, stop, **params, xtc_probability=0.3), kept(logits, **params))
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.55}, {"top_k": 2}, {"temperature": 0.001}])
+def test_xtc_leaves_a_token_that_earlier_cuts_left(cut: dict[str, float]) -> None:
+    logits = np.log(np.array([0.3, 0.29, 0.21, 0.2], np.float32))
+    assert kept(logits, **cut, xtc_probability=1.0, xtc_threshold=0.0).tolist() == [0, 1, 0, 0]
 
 
 def test_xtc_acts_as_often_as_asked() -> None:
