@@ -107,8 +107,10 @@ class Cache:
     All lie in one allocation on each device: its memory is handed out in larger pieces than a layer needs.
     """
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, device: str, device_ids: Sequence[int] = ()) -> None:
-        """device_ids: the device of each layer; none: the first.
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, device: str, device_ids: Sequence[int] = (), first_layer: int = 0
+    ) -> None:
+        """device_ids: the device of each layer; none: the first. first_layer: of the model, that is the cache's first.
 
         Raises UserError, with the sizes, where there's no memory for it.
         """
@@ -118,7 +120,8 @@ class Cache:
         ids = device_ids or [0] * spec.layers
         try:
             for device_id in dict.fromkeys(ids):
-                parts = [(i, part) for i in range(spec.layers) if ids[i] == device_id for part in ("key", "value")]
+                layers = [first_layer + index for index, own in enumerate(ids) if own == device_id]
+                parts = [(layer, part) for layer in layers for part in ("key", "value")]
                 shape = (len(parts), 1, spec.kv_heads, max_seq_len, spec.head_dim)
                 whole = Buffer(shape, spec.dtype, device, device_id)
                 self._wholes.append(whole)

@@ -43,10 +43,11 @@ class OrtRunner(Runner):
         gpu: GpuOptions = ANY_GPU,
         cuda_graphs: bool = False,
         sequences: int = 1,
+        graphs: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
-        sequences: caches that a memory limit must leave room for.
+        sequences: caches that a memory limit must leave room for. graphs: what to run, where it's opened already.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
@@ -56,7 +57,6 @@ class OrtRunner(Runner):
         device = self.device = device_of(provider)
         self.gpu = gpu
         self.pool = AdapterPool(manifest, device, adapters, gpu.device_id) if adapters else None
-        names = graphs_to_open(folder, manifest)
         cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences
         if cuda_graphs:
             require_capture(manifest)
@@ -75,10 +75,10 @@ class OrtRunner(Runner):
         self._last = Buffer((1, 1), "int64", *place)
         width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.first(PREFILL)) else 0
         self._positions = Buffer((1, width), "int64", *place) if width else None
-        self._graphs = open_graphs(
+        self._graphs = dict(graphs or {}) or open_graphs(
             folder,
             manifest,
-            names,
+            graphs_to_open(folder, manifest),
             provider=provider,
             threads=threads,
             gpu=gpu,
