@@ -44,7 +44,8 @@ def main() -> int:
             for lookup in (0, 7):
                 (wanted, near), (found, far) = (tokens(session, lookup) for session in (here, there))
                 same = found == wanted
-                print(f"lookup {lookup}: {len(found)} tokens {'equal' if same else 'DIFFER'}, {near:.1f} and {far:.1f} ms each")
+                told = "equal" if same else "DIFFER"
+                print(f"lookup {lookup}: {len(found)} tokens {told}, {near:.1f} and {far:.1f} ms each")
                 failed += not same
             first = there.runner.graphs["prefill"].stages[0].session  # type: ignore[attr-defined]
             ray.kill(first._actor)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,17 @@ import onnx
 import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
 
-from glm4export.build.options import BuildOptions
 from glm4export.inspection import facts
-from glm4export.passes.cut_stages import split
 from glm4runtime import BundleError, Session, UserError, load
 from glm4runtime.backends import cuda, ort_batch, stages
 from glm4runtime.backends import ort as ort_runner
-from glm4runtime.backends.gpu_options import GpuOptions, gpu_options
+from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_batch import OrtBatchRunner
 from glm4runtime.backends.prepare import prepare
-from glm4runtime.backends.stages import Stage, StagedGraph
 from glm4runtime.contract import WEIGHTS, read_manifest, sha256_of
 from glm4runtime.sampling import SamplingParams
+from glm4serve.deploy import ray_stages
 from tests.conftest import Build
 from tests.helpers import checkpoints
 from tests.helpers.fake_cuda import FakeCuda
@@ -144,58 +143,12 @@ def require_near(bundle: Path, other: Path) -> None:
         assert list(ours.generate([5, 6, 7], params)) == list(theirs.generate([5, 6, 7], params))
 
 
-@pytest.mark.parametrize(
-    ("costs", "parts", "lengths"),
-    [
-        ([3, 1, 1, 1, 1, 1], 2, (2, 4)),
-        ([3, 1, 1, 1, 1, 3], 2, (3, 3)),
-        ([1, 1, 1, 1, 9], 3, (2, 2, 1)),
-        ([1, 1, 1, 1, 1], 4, (1, 1, 1, 2)),
-        ([7, 1, 1], 3, (1, 1, 1)),
-    ],
-)
-def test_the_largest_stage_is_as_small_as_can_be(costs: list[int], parts: int, lengths: tuple[int, ...]) -> None:
-    assert split(costs, parts) == lengths
-
-
 def test_tables_count_where_they_are_read(bundles: Bundles) -> None:
     """The embedding's table weighs as much as layers do, and in fp16 twice what the head takes in int8."""
     assert read_manifest(bundles("fp32", 2)).stages == (2, 2)
     found = facts.inspect_bundle(bundles("int8", 2))
     assert found["stages"] == [1, 3]
     assert "  stages     2, of 1, 3 layers\n" in facts.text(found)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stages": 1}, "--stages 1: expected at least 2; leave it out for one graph with all layers"),
-        (
-            {"target": "tensorrt"},
-            "--stages does not go with --target tensorrt, whose engines are made of one graph; build",
-        ),
-        (
-            {"inputs": "embeds"},
-            "--stages does not go with --inputs embeds, which is for programs that run a graph them",
-        ),
-        ({"output_hidden_states": True}, "--stages does not go with --output-hidden-states, which is for programs"),
-        ({"output_attentions": True}, "--stages does not go with --output-attentions, which is for programs"),
-        ({"position_ids": True}, "--stages does not go with --position-ids, which is for programs"),
-        ({"lora_slots": 2}, "--stages does not go with --lora-slots, whose adapters lie on one device; merge one with"),
-    ],
-)
-def test_options_that_do_not_go_with_stages(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        BuildOptions(**{"precision": "fp16", "stages": 2, **options})
-    assert message in str(error.value)
-
-
-def test_models_that_have_no_stages() -> None:
-    options = BuildOptions(stages=5)
-    with pytest.raises(UserError, match="--stages 5: the model has 4 layers; ask for as many stages at most"):
-        options.require_fit("causal-lm", 4)
-    with pytest.raises(UserError, match="--stages goes with --task causal-lm, not with features; build without it"):
-        options.require_fit("features", 40)
 
 
 def changed(manifest: dict[str, Any], *names: str) -> None:
@@ -255,27 +208,6 @@ def test_files_that_are_not_their_stages(bundles: Bundles, tmp_path: Path) -> No
         load(bundle)
 
 
-@pytest.mark.parametrize(
-    ("device_id", "provider", "stages", "message"),
-    [
-        ([0, 1], "cpu", (2, 2), "device_id=[0, 1]: several devices are for cuda, this session runs on cpu"),
-        ([0, 1], "cuda", None, "device_id=[0, 1]: the bundle has no stages, so it runs on one device; give one"),
-        ((0, 1, 2), "cuda", (2, 2), "device_id=[0, 1, 2]: the bundle has 2 stages; give a device for each"),
-        ([0, -1], "cuda", (2, 2), "device_id=-1 is not a whole number from 0 on"),
-    ],
-)  # fmt: skip
-def test_devices_that_do_not_fit(device_id: Any, provider: str, stages: Any, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        gpu_options(device_id, None, provider, stages)
-    assert message in str(error.value)
-
-
-def test_devices_of_stages() -> None:
-    assert gpu_options([1, 1], 2, "cuda", (2, 2)) == GpuOptions(1, 2)
-    several = gpu_options((1, 0, 1), 2, "cuda", (2, 2, 1))
-    assert several == GpuOptions(1, 2, (1, 0, 1)) and several.devices == (1, 0)
-
-
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """A stand-in: GPUs in the host's memory, and sessions that compute there. What was asked of them."""
@@ -325,64 +257,53 @@ def test_many_sequences_over_devices(bundles: Bundles, devices: dict[str, list[A
     assert found[0] == found[1]
 
 
-class Recorder:
-    """A session and its binding in one, that notes what is bound and run."""
+class Cluster:
+    """As much of Ray as stages take: actors in this process, which answer at once and may be lost."""
 
-    def __init__(self, name: str, inputs: list[str], outputs: list[str], notes: list[str]) -> None:
-        self.name, self.notes, self.ends = name, notes, (inputs, outputs)
+    class exceptions:
+        class RayTaskError(Exception):
+            """Has ``cause``, what an actor raised."""
 
-    def get_inputs(self) -> list[Any]:
-        return [type("Arg", (), {"name": name}) for name in self.ends[0]]
+        class RayActorError(Exception):
+            """An actor is no more."""
 
-    def get_outputs(self) -> list[Any]:
-        return [type("Arg", (), {"name": name}) for name in self.ends[1]]
+    def __init__(self) -> None:
+        self.actors: list[Any] = []
+        self.lost = False
 
-    def io_binding(self) -> Recorder:
-        return Bound(self.name, *self.ends, self.notes)
+    def remote(self, actor: Any) -> Any:
+        def made(*arguments: Any) -> Any:
+            self.actors.append(actor(*arguments))
+            return SimpleNamespace(
+                **{name: SimpleNamespace(remote=partial(self.ask, self.actors[-1], name)) for name in ("ready", "run")}
+            )
 
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        self.notes.append(f"run {self.name}")
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=made))
 
+    def ask(self, actor: Any, name: str, *arguments: Any) -> Any:
+        return getattr(actor, name)(*arguments)
 
-class Bound(Recorder):
-    def bind_input(self, name: str, device: str, device_id: int, *_: Any) -> None:
-        self.notes.append(f"{self.name} < {name} at {device}:{device_id}")
-
-    def bind_output(self, name: str, device: str, device_id: int, *_: Any) -> None:
-        self.notes.append(f"{self.name} > {name} at {device}:{device_id}")
-
-    def bind_ortvalue_input(self, name: str, value: Any) -> None:
-        self.notes.append(f"{self.name} < {value}")
-
-    def get_outputs(self) -> list[Any]:
-        return [f"the stream of {self.name}"]
+    def get(self, asked: Any) -> Any:
+        if self.lost:
+            raise self.exceptions.RayActorError("a page of text\nThe actor is dead")
+        return asked
 
 
-def test_what_is_bound_and_copied() -> None:
-    """On one device once; what comes from another one, at every run."""
-    notes: list[str] = []
-    ends = [(["input_ids", "mask"], ["stream.2"]), (["stream.2", "mask"], ["stream.4"]), (["stream.4"], ["logits"])]
-    made = [Recorder(f"stage {index}", *names, notes) for index, names in enumerate(ends)]
-    graph = StagedGraph([Stage(session, ("cuda", at)) for session, at in zip(made, (0, 1, 1), strict=True)])
-    binding = graph.io_binding()
-    streams = ["stage 0 > stream.2 at cpu:0", "stage 1 > stream.4 at cuda:1"]
-    assert notes == streams  # in front of all other outputs
-    notes.clear()
-    where = (np.int64, (1, 3), 0)
-    binding.bind_input("input_ids", "cuda", 0, *where)
-    binding.bind_input("mask", "cuda", 0, *where)
-    binding.bind_output("logits", "cpu", 0, *where)
-    bound = ["stage 0 < input_ids at cuda:0", "stage 0 < mask at cuda:0", "stage 1 < mask at cuda:0"]
-    assert notes == [*streams, *bound, "stage 2 > logits at cpu:0"]
-    runs = []
-    for _ in range(2):
-        notes.clear()
-        graph.run_with_iobinding(binding)
-        runs.append(list(notes))
-    crossing = ["run stage 0", "stage 1 < the stream of stage 0", "stage 1 < mask at cuda:0", "run stage 1"]
-    assert runs == [[*crossing, "stage 2 < the stream of stage 1", "run stage 2"], [*crossing, "run stage 2"]]
-    notes.clear()
-    binding.bind_input("input_ids", "cuda", 0, np.int64, (1, 3), 8)  # as many: streams have their place
-    assert notes == ["stage 0 < input_ids at cuda:0"]
-    binding.bind_input("input_ids", "cuda", 0, np.int64, (1, 4), 8)
-    assert notes[1:3] == streams
+@pytest.mark.parametrize("kind", ["fp32", "int4 with an int8 cache"])
+def test_an_actor_for_each_stage(kind: str, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Ray: tools/ray_stages_check.py runs it on a cluster."""
+    cluster, bundle = Cluster(), bundles(kind, KINDS[kind][1])
+    monkeypatch.setattr(ray_stages, "_ray", lambda: cluster)
+    with load(bundle, threads=1, prefill_chunk=16) as here:
+        wanted = answers(here)
+    with ray_stages.load_stages(bundle, prefill_chunk=16) as there:
+        assert len(cluster.actors) == KINDS[kind][1]
+        found = answers(there)  # the cache's bits are theirs
+        assert found == wanted[:5] + wanted[-2:]
+        cluster.lost = True
+        with pytest.raises(
+            UserError, match=r"a stage is lost, or failed \(RayActorError: 'The actor is dead'\); load the"
+        ):
+            there.runner.decode(5)
+    with pytest.raises(UserError, match="has no stages; build it with --stages N, one for each machine"):
+        ray_stages.load_stages(bundles(kind))

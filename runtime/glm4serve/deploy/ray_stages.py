@@ -197,7 +197,9 @@ def _wait(ray: Any, asked: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         reason = shown(str(error).strip().splitlines()[-1][:200])
-        raise UserError(f"a stage is lost, or failed ({type(error).__name__}: {reason}); load the bundle again") from None
+        raise UserError(
+            f"a stage is lost, or failed ({type(error).__name__}: {reason}); load the bundle again"
+        ) from None
 
 
 def _ray() -> Any:
