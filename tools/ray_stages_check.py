@@ -19,7 +19,7 @@ from glm4runtime import Session, UserError, load
 from glm4runtime.sampling import SamplingParams
 from glm4serve.deploy.ray_stages import load_stages
 
-PROMPT = "Who wrote the book of the sea? " * 8
+PROMPT = "Who wrote the book of the sea? " * 80
 STEPS = 48
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from glm4runtime import Session
 from glm4runtime.backends.cache import Cache
+from glm4runtime.backends.gpu_options import ANY_GPU
 from glm4runtime.backends.graph_check import graphs_to_open, require_graphs, require_token_ids
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_session import device_of, open_session, require_provider
@@ -65,7 +66,6 @@ def load_stages(
         num_cpus=max(1, threads), num_gpus=int(chosen == "cuda"), scheduling_strategy="SPREAD"
     )
     actors = [actor.remote(folder, names, index, chosen, threads, length) for index in range(len(manifest.stages))]
-    _wait(ray, [each.ready.remote() for each in actors])  # they open their weights at the same time
     graphs: dict[str, StagedGraph] = {}
     for name in names:
         specs = [manifest.graphs[part] for part in manifest.parts(name)]
@@ -80,6 +80,7 @@ def load_stages(
         prefill_chunk=prefill_chunk or default_chunk(manifest, chosen),
         graphs=graphs,
     )
+    _wait(ray, [each.ready.remote() for each in actors])  # they open their weights at the same time
     return Session(folder, manifest, runner, BundleText(folder, read_text_files(folder), None))
 
 
@@ -99,6 +100,7 @@ class StageActor:
         manifest = read_manifest(folder)
         require_provider(provider)
         require_graphs(folder, manifest)
+        options = ANY_GPU.cuda() if provider == "cuda" else {}
         device, parts = device_of(provider), {name: list(manifest.parts(name).items())[stage] for name in names}
         layers = next(iter(parts.values()))[1]
         spec = dataclasses.replace(manifest.cache, layers=len(layers))
@@ -106,7 +108,7 @@ class StageActor:
         self._bound: dict[str, tuple[Any, Any, str]] = {}
         for name, (part, _) in parts.items():
             graph = manifest.graphs[part]
-            session = open_session(folder / graph.file, provider, threads)
+            session = open_session(folder / graph.file, provider, threads, options=options)
             binding, given = session.io_binding(), graph.outputs[0].name
             binding.bind_output(given)
             self._cache.bind(binding)
