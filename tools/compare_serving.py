@@ -1,7 +1,8 @@
 """Many requests at once, beside llama.cpp's and OpenVINO GenAI's continuous batching on the same checkpoint.
 
     python tools/make_checkpoint.py out/slice --geometry glm-4-9b --layers 4
-    glm4export build out/slice -o out/slice-int4 --precision int4 --head-bits 4 --max-seq-len 512
+    glm4export build out/slice -o out/slice-int4 --precision int4 --head-bits 4 --prefill-precision int8 \\
+        --max-seq-len 512
     python tools/compare_serving.py out/slice --bundle out/slice-int4 --report serving.md
 
 Every runtime answers the same requests: prompts of random tokens, of lengths spread evenly over --lengths, and greedy

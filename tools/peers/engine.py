@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from itertools import count
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peers.protocol import Groups, needs
@@ -35,19 +34,13 @@ class EngineServer:
 
     def answer(self, prompts: Sequence[list[int]], new_tokens: int, at_once: int) -> list[Times]:
         params = SamplingParams(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-        answers: dict[int, Times] = {}
-        numbers = count()
 
-        def client() -> None:
-            while (number := next(numbers)) < len(prompts):
-                times = answers[number] = Times()
-                for delta in self._engine.generate(Request(prompts[number], params=params)):
-                    if delta.tokens:
-                        times.came(*delta.tokens)
+        def read(prompt: list[int]) -> Times:
+            times = Times()
+            for delta in self._engine.generate(Request(prompt, params=params)):
+                if delta.tokens:
+                    times.came(*delta.tokens)
+            return times
 
-        clients = [threading.Thread(target=client) for _ in range(at_once)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
-        return [answers[number] for number in range(len(prompts))]
+        with ThreadPoolExecutor(at_once) as clients:
+            return list(clients.map(read, prompts))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from peers.llamacpp import Groups, context_params, kernels, llama_cpp, open_file
+from peers.llamacpp import context_params, kernels, llama_cpp, open_file
+from peers.protocol import Groups
 from peers.serving import Times
 
 _BATCH = 2048  # the server's default
@@ -33,7 +34,6 @@ class LlamaCppServer:
     def __init__(self, path: Path, threads: int, slots: int, context: int) -> None:
         params = context_params(threads, slots * context)
         params.n_seq_max, params.n_batch, params.kv_unified = slots, _BATCH, True
-        params.n_outputs_max_per_seq = 1
         self._model, self._context = open_file(path, params)
         self._slots = slots
         self._memory = llama_cpp.llama_get_memory(self._context)
