@@ -115,7 +115,7 @@ class Filters:
         stay = np.greater_equal(weights, last, out=self._mask[: weights.size])
         # Of the tokens that tie with the last one in, the lowest ids stay: as many as it takes.
         ties = np.flatnonzero(weights == last)
-        stay[ties[max(1, math.ceil((target - before) / float(last))) :]] = False
+        stay[ties[max(1, math.ceil((target - before) / float(max(last, _LEAST)))) :]] = False  # 0: by rounding
         return stay
 
     def _probable(self, weights: Weights) -> Mask:
