@@ -7,11 +7,13 @@ do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.sampling.params import SamplingParams
 from glm4runtime.sampling.rows import Row
 
@@ -23,6 +25,7 @@ Positions = NDArray[np.intp]
 _FLOORS = (1e-2, 1e-4)
 _REACHES = (2.0, 8.0)  # nats from typical surprise where is looked first; few tokens of a trained model are so near
 _FEW = 4096  # that are sorted without more ado
+_ROUNDING = 1e-4  # how far a device's float32 sum of a row's exponentials may be off, as a share; they differ by 1e-6
 _LEAST_LOG = np.float32(-104.0)  # below the logarithm of the smallest float32
 
 
@@ -62,20 +65,62 @@ class Filters:
         numbers from 0 to 1, one a step where XTC is on.
         """
         ids = self._largest(logits) if self._top_k else None
-        scores = logits if ids is None else logits[ids]
-        weights = self._weights[: scores.size]
-        # Subtracting the maximum first makes the largest exponent 0, so nothing overflows but towards exp(-inf) = 0.
-        with np.errstate(over="ignore", under="ignore"):
-            np.subtract(scores, top, out=weights)
-            np.divide(weights, self._temperature, out=weights)
-            np.exp(weights, out=weights)
-        for cut in self._cuts:
+        weights = self._weighed(logits if ids is None else logits[ids], top)
+        return self._cut(ids, weights, self._cuts, random)
+
+    def chooses_among(self, count: int) -> bool:
+        """Whether what is left may ever lie within a row's ``count`` most probable tokens."""
+        return self._top_k < count if self._top_k else self._top_p < 1 or bool(self._min_p > 0)
+
+    def among(self, row: HeldRow, random: Callable[[], float]) -> tuple[Positions, Weights] | None:
+        """As :meth:`kept`, to the bit, of a row that is held; None where tokens that it doesn't name may be left too.
+
+        What is left ends above the least that is named, so that none of its equals is missing.
+        """
+        ids, values, cuts = row.ids, row.values, self._cuts
+        if self._top_k:
+            if self._top_k >= len(ids):
+                return None
+            named = int(np.count_nonzero(values >= values[self._top_k - 1]))
+            if named == len(ids):
+                return None
+            ids, values = ids[:named], values[:named]
+        order = np.argsort(ids)
+        ids, weights = ids[order], self._weighed(values[order], values[0])
+        if not self._top_k:
+            stay = self._nucleus_among(row, weights) if self._top_p < 1 else self._probable_among(weights)
+            if stay is None:
+                return None
+            ids, weights, cuts = ids[stay], weights[stay], cuts[1:]
+        kept, weights = self._cut(ids, weights, cuts, random)
+        assert kept is not None
+        return kept, weights
+
+    def _cut(
+        self,
+        ids: Positions | None,
+        weights: Weights,
+        cuts: Sequence[Callable[[Weights], Positions]],
+        random: Callable[[], float],
+    ) -> tuple[Positions | None, Weights]:
+        """What cuts leave of ids and weights, and XTC of that."""
+        for cut in cuts:
             stay = cut(weights)
             ids = stay if ids is None else ids[stay]
             weights = weights[stay]
         if self._xtc[0]:
             self._exclude_top(ids, weights, random())
         return ids, weights
+
+    def _weighed(self, scores: Row, top: np.float32) -> Weights:
+        """Unnormalised probabilities, of which the largest is 1; in scratch memory."""
+        weights = self._weights[: scores.size]
+        # Subtracting the maximum first makes the largest exponent 0, so nothing overflows but towards exp(-inf) = 0.
+        with np.errstate(over="ignore", under="ignore"):
+            np.subtract(scores, top, out=weights)
+            np.divide(weights, self._temperature, out=weights)
+            np.exp(weights, out=weights)
+        return weights
 
     def draw(self, weights: Weights, number: float) -> int:
         """A position, with probability proportional to its weight where ``number`` is uniform in 0 to 1."""
@@ -111,13 +156,37 @@ class Filters:
         descending = values[::-1]
         cumulative = np.cumsum(descending, dtype=np.float64, out=self._cumulative[: values.size])
         count = min(int(np.searchsorted(cumulative, target)) + 1, values.size)
-        # Of the tokens that tie with the last one in, the lowest ids stay.
-        last = descending[count - 1]
-        keep = chosen > last
-        ties = np.flatnonzero(chosen == last)
-        keep[ties[: count - int(np.count_nonzero(keep))]] = True
-        kept: Positions = candidates[keep]
+        kept: Positions = candidates[_largest_of(chosen, count, descending[count - 1])]
         return kept
+
+    def _nucleus_among(self, row: HeldRow, weights: Weights) -> Positions | None:
+        """As :meth:`_nucleus`, of the weights that are named; None where the others' sum decides how many stay."""
+        descending = np.sort(weights)[::-1]
+        cumulative = np.cumsum(descending, dtype=np.float64)
+        named = float(cumulative[-1])
+        targets = self._top_p * named * (1 - 1e-9), self._top_p * (named + self._others(row))
+        least, most = np.searchsorted(cumulative, targets).tolist()
+        if least != most or least >= len(weights) or descending[least] == descending[-1]:
+            return None
+        return np.flatnonzero(_largest_of(weights, least + 1, descending[least]))
+
+    def _others(self, row: HeldRow) -> float:
+        """The most that the weights of tokens that aren't named may sum to.
+
+        Their sum at temperature 1 is known, x being the exponentials. With a = 1 / temperature the sum of x ** a is at
+        most the sum of x times max(x) ** (a - 1) for a >= 1, and by Jensen n * (mean of x) ** a for a < 1.
+        """
+        shifted = row.values.astype(np.float64) - float(row.values[0])
+        with np.errstate(over="ignore", under="ignore"):
+            total = math.exp(min(row.log_sum - float(row.values[0]), 700.0))
+            others = max(total - float(np.exp(shifted).sum()), 0.0) + _ROUNDING * total
+            power, count = 1 / float(self._temperature), self._vocab_size - len(row.ids)
+            if power >= 1:
+                return others * math.exp(max(float(shifted[-1]) * (power - 1), -700.0))
+        return float(count * (others / max(count, 1)) ** power)
+
+    def _probable_among(self, weights: Weights) -> Positions | None:
+        return self._probable(weights) if self._top_p == 1 and self._min_p > 0 and weights.min() < self._min_p else None
 
     def _probable(self, weights: Weights) -> Positions:
         """The weights of at least min_p times the largest, which is 1."""
@@ -163,6 +232,14 @@ class Filters:
         top = np.delete(top, int(weights[top].argmin()))
         if not np.isin(self._stop, top if ids is None else ids[top]).any():
             weights[top] = 0
+
+
+def _largest_of(weights: Weights, count: int, last: np.float32) -> NDArray[np.bool_]:
+    """Which are the ``count`` largest, of which ``last`` is the least; of those that tie with it, the first ones."""
+    keep: NDArray[np.bool_] = weights > last
+    ties = np.flatnonzero(weights == last)
+    keep[ties[: count - int(np.count_nonzero(keep))]] = True
+    return keep
 
 
 def _reaching(values: NDArray[np.float32], masses: Weights, target: float) -> np.float32:
