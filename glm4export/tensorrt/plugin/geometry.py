@@ -46,7 +46,7 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Glm4Config, max_seq_len: int, dtype: str, cache_dtype: str) -> Geometry:
-        """The attention of a model that computes in ``dtype`` over such a cache, in ONNX's spelling. Raises UserError."""
+        """The attention of a model that computes in ``dtype`` over such a cache, ONNX's spelling. Raises UserError."""
         return cls(
             num_heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
