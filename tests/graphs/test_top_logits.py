@@ -12,8 +12,12 @@ import onnxruntime as ort
 import pytest
 
 from glm4export.build.options import BuildOptions
-from glm4runtime import SamplingParams, Session, UserError, load
+from glm4runtime import Engine, Request, SamplingParams, Session, UserError, load
+from glm4runtime.backends import ort as ort_module
+from glm4runtime.backends import top_rows
+from glm4runtime.backends.cache import Buffer
 from glm4runtime.backends.held_row import HeldRow
+from glm4runtime.backends.top_rows import TopRows
 from glm4runtime.contract.onnxfile import read_graph
 from glm4runtime.sampling import Sampler
 from tests.conftest import Build
@@ -102,6 +106,36 @@ def test_rows_by_other_ways_are_whole(opened: Callable[[str], Session], demo_ses
         assert np.array_equal(row.fetch(), whole)
     with load(top.folder, threads=1, invariant=True) as invariant:
         assert list(invariant.generate(PROMPT, params)) == wanted
+
+
+def test_held_rows_lie_apart_from_those_that_are_fetched(
+    opened: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, whose buffers are the host's here: a run writes to the one or the other."""
+    session = opened("fp32")
+    monkeypatch.setattr(top_rows, "Buffer", lambda shape, dtype, *_: Buffer(shape, dtype, "cpu"))
+    monkeypatch.setattr(ort_module, "TopRows", lambda *given: TopRows(*given[:3], "cuda", 0))
+    with load(session.folder, threads=1) as other:
+        runner, host = other.runner, other.runner._logits.array  # type: ignore[attr-defined]
+        for one in (session.runner, runner):
+            one.rewind()
+            one.prefill([5, 6, 7])
+        before = host.copy()
+        rows = [runner.step(8, hold=True), *runner.look_ahead([9, 10, 11], hold=True)]
+        assert np.array_equal(host, before)
+        wanted = [session.runner.decode(8).copy(), *session.runner.verify([9, 10, 11]).copy()]
+        for row, whole in zip(rows, wanted, strict=True):
+            assert isinstance(row, HeldRow) and np.array_equal(row.fetch(), whole)
+        assert np.array_equal(runner.verify([9, 10, 11]), wanted[1:]) and not np.array_equal(host, before)
+
+
+def test_the_engine_fetches_whole_rows(opened: Callable[[str], Session]) -> None:
+    session, params = opened("fp32"), SamplingParams(max_new_tokens=8)
+    wanted = list(session.generate(PROMPT, params))
+    with Engine.load(session.folder, slots=2, threads=1, invariant=False) as engine:
+        request = Request(session.tokenizer.encode(PROMPT), params=params)
+        (choice,) = engine.generate(request).result().choices
+    assert list(choice.tokens) == wanted
 
 
 def test_onnxruntime_gives_no_number_for_a_row_without_a_distribution(tmp_path: Path) -> None:
