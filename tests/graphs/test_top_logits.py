@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from glm4export.build.options import BuildOptions
+from glm4export.passes.give_top_logits import give_top_logits
 from glm4runtime import Engine, Request, SamplingParams, Session, UserError, load
 from glm4runtime.backends import ort as ort_module
 from glm4runtime.backends import top_rows
@@ -21,7 +23,6 @@ from glm4runtime.backends.top_rows import TopRows
 from glm4runtime.contract.onnxfile import read_graph
 from glm4runtime.sampling import Sampler
 from tests.conftest import Build
-from tests.helpers import checkpoints
 
 COUNT = 20
 KINDS = {"fp32": "cpu", "fp16": "cuda", "int8": "cpu", "int4": "cuda"}
@@ -158,12 +159,12 @@ def test_onnxruntime_gives_no_number_for_a_row_without_a_distribution(tmp_path: 
     assert np.isfinite(found).tolist() == [False, False, False, True]
 
 
-def test_only_the_sessions_own_graph_has_them(build_bundle: Build) -> None:
-    bundle = build_bundle(checkpoints.random_model(), precision="fp16", target="cuda", output_top_logits=4)
+def test_only_the_sessions_own_graph_has_them(opened: Callable[[str], Session]) -> None:
+    bundle = opened("fp16").folder
     prefill, decode = (read_graph(bundle / f"{name}.onnx") for name in ("prefill", "decode"))
     assert [(spec.name, spec.dtype, spec.dims[-1]) for spec in prefill.outputs if "." not in spec.name][1:] == [
-        ("top_logits", "float32", 4),
-        ("top_ids", "int64", 4),
+        ("top_logits", "float32", COUNT),
+        ("top_ids", "int64", COUNT),
         ("log_sum_exp", "float32", "rows"),
     ]
     assert [spec.name for spec in decode.outputs if "." not in spec.name] == ["logits"]
@@ -189,7 +190,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
         BuildOptions(**{"precision": "fp16", **options})
 
 
-def test_a_vocabulary_with_fewer_tokens_is_refused(build_bundle: Build) -> None:
-    model = checkpoints.random_model(vocab_size=64)
+def test_a_vocabulary_with_fewer_tokens_is_refused() -> None:
+    skeleton: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=64))
     with pytest.raises(UserError, match="--output-top-logits 64 are not fewer than the vocabulary's 64 tokens"):
-        build_bundle(model, precision="fp16", target="cuda", output_top_logits=64)
+        give_top_logits(64).rewrite(skeleton)

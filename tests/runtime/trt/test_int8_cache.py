@@ -10,22 +10,19 @@ import pytest
 
 from glm4runtime import Session, load
 from glm4runtime.contract import past_name
-from tests.conftest import Build
-from tests.helpers.heldout import HELDOUT
 from tests.helpers.walk import check_walk
 from tests.runtime.trt.conftest import Rig
 
 
-@pytest.fixture(scope="session")
-def bundle(build_bundle: Build) -> Path:
-    """In the place of the other tests': the embedded model, the only one with a tokenizer to calibrate with."""
-    options = {"precision": "fp16", "attention": "plugin", "kv_cache": "int8", "calibrate": HELDOUT}
-    return build_bundle(None, target="tensorrt", max_seq_len=64, **options)
+@pytest.fixture
+def bundle(int8_cache_plugin: Path) -> Path:
+    """What ``engine`` copies here."""
+    return int8_cache_plugin
 
 
 @pytest.fixture(scope="module")
-def own_reference(bundle: Path) -> Session:
-    return load(bundle, provider="cpu", threads=1)
+def own_reference(int8_cache_plugin: Path) -> Session:
+    return load(int8_cache_plugin, provider="cpu", threads=1)
 
 
 def test_any_order_of_calls(engine: Callable[..., Path], rig: Callable[..., Rig], own_reference: Session) -> None:
