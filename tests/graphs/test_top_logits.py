@@ -15,11 +15,12 @@ import pytest
 from glm4export.build.options import BuildOptions
 from glm4export.passes.give_top_logits import give_top_logits
 from glm4runtime import Engine, Request, SamplingParams, Session, UserError, load
+from glm4runtime.backends import graph_check, top_rows
 from glm4runtime.backends import ort as ort_module
-from glm4runtime.backends import top_rows
 from glm4runtime.backends.cache import Buffer
 from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.backends.top_rows import TopRows
+from glm4runtime.contract import BundleError, TensorSpec
 from glm4runtime.contract.onnxfile import read_graph
 from glm4runtime.sampling import Sampler
 from tests.conftest import Build
@@ -194,3 +195,28 @@ def test_a_vocabulary_with_fewer_tokens_is_refused() -> None:
     skeleton: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=64))
     with pytest.raises(UserError, match="--output-top-logits 64 are not fewer than the vocabulary's 64 tokens"):
         give_top_logits(64).rewrite(skeleton)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [("top_logits", "float32", 4), ("top_ids", "int64", 4)],
+        [("top_logits", "float32", 4), ("top_ids", "int64", 5), ("log_sum_exp", "float32", None)],
+        [("top_logits", "float32", "K"), ("top_ids", "int64", "K"), ("log_sum_exp", "float32", None)],
+        [("top_logits", "float32", 64), ("top_ids", "int64", 64), ("log_sum_exp", "float32", None)],
+        [("top_logits", "float16", 4), ("top_ids", "int64", 4), ("log_sum_exp", "float32", None)],
+    ],
+    ids=["one is missing", "widths differ", "no number", "as many as there are", "another dtype"],
+)
+def test_a_graph_whose_outputs_do_not_fit_is_refused(outputs: list[tuple[str, str, Any]]) -> None:
+    """Buffers are as large as they say."""
+    graph: Any = SimpleNamespace(
+        outputs=[
+            TensorSpec(name, dtype, ("batch", "rows", count) if count else ("batch", "rows"))
+            for name, dtype, count in outputs
+        ]
+    )
+    with pytest.raises(
+        BundleError, match=r"prefill\.onnx: it gives 'top_logits' float.*; expected top_logits, top_ids"
+    ):
+        graph_check._require_top_logits(Path("prefill.onnx"), graph, 64)
