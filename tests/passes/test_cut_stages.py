@@ -40,6 +40,10 @@ def test_the_largest_stage_is_as_small_as_can_be(costs: list[int], parts: int, l
         ({"output_hidden_states": True}, "--stages does not go with --output-hidden-states, which is for programs"),
         ({"output_attentions": True}, "--stages does not go with --output-attentions, which is for programs"),
         ({"position_ids": True}, "--stages does not go with --position-ids, which is for programs"),
+        (
+            {"output_top_logits": 8},
+            "--stages does not go with --output-top-logits, which no stage gives yet; leave one of",
+        ),
         ({"lora_slots": 2}, "--stages does not go with --lora-slots, whose adapters lie on one device; merge one with"),
     ],
 )

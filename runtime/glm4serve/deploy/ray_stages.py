@@ -90,6 +90,9 @@ class RemoteRunner(OrtRunner):
     def cache_bits(self, rows: int) -> list[bytes]:
         return []
 
+    def cache_clipped(self) -> None:
+        return None
+
 
 class StageActor:
     """One stage of each graph, with the cache of its layers: what runs on a machine."""
