@@ -33,7 +33,7 @@ def load(
     check_hashes: bool = False,
     invariant: bool = False,
     huge_pages: bool = False,
-    device_id: int = 0,
+    device_id: int | Sequence[int] = 0,
     gpu_mem_limit: float | None = None,
     cuda_graphs: bool = False,
     chat_template: str | Path | None = None,
@@ -51,11 +51,12 @@ def load(
     logits that lie within rounding may change places. huge_pages: put the process's large blocks of memory into huge
     pages, where Linux lets it: a second or two per GB, and steps take up to a seventh less
     (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing). device_id: which of the
-    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. gpu_mem_limit: GB that cache, weights
-    and activations may take on it, for ``cuda``. cuda_graphs: launch a step of decoding as one captured graph, for
-    ``cuda``; never run yet, see docs/gpu.md. chat_template: a Jinja template in place of the bundle's, as text or
-    as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests call them by, for a
-    bundle built with ``--lora-slots``.
+    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. Of a bundle built with ``--stages``, one
+    number has all stages on one device, and on ``cuda`` a list has each on its own. gpu_mem_limit: GB that cache,
+    weights and activations may take on it, or on each, for ``cuda``. cuda_graphs: launch a step of decoding as one
+    captured graph, for ``cuda``; never run yet, see docs/gpu.md. chat_template: a Jinja template in place of the
+    bundle's, as text or as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests
+    call them by, for a bundle built with ``--lora-slots``.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 

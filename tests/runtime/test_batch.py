@@ -12,7 +12,7 @@ import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
 
 from glm4runtime import Engine, Session, UserError
-from glm4runtime.backends import cuda, ort, ort_batch, ort_session, pool
+from glm4runtime.backends import cuda, ort, ort_batch, ort_session, pool, stages
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.invariance import find_batch_granule
@@ -305,13 +305,13 @@ def test_options_of_a_gpu_reach_the_runner(
 def test_a_limit_leaves_room_for_all_caches(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of a GPU on the CPU: what their sessions were to take."""
     limits: list[int] = []
-    on_cpu = ort.open_session
+    on_cpu = stages.open_session
 
     def opened_on_cpu(path: Path, provider: str, threads: int, *, optimized: bool, options: Any) -> Any:
         limits.append(int(options["gpu_mem_limit"]))
         return on_cpu(path, "cpu", threads)
 
-    monkeypatch.setattr(ort, "open_session", opened_on_cpu)
+    monkeypatch.setattr(stages, "open_session", opened_on_cpu)
     monkeypatch.setattr(ort, "device_of", lambda provider: "cpu")
     manifest = read_manifest(small)
     settings: dict[str, Any] = {"slots": 3, "provider": "cuda", "max_seq_len": 16, "gpu": GpuOptions(0, 1)}

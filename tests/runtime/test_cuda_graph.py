@@ -19,7 +19,7 @@ from glm4export.build.options import BuildOptions
 from glm4export.passes import pipeline as pipeline_module
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
 from glm4runtime import SamplingParams, UserError, load
-from glm4runtime.backends import cuda_graph, ort_batch, providers
+from glm4runtime.backends import cuda_graph, ort_batch, providers, stages
 from glm4runtime.backends import ort as ort_module
 from glm4runtime.backends.cuda import Cuda
 from glm4runtime.backends.held_row import HeldRow
@@ -149,7 +149,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(cuda_graph, "open_cuda", lambda extra: Cuda(state["cuda"]))
     monkeypatch.setattr(ort_module, "device_of", lambda provider: "cpu")
-    monkeypatch.setattr(ort_module, "open_session", open_recorder)
+    monkeypatch.setattr(stages, "open_session", open_recorder)
     monkeypatch.setattr(providers, "_require_ready", lambda *_, **__: None)
     yield state
 

@@ -24,6 +24,10 @@ _STEP, _NEVER = "1", "-1"
 
 def require_capture(manifest: Manifest) -> None:
     """Raise UserError where ``cuda_graphs`` was asked for and the bundle's steps can't be captured."""
+    if manifest.stages is not None:
+        raise UserError(
+            "cuda_graphs does not go with a bundle built with --stages, whose steps are several graphs; leave it out"
+        )
     if not takes_lengths(manifest.graphs[PREFILL]):
         raise UserError(
             f"cuda_graphs: the bundle was built for {manifest.target} and takes a mask that grows with every token; "

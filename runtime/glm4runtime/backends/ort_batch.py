@@ -22,7 +22,7 @@ from glm4runtime.backends.invariance import find_batch_granule, find_granule, re
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
-from glm4runtime.backends.pool import DevicePool, HostPool, Pool
+from glm4runtime.backends.pool import DevicePool, HostPool, Pool, SplitPool
 from glm4runtime.backends.prompt_runs import lacking
 from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
 
@@ -73,7 +73,7 @@ class OrtBatchRunner(BatchRunner):
         )
         if self._lane.pool is not None:
             self.adapters = self._lane.pool.hashes
-        self._one_by_one = takes_positions(manifest.graphs[PREFILL])
+        self._one_by_one = takes_positions(manifest.first(PREFILL))
         if invariant:
             self._measure()
         if gpu.mem_limit is not None and (spare := self.granule - 1) > _SPARE:
@@ -172,10 +172,12 @@ class OrtBatchRunner(BatchRunner):
 
     def _new_pool(self, max_seq_len: int, places: int) -> Pool:
         spec = self.manifest.cache
-        device, device_id = self._lane.place
-        if device == "cpu":
+        gpu, stages = self._lane.gpu, self.manifest.stages
+        if self._lane.device == "cpu":
             return HostPool(spec, max_seq_len, places)
-        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), device_id)
+        if stages is not None and len(gpu.devices) > 1:
+            return SplitPool(spec, max_seq_len, places, open_cuda("gpu"), list(zip(stages, gpu.stages, strict=True)))
+        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), gpu.device_id)
 
     def _measure(self) -> None:
         """Set both granules; the lane's own cache is given up."""
@@ -224,7 +226,7 @@ class _Steps:
         self._rows = Buffer((places, 1), "int64", *place)  # zeros: the one row that there is
         self._rows.clear()
         self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
-        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, *place)
+        self._lengths = lengths_of(lane.manifest.first(lane.step_graph), places, pool.max_seq_len, *place)
         self._bindings: dict[_Kind, Any] = {}
         self._selections: dict[int, Selection] = {}  # by the number of rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Pool(ABC):
 
     device: str
     device_id = 0
+    first_layer = 0
     _address: int
 
     def __init__(self, spec: CacheSpec, max_seq_len: int, places: int) -> None:
@@ -50,7 +52,7 @@ class Pool(ABC):
         shape = (count, heads, rows, self._spec.head_dim)
         for tensor in range(tensors):
             address = self._address + (tensor * places + first) * heads * rows * width
-            layer, part = tensor // 2, _PARTS[tensor % 2]
+            layer, part = self.first_layer + tensor // 2, _PARTS[tensor % 2]
             binding.bind_input(past_name(layer, part), self.device, self.device_id, self._type, shape, address)
             binding.bind_output(present_name(layer, part), self.device, self.device_id, self._type, shape, address)
 
@@ -123,8 +125,10 @@ class DevicePool(Pool):
 
     device = "cuda"
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, device_id: int = 0) -> None:
-        self._cuda, self._held, self.device_id = cuda, Memory(cuda), device_id
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, device_id: int = 0, first_layer: int = 0
+    ) -> None:
+        self._cuda, self._held, self.device_id, self.first_layer = cuda, Memory(cuda), device_id, first_layer
         super().__init__(spec, max_seq_len, places)
 
     def _allocate(self, size: int) -> None:
@@ -169,6 +173,48 @@ class DevicePool(Pool):
         heads, rows, width = shape
         if rows:
             self._cuda("cudaMemcpy2D", *to, *of, rows * width, heads, getattr(self._cuda.api.cudaMemcpyKind, kind))
+
+
+class SplitPool(Pool):
+    """In the memory of several GPUs, each with the layers of its stages."""
+
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, stages: Sequence[tuple[int, int]]
+    ) -> None:
+        """stages: the layers and the device of each."""
+        self._cuda, self._stages, self._pools = cuda, stages, list[DevicePool]()
+        super().__init__(spec, max_seq_len, places)
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        for pool in self._pools:
+            pool.bind(binding, first, count)
+
+    def read(self, place: int, first: int, end: int) -> np.ndarray:
+        return np.concatenate([pool.read(place, first, end) for pool in self._pools])
+
+    def write(self, place: int, first: int, block: np.ndarray) -> None:
+        for pool in self._pools:
+            start = 2 * pool.first_layer
+            pool.write(place, first, block[start : start + pool.block_shape(0)[0]])
+
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        for pool in self._pools:
+            pool.copy(source, target, first, end)
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
+
+    def _allocate(self, size: int) -> None:
+        first = 0
+        try:
+            for layers, device_id in self._stages:
+                own = replace(self._spec, layers=layers)
+                self._pools.append(DevicePool(own, self.max_seq_len, self.places, self._cuda, device_id, first))
+                first += layers
+        except BaseException:
+            self.close()
+            raise
 
 
 def _whole(part: np.ndarray) -> tuple[int, int]:

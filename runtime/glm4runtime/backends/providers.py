@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -126,7 +126,7 @@ def open_runner(
     chosen = _chosen(folder, manifest, provider)
     has_step = manifest.target == TENSORRT
     files = _adapter_files(folder, manifest, adapters)
-    gpu = gpu_options(device_id, gpu_mem_limit, chosen)
+    gpu = gpu_options(device_id, gpu_mem_limit, chosen, manifest.stages)
     if cuda_graphs and (has_step or chosen != "cuda"):
         raise UserError(
             f"cuda_graphs is for bundles for cuda on cuda; this one is for {manifest.target} and runs on {chosen}"
@@ -142,7 +142,7 @@ def open_runner(
         return open_engine(
             folder, manifest, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk, check_hashes=check_hashes
         )
-    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, device_id=gpu.device_id)
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, devices=gpu.devices)
     from glm4runtime.backends.ort import OrtRunner
     from glm4runtime.backends.ort_step import OrtStepRunner
 
@@ -198,10 +198,10 @@ def open_batch_runner(
             f"`--target {'` or `--target '.join(GRAPH_PROVIDERS)}`, or load it as a session for each"
         )
     files = _adapter_files(folder, manifest, adapters)
-    gpu = gpu_options(device_id, gpu_mem_limit, chosen)
+    gpu = gpu_options(device_id, gpu_mem_limit, chosen, manifest.stages)
     require_graphs(folder, manifest)
     require_token_ids(folder, manifest)
-    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, device_id=gpu.device_id)
+    _require_ready(folder, manifest, chosen, check_hashes=check_hashes, devices=gpu.devices)
     from glm4runtime.backends.ort_batch import OrtBatchRunner
 
     return OrtBatchRunner(
@@ -240,11 +240,14 @@ def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:
     return chosen
 
 
-def _require_ready(folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool, device_id: int = 0) -> None:
+def _require_ready(
+    folder: Path, manifest: Manifest, chosen: str, *, check_hashes: bool, devices: Sequence[int]
+) -> None:
     """Raise where onnxruntime hasn't got the provider, or what was prepared for it isn't what its note says."""
     from glm4runtime.backends.ort_session import require_provider
     from glm4runtime.backends.prepare import check_prepared
 
-    require_provider(chosen, device_id)
+    for device_id in devices:
+        require_provider(chosen, device_id)
     if chosen == "cpu" and manifest.target != TENSORRT:
         check_prepared(folder, manifest, check_hashes=check_hashes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def open_draft(
     provider: Provider | None,
     threads: int,
     check_hashes: bool,
-    device_id: int,
+    device_id: int | Sequence[int],
     stall_seconds: float,
 ) -> Draft:
     """Open a draft with the slots and the cache length of ``model``, or as many tokens as it has positions for.
@@ -63,7 +64,7 @@ def open_draft(
         prefill_chunk=model.prefill_chunk,
         check_hashes=check_hashes,
         invariant=False,
-        device_id=device_id,
+        device_id=device_id if isinstance(device_id, int) else device_id[0],
     )
     return Draft(runner, stall_seconds)
 

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -62,7 +62,7 @@ class Engine:
         check_hashes: bool = False,
         invariant: bool = True,
         huge_pages: bool = False,
-        device_id: int = 0,
+        device_id: int | Sequence[int] = 0,
         gpu_mem_limit: float | None = None,
         chat_template: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
@@ -81,7 +81,7 @@ class Engine:
         none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
         may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds. draft: the
         bundle of a smaller model with the same tokenizer, for requests with ``draft``; it gets as many slots, and as
-        much cache as its positions allow.
+        much cache as its positions allow, on the first device of several.
 
         Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
         """
