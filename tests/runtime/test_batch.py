@@ -19,6 +19,7 @@ from glm4runtime.backends.invariance import find_batch_granule
 from glm4runtime.backends.ort_batch import OrtBatchRunner
 from glm4runtime.backends.pool import DevicePool, HostPool
 from glm4runtime.backends.providers import open_batch_runner
+from glm4runtime.backends.settings import Settings
 from glm4runtime.contract import CacheSpec, read_manifest
 from tests.conftest import Build
 from tests.helpers import checkpoints
@@ -30,8 +31,9 @@ LENGTHS = (5, 40, 101, 1, 2, 64, 33, 77)  # of prompts: less than a chunk, sever
 
 
 def opened(bundle: Path, **options: Any) -> BatchRunner:
-    settings: dict[str, Any] = {"slots": SLOTS, "provider": "cpu", "threads": 2, "max_seq_len": 231}
-    return open_batch_runner(bundle, read_manifest(bundle), **{**settings, "prefill_chunk": CHUNK, **options})
+    slots = options.pop("slots", SLOTS)
+    given = {"provider": "cpu", "threads": 2, "max_seq_len": 231, "invariant": True, "prefill_chunk": CHUNK, **options}
+    return open_batch_runner(bundle, read_manifest(bundle), Settings(**given), slots=slots)
 
 
 @pytest.fixture(scope="module", params=[name for name in KERNELS if name != "a step graph"])
@@ -292,9 +294,9 @@ def test_options_of_a_gpu_reach_the_runner(
     given: dict[str, Any] = {}
     monkeypatch.setattr(ort_batch, "OrtBatchRunner", lambda folder, manifest, **settings: given.update(settings))
     monkeypatch.setattr(ort_session, "require_provider", lambda *started: given.update(started=started))
-    sizes: dict[str, Any] = {"slots": 2, "threads": 0, "max_seq_len": None}
     manifest = replace(read_manifest(small), precision=precision)
-    open_batch_runner(small, manifest, provider="cuda", device_id=1, gpu_mem_limit=4, **sizes)
+    settings = Settings(provider="cuda", device_id=1, gpu_mem_limit=4)
+    open_batch_runner(small, manifest, settings, slots=2)
     assert (given["gpu"], given["prefill_chunk"], given["started"]) == (GpuOptions(1, 4), chunk, ("cuda", 1))
     with pytest.raises(UserError, match="device_id=1 is for cuda and tensorrt, this session runs on cpu; leave it out"):
         Engine.load(small, device_id=1)
@@ -326,7 +328,7 @@ def test_a_limit_leaves_room_for_all_caches(small: Path, monkeypatch: pytest.Mon
         OrtBatchRunner(small, manifest, **settings)
 
 
-@pytest.mark.parametrize("make", [HostPool, lambda *sizes: DevicePool(*sizes, cuda.Cuda(FakeCuda()))])
+@pytest.mark.parametrize("make", [HostPool, lambda *sizes: DevicePool(*sizes, cuda.Memory(cuda.Cuda(FakeCuda())))])
 def test_places_exchange_all_their_rows(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_AT_ONCE", 2)
     held = make(CacheSpec(layers=2, kv_heads=3, head_dim=4, dtype="bfloat16", max_seq_len=9), 9, 3)
@@ -425,7 +427,8 @@ def test_settings_that_do_not_fit(options: dict[str, Any], message: str, small: 
 
 def test_bundles_for_tensorrt_are_refused(tensorrt_bundles: Callable[[str], Path]) -> None:
     with pytest.raises(
-        UserError, match=r"built for tensorrt, whose graph takes one sequence; .* `--target cpu` or `--target cuda`"
+        UserError,
+        match=r"built for tensorrt, whose graph takes one sequence in ONNX .* `--target cpu` or `--target cuda`",
     ):
         opened(tensorrt_bundles("fp16"), max_seq_len=16)
 
@@ -446,4 +449,4 @@ def test_no_memory_for_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     api = FakeCuda()
     api.failing["cudaMalloc"] = cudaError_t.cudaErrorMemoryAllocation
     with pytest.raises(UserError, match=r"they cannot be had \(caches: .* cudaErrorMemoryAllocation"):
-        DevicePool(spec, 8, 2, cuda.Cuda(api))
+        DevicePool(spec, 8, 2, cuda.Memory(cuda.Cuda(api)))

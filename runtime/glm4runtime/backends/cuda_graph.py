@@ -1,12 +1,15 @@
-"""A decode step captured as a CUDA graph: one launch in place of hundreds.
+"""Decode steps captured as CUDA graphs: one launch in place of hundreds.
 
 ONNX Runtime captures a run whose every node is on the GPU, and replays it for the same ``gpu_graph_id`` from then on:
-shapes, addresses and host inputs are those of the run that was captured, so each must stay as it is. It captures for
-the calling thread; another thread's first step captures again. Never run on a GPU: docs/status.md.
+shapes, addresses and host inputs are those of the run that was captured, so each must stay as it is, and each binding
+has an id of its own. It captures for the calling thread; another thread's first step captures again. Never run on a
+GPU: docs/status.md.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ from glm4runtime.contract import LOGITS, PREFILL, Manifest, UserError
 
 CAPTURING = {"enable_cuda_graph": "1"}  # of ONNX Runtime's provider cuda
 _GRAPH_ID = "gpu_graph_id"
-_STEP, _NEVER = "1", "-1"
+_NEVER = "-1"
+_ids = itertools.count(1)  # of all graphs of the process, and so of each session
 
 
 def require_capture(manifest: Manifest) -> None:
@@ -35,35 +39,46 @@ def require_capture(manifest: Manifest) -> None:
         )
 
 
-class CapturedStep:
-    """Where the step's logits go, and the run options that say which runs are captured."""
+class CapturedSteps:
+    """Where the logits of steps over up to ``rows`` sequences go, and how such steps are run."""
 
-    def __init__(self, vocab_size: int, device_id: int) -> None:
+    def __init__(self, rows: int, vocab_size: int, device_id: int) -> None:
         """Raises UserError where cuda-python is missing or the device has no memory."""
-        cuda = open_cuda("gpu")
+        self._cuda = cuda = open_cuda("gpu")
         cuda("cudaSetDevice", device_id)
-        self._held, self._shape = Memory(cuda), (1, 1, vocab_size)
-        self._device_id, size = device_id, 4 * vocab_size
-        self._address = self._held.device(size, "logits of a step")
-        pinned, view = self._held.pinned(size)
-        self.row: np.ndarray = view.view(np.float32)  # [vocab]
-        kind = cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._download = cuda.checked("cudaMemcpy", pinned, self._address, size, kind)
-        self._captured, self.uncaptured = _run_options(_STEP), _run_options(_NEVER)
+        self._held, self._device_id = Memory(cuda), device_id
+        self._address = self._held.device(4 * rows * vocab_size, "logits of a step")
+        self._pinned, view = self._held.pinned(4 * rows * vocab_size)
+        self._logits: np.ndarray = view.view(np.float32).reshape(rows, vocab_size)
 
-    def bind(self, binding: Any, device: str) -> None:
-        """Have a step's logits written to the device's memory."""
-        binding.bind_output(LOGITS, device, self._device_id, np.float32, self._shape, self._address)
+    def bind(self, binding: Any, device: str, rows: int = 1) -> Callable[[Any], np.ndarray]:
+        """Have a step's logits written to the device's memory, and the step captured.
 
-    def run(self, session: Any, binding: Any) -> np.ndarray:
-        """Run a step, captured at first and replayed from then on; returns its logits, float32 [vocab]."""
-        session.run_with_iobinding(binding, self._captured)
-        self._download()
-        return self.row
+        Returns what runs it in a session, captured at first and replayed from then on, and returns its logits, float32
+        [rows, vocab].
+        """
+        logits = self._logits[:rows]
+        shape = (rows, 1, logits.shape[1])
+        binding.bind_output(LOGITS, device, self._device_id, np.float32, shape, self._address)
+        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        download = self._cuda.checked("cudaMemcpy", self._pinned, self._address, logits.nbytes, kind)
+        options = _run_options(str(next(_ids)))
+
+        def run(session: Any) -> np.ndarray:
+            session.run_with_iobinding(binding, options)
+            download()
+            return logits
+
+        return run
 
     def close(self) -> None:
         """Free the device's memory; behind the session that writes to it."""
         self._held.close()
+
+
+def uncaptured() -> Any:
+    """Run options of all other runs of a session that captures."""
+    return _run_options(_NEVER)
 
 
 def _run_options(graph_id: str) -> Any:

@@ -313,10 +313,10 @@ def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatc
 
 def test_a_dead_thread_leaves_nobody_waiting(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
-    monkeypatch.setattr(engine._scheduler, "plan", lambda now: 1 / 0)
+    monkeypatch.setattr(engine._worker.scheduler, "plan", lambda now: 1 / 0)
     with pytest.raises(RequestFailed, match="the engine's thread died: ZeroDivisionError"):
         engine.generate(Request(prompt(5))).result(30)
-    wait_for(lambda: not engine._thread.is_alive())
+    wait_for(lambda: not engine._worker.thread.is_alive())
     assert not engine.stats().healthy
     with pytest.raises(EngineClosed, match="has died"):
         engine.submit(Request(prompt(5)))

@@ -123,7 +123,7 @@ def test_a_request_outlives_its_draft(
     def fail(*_: Any) -> None:
         raise RuntimeError("the graph failed")
 
-    monkeypatch.setattr(engine._loop.draft.runner, name, fail)
+    monkeypatch.setattr(engine._worker.loop.draft.runner, name, fail)
     found = answered(engine, prompt(40), GREEDY, draft=7)
     assert found.choices == wanted.choices and found.usage.drafted_tokens == 0
     assert engine.stats().healthy
