@@ -240,6 +240,59 @@ def test_graphs_with_positions_run_one_by_one(build_bundle: Build) -> None:
     assert np.abs(rows[0] - rows[1]).max() <= 2e-5
 
 
+def test_graphs_with_positions_reach_the_caches_end(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their steps have fillers behind them where runs are even: the last row is kept for those."""
+    model = checkpoints.random_model(eos_token_id=[1], vocab_size=31)
+    bundle = build_bundle(model, precision="fp32", target="cpu", position_ids=True)
+    monkeypatch.setattr(ort_batch, "find_granule", lambda lane: 2)
+    runner, plain = opened(bundle, slots=2, max_seq_len=16), opened(bundle, slots=2, max_seq_len=16, invariant=False)
+    assert (runner.prompt_granule, runner.max_seq_len, plain.max_seq_len) == (2, 15, 16)
+    prompts = [list(range(1, 16))[:length] for length in (12, 15)]
+    for slot, prompt in enumerate(prompts):
+        rows = [one.prefill(slot, prompt, 0) for one in (runner, plain)]
+        assert np.abs(rows[0] - rows[1]).max() <= 2e-5
+    beside = runner.read_rows(1, 0, 15)
+    for at in (12, 13, 14):
+        rows = [one.step([0], [at], [at]).copy() for one in (runner, plain)]
+        assert np.abs(rows[0] - rows[1]).max() <= 2e-5
+    assert np.array_equal(runner.read_rows(1, 0, 15), beside)
+    with pytest.raises(UserError, match="rows 15 to 16 of slot 0: it holds 15 tokens"):
+        runner.step([0], [1], [15])
+
+
+def test_rows_that_a_move_lost_are_used_by_nobody(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops half-way: both sequences are told at their next run, and slots are good for the next ones."""
+    runner = opened(small, slots=3, max_seq_len=16, invariant=False)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    for slot, prompt in enumerate(prompts):
+        runner.prefill(slot, prompt, 0)
+    wanted = runner.step([0, 1, 2], [9, 9, 9], [3, 2, 4]).copy()
+
+    def fail(*rows: int) -> None:
+        raise RuntimeError("no copy")
+
+    monkeypatch.setattr(runner._pool, "copy", fail)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="no copy"):
+        runner.step([2], [9], [4])
+    monkeypatch.undo()
+    for lost, call in (
+        (0, lambda: runner.step([0, 1], [9, 9], [3, 2])),
+        (2, lambda: runner.step([2], [9], [4])),
+        (0, lambda: runner.verify(0, [9], 3)),
+        (2, lambda: runner.prefill(2, prompts[2], 2)),
+        (0, lambda: runner.read_rows(0, 0, 1)),
+        (2, lambda: runner.write_rows(2, 1, np.zeros(runner.row_bytes, np.uint8))),
+        (0, lambda: runner.copy_rows(0, 1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match=f"the rows of slot {lost} were lost: moving them"):
+            call()
+    assert np.abs(runner.step([1], [9], [2])[0] - wanted[1]).max() <= 2e-5
+    runner.release(0)
+    runner.prefill(0, prompts[0], 0)
+    runner.prefill(2, prompts[2], 0)
+    assert np.abs(runner.step([0, 2], [9, 9], [3, 4]) - wanted[[0, 2]]).max() <= 2e-5
+
+
 def test_a_pool_on_a_device_holds_what_one_on_the_host_does(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of devices, on memory that a stand-in for CUDA and ONNX Runtime own."""
     host = opened(small, slots=3, max_seq_len=16)

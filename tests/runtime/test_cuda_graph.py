@@ -183,6 +183,41 @@ def test_a_session_has_its_steps_captured(bundle: Path, machine: dict[str, Any])
     assert np.isfinite(kept).all() and not np.array_equal(kept, row)
 
 
+def test_steps_of_many_sequences_have_a_graph_each(bundle: Path, machine: dict[str, Any]) -> None:
+    """For every number of rows one binding, bound once, and one graph; the granule is measured without any."""
+    texts = {0: PROMPT, 1: [9, 8, 7], 2: list(range(60, 71))}
+    settings = Settings(threads=1, prefill_chunk=32, cuda_graphs=True)
+    runner = providers.open_batch_runner(bundle, read_manifest(bundle), settings, slots=3)
+    recorder = machine["session"]
+    assert machine["options"][1]["enable_cuda_graph"] == "1"
+    starts = {slot: len(text) for slot, text in texts.items()}
+    with load(bundle, provider="cpu", threads=1) as alone:
+        added = dict.fromkeys(texts, ())
+        for slot, text in texts.items():
+            runner.prefill(slot, text, 0)
+        assert {graph for _, graph in recorder.runs} == {"-1"}
+        recorder.runs.clear()
+        bound: dict[Any, int] = {}
+        for slots in ([0, 1, 2], [2], [1, 0], [0], [2, 1, 0], [0, 2]):
+            rows = runner.step(slots, [30] * len(slots), [starts[slot] for slot in slots])
+            binding, _ = recorder.runs[-1]
+            calls = len(recorder.bound[id(binding)])
+            assert bound.setdefault(binding, calls) == calls, "a captured step was bound again"
+            for slot, row in zip(slots, rows, strict=True):
+                starts[slot] += 1
+                added[slot] = (*added[slot], 30)
+                alone.runner.rewind()
+                wanted = alone.runner.prefill([*texts[slot], *added[slot]])
+                assert np.abs(row - wanted).max() <= 2e-3 * np.abs(wanted).max()
+        graphs = [graph for _, graph in recorder.runs]
+        assert "-1" not in graphs and len(set(graphs)) == len(bound) == 3
+        assert len(set(recorder.runs)) == 3, "a graph for two bindings"
+        runner.verify(0, [31, 32], starts[0])
+        assert recorder.runs[-1][1] == "-1"
+    runner.close()
+    assert not machine["cuda"].memory["device"]
+
+
 def test_a_device_that_fails_is_told_in_a_line(bundle: Path, machine: dict[str, Any]) -> None:
     machine["cuda"].failing["cudaMalloc"] = cudaError_t.cudaErrorMemoryAllocation
     with pytest.raises(UserError, match=r"logits of a step: 0.00 GB on the device: cudaMalloc failed: .*Allocation"):

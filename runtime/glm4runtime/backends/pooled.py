@@ -69,11 +69,11 @@ class PooledRunner(BatchRunner):
     def _arrange(self, slots: Sequence[int]) -> None:
         """Give the slots of a step their places."""
         for one, other in self._places.moves(slots):
-            owners = [slot for place in (one, other) if (slot := self._places.slot(place)) is not None]
-            rows = [0 if (slot := self._places.slot(place)) is None else self._filled[slot] for place in (one, other)]
-            self._lost.update(owners)  # until they are moved
-            self._pool.exchange(one, other, *rows)
-            self._lost.difference_update(owners)
+            owners = [self._places.slot(place) for place in (one, other)]
+            moved = {slot for slot in owners if slot is not None} - self._lost
+            self._lost |= moved  # until they are
+            self._pool.exchange(one, other, *(0 if slot is None else self._filled[slot] for slot in owners))
+            self._lost -= moved
             self._places.exchange(one, other)
 
     def _require_rows(self, slot: int, rows: int) -> None:

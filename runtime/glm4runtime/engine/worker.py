@@ -241,7 +241,7 @@ class Worker:
 
     def _end(self, id: int, reason: FinishReason) -> None:
         answer = self.answers.pop(id)
-        answer.finish(reason)
+        answer.end(reason)
         self.loop.end(answer)
         self._finished[answer.finish_reason or reason] += 1
         job = answer.job
@@ -270,7 +270,7 @@ def _give_up(job: Job, reason: Exception | None) -> None:
     try:
         if reason is None:
             for answer in job.answers:
-                answer.finish("cancelled")
+                answer.end("cancelled")
         job.close(reason)
     except Exception as error:  # the others are to be told nevertheless
         job.feed.end(None, RequestFailed(f"the request failed: {_told(error)}"))

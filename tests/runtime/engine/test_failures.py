@@ -214,6 +214,24 @@ def test_a_forked_child_is_told(load_engine: LoadEngine) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"stall_ms": 0}, "stall_ms=0: expected a finite number of milliseconds above 0"),
+        ({"stall_ms": "5"}, "stall_ms='5': expected a finite number"),
+        ({"max_queue": -1}, "max_queue=-1 must be at least 0"),
+        ({"max_queue": 1.5}, "max_queue=1.5 is not a whole number"),
+        ({"prefix_cache_bytes": -1}, "prefix_cache_bytes=-1 must be at least 0"),
+        ({"prefix_cache": "some"}, "prefix_cache='some': expected prompt, all, off"),
+        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1 is not True or False"),
+    ],
+)
+def test_settings_are_refused_before_a_bundle_is_opened(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Engine.load("there is no such folder", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"structure": {"regex": "a"}}, "structure: expected a Structure, found"),
         ({"template_variables": None}, "template_variables: expected a mapping, found None"),
         ({"timeout": 10**400}, "timeout: expected a finite number"),
