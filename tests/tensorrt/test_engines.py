@@ -84,6 +84,8 @@ def test_an_engine_of_a_graph_without_a_cache(build_bundle: Build, tmp_path: Pat
     assert spec.profiles == (Profile("texts", (1, 1, 16), (1, 128, 128), (1, 1, 1)),)
     manifest = read_manifest(bundle, check_hashes=True)
     assert spec.file in manifest.files and spec.graph_sha256 == manifest.engine_graph_sha256
+    with pytest.raises(UserError, match="--max-batch is for graphs with a cache; engines of others take several texts"):
+        add_engines(bundle, builder(max_batch=2))
     with pytest.raises(UserError, match="provider 'engine' doesn't run a bundle for tensorrt and sequence-class"):
         load_encoder(bundle)
     with load_encoder(bundle, provider="cpu") as encoder:

@@ -77,7 +77,6 @@ class StepInputs:
         self._writes[given:count] = self._max_seq - 1
         for row, start in enumerate(starts):
             old, new = self._seen[row], start + 1
-            self._seen[row] = self._max_seq  # until it's done: an interrupt may come between
             self._mask[row, min(old, new) : max(old, new)] = new > old
             self._seen[row] = new
 

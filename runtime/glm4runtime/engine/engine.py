@@ -66,14 +66,15 @@ class Engine:
     ) -> Engine:
         """Open a bundle that ``glm4export build`` made; arguments that :func:`glm4runtime.load` has are the same here.
 
-        slots: sequences at once; each has a cache of max_seq_len tokens, whose memory is taken now. invariant: see the
-        class; without it lone streams in int8 and int4 are up to a fifth faster. adapters: requests choose one, or
-        none; a step in which some use one reads all of them, so load no others. prefix_cache: keep the cache rows of
-        prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits of decode steps), or
-        none (``off``). prefix_cache_bytes: memory for them, the least recently used go first. max_queue: requests that
-        may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in milliseconds. draft: the
-        bundle of a smaller model with the same tokenizer, for requests with ``draft``; it gets as many slots, and as
-        much cache as its positions allow.
+        slots: sequences at once; each has a cache of max_seq_len tokens, whose memory is taken now. A bundle for
+        TensorRT needs an engine that was built with ``--max-batch`` of as many. invariant: see the class; without it
+        lone streams in int8 and int4 are up to a fifth faster, and engines of TensorRT run only without. adapters:
+        requests choose one, or none; a step in which some use one reads all of them, so load no others. prefix_cache:
+        keep the cache rows of prompts (``prompt``), of answers too (``all``: next turns are faster, but have the bits
+        of decode steps), or none (``off``). prefix_cache_bytes: memory for them, the least recently used go first.
+        max_queue: requests that may wait for a slot. stall_ms: how long a new prompt may hold up answers under way, in
+        milliseconds. draft: the bundle of a smaller model with the same tokenizer, for requests with ``draft``; it gets
+        as many slots, and as much cache as its positions allow.
 
         Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
         """
