@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime as ort
 
 from glm4runtime.backends.cuda import Memory, open_cuda
+from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.backends.lengths import takes_lengths
-from glm4runtime.contract import LOGITS, PREFILL, Manifest, UserError
+from glm4runtime.contract import LOG_SUM, LOGITS, PREFILL, TOP_IDS, TOP_LOGITS, Manifest, UserError
 
 CAPTURING = {"enable_cuda_graph": "1"}  # of ONNX Runtime's provider cuda
 _GRAPH_ID = "gpu_graph_id"
@@ -42,34 +43,51 @@ def require_capture(manifest: Manifest) -> None:
 class CapturedSteps:
     """Where the logits of steps over up to ``rows`` sequences go, and how such steps are run."""
 
-    def __init__(self, rows: int, vocab_size: int, device_id: int) -> None:
-        """Raises UserError where cuda-python is missing or the device has no memory."""
+    def __init__(self, rows: int, vocab_size: int, device_id: int, top: int = 0) -> None:
+        """top: how many of a row's tokens the graph names, where its steps have one row.
+
+        Raises UserError where cuda-python is missing or the device has no memory.
+        """
         self._cuda = cuda = open_cuda("gpu")
         cuda("cudaSetDevice", device_id)
         self._held, self._device_id = Memory(cuda), device_id
         self._address = self._held.device(4 * rows * vocab_size, "logits of a step")
         self._pinned, view = self._held.pinned(4 * rows * vocab_size)
         self._logits: np.ndarray = view.view(np.float32).reshape(rows, vocab_size)
+        self._top, size = top, top * (8 + 4) + 4  # in a block of their own: ids, logits and the logarithm, one copy
+        if top:
+            self._top_address = self._held.device(size, "a step's most probable tokens")
+            self._top_pinned, self._top_view = self._held.pinned(size)
 
-    def bind(self, binding: Any, device: str, rows: int = 1) -> Callable[[Any], np.ndarray]:
+    def bind(self, binding: Any, device: str, rows: int = 1) -> Callable[[Any], None]:
         """Have a step's logits written to the device's memory, and the step captured.
 
-        Returns what runs it in a session, captured at first and replayed from then on, and returns its logits, float32
-        [rows, vocab].
+        Returns what runs it in a session: captured at first, and replayed from then on.
         """
-        logits = self._logits[:rows]
-        shape = (rows, 1, logits.shape[1])
-        binding.bind_output(LOGITS, device, self._device_id, np.float32, shape, self._address)
-        kind = self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        download = self._cuda.checked("cudaMemcpy", self._pinned, self._address, logits.nbytes, kind)
+        place, vocab = (device, self._device_id), self._logits.shape[1]
+        binding.bind_output(LOGITS, *place, np.float32, (rows, 1, vocab), self._address)
+        if self._top:
+            at, shape = self._top_address, (1, 1, self._top)
+            binding.bind_output(TOP_IDS, *place, np.int64, shape, at)
+            binding.bind_output(TOP_LOGITS, *place, np.float32, shape, at + 8 * self._top)
+            binding.bind_output(LOG_SUM, *place, np.float32, (1, 1), at + 12 * self._top)
         options = _run_options(str(next(_ids)))
+        return lambda session: session.run_with_iobinding(binding, options)
 
-        def run(session: Any) -> np.ndarray:
-            session.run_with_iobinding(binding, options)
-            download()
-            return logits
+    def fetch(self, rows: int = 1) -> np.ndarray:
+        """The logits of the last step, float32 [rows, vocab]."""
+        logits = self._logits[:rows]
+        self._download(self._pinned, self._address, logits.nbytes)
+        return logits
 
-        return run
+    def hold(self) -> HeldRow:
+        """The last step's one row, on the device but for its most probable tokens."""
+        self._download(self._top_pinned, self._top_address, len(self._top_view))
+        ids, numbers = self._top_view[: 8 * self._top].view(np.int64), self._top_view[8 * self._top :].view(np.float32)
+        return HeldRow(numbers[:-1], ids, float(numbers[-1]), lambda: self.fetch()[0])
+
+    def _download(self, to: int, source: int, size: int) -> None:
+        self._cuda("cudaMemcpy", to, source, size, self._cuda.api.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def close(self) -> None:
         """Free the device's memory; behind the session that writes to it."""

@@ -121,7 +121,9 @@ class OrtBatchRunner(PooledRunner):
         self._require_rows(slot, start)
         self._filled[slot] = start + len(tokens)
         self._place_lane(slot)
-        return self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)[: len(tokens)]
+        rows = self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)
+        assert isinstance(rows, np.ndarray)  # the engine fetches all
+        return rows[: len(tokens)]
 
     def _run_step(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
         if not self._one_by_one:
@@ -194,7 +196,7 @@ class _Steps:
     def __init__(self, lane: OrtRunner, pool: Pool, captured: CapturedSteps | None = None) -> None:
         """captured: has each binding's runs captured; None in a session that captures others runs them without."""
         self._captured, self._options = captured, lane.run_options
-        self._captured_runs: dict[_Kind, Callable[[Any], np.ndarray]] = {}
+        self._launches: dict[_Kind, Callable[[Any], None]] = {}
         self._session, self._pool, self._adapters = lane.graphs[lane.step_graph], pool, lane.pool
         self._chooses = lane.step_graph == PREFILL
         place, places = lane.place, pool.places
@@ -217,7 +219,8 @@ class _Steps:
         lengths = [start + 1 for start in starts]
         self._lengths.tell(binding, lengths, self._width(lengths))
         if self._captured is not None:
-            return self._captured_runs[kind](self._session)
+            self._launches[kind](self._session)
+            return self._captured.fetch(count)
         self._session.run_with_iobinding(binding, self._options)
         rows: np.ndarray = self._logits.array[:count, 0]
         return rows
@@ -239,7 +242,7 @@ class _Steps:
             self._rows.bind_input(binding, LOGIT_ROWS, (count, 1))
         self._lengths.bind(binding, count)
         if self._captured is not None:
-            self._captured_runs[kind] = self._captured.bind(binding, self._pool.device, count)
+            self._launches[kind] = self._captured.bind(binding, self._pool.device, count)
         else:
             self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
         self._bindings[kind] = binding
