@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.backends.settings import PROVIDERS
 
 if TYPE_CHECKING:
     from glm4runtime.session import Session

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.backends.settings import PROVIDERS
 from glm4runtime.contract import UserError, read_manifest
 
 if TYPE_CHECKING:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.invariance import make_invariant
-from glm4runtime.backends.providers import Provider, open_runner, require_settings
+from glm4runtime.backends.providers import open_runner
 from glm4runtime.backends.runner import Runner, refuse_closed
-from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.backends.settings import Provider, Settings, require_path
+from glm4runtime.contract import Manifest, UserError, read_manifest, wrong_task
 from glm4runtime.generation import Generation
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.scoring import Score, log_probabilities, score
@@ -64,7 +64,7 @@ def load(
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
     """
-    require_settings(
+    settings = Settings(
         provider=provider,
         threads=threads,
         max_seq_len=max_seq_len,
@@ -72,29 +72,18 @@ def load(
         check_hashes=check_hashes,
         invariant=invariant,
         huge_pages=huge_pages,
+        device_id=device_id,
+        gpu_mem_limit=gpu_mem_limit,
         cuda_graphs=cuda_graphs,
         adapters=adapters,
     )
-    if not isinstance(bundle, str | os.PathLike):
-        raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
+    require_path("bundle", bundle)
     folder = Path(bundle)
     manifest = read_manifest(folder, check_hashes=check_hashes)
     if manifest.kv_cache is None:
         raise wrong_task(folder, manifest.task)
     text = BundleText(folder, read_text_files(folder), chat_template)
-    runner = open_runner(
-        folder,
-        manifest,
-        provider=provider,
-        threads=threads,
-        max_seq_len=max_seq_len,
-        prefill_chunk=prefill_chunk,
-        check_hashes=check_hashes,
-        adapters=adapters,
-        device_id=device_id,
-        gpu_mem_limit=gpu_mem_limit,
-        cuda_graphs=cuda_graphs,
-    )
+    runner = open_runner(folder, manifest, settings)
     if huge_pages:
         collapse()
     if invariant:

@@ -13,7 +13,7 @@ import numpy as np
 
 from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
-from glm4runtime.backends.cuda_graph import CAPTURING, CapturedStep, require_capture
+from glm4runtime.backends.cuda_graph import CAPTURING, CapturedSteps, require_capture, uncaptured
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.held_row import HeldRow, Logits
@@ -103,9 +103,10 @@ class OrtRunner(Runner):
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
         self.top_count = top_count(manifest.first(self.step_graph))
         self._top = TopRows(self.top_count, MAX_RUN, self._logits, *place) if self.top_count else None
-        self._captured = CapturedStep(manifest.vocab_size, gpu.device_id, self.top_count) if cuda_graphs else None
+        self.run_options = uncaptured() if cuda_graphs else None
+        self._captured = CapturedSteps(1, manifest.vocab_size, gpu.device_id, self.top_count) if cuda_graphs else None
         if self._captured is not None:
-            self._captured.bind(self._decode_binding, device)
+            self._launch = self._captured.bind(self._decode_binding, device)
         self._selections: dict[str | None, Selection] = {}
         self._selection: Selection | None = None
         self._over_adapter: set[Any] = set()  # bindings that have it
@@ -161,6 +162,7 @@ class OrtRunner(Runner):
         del self._rows, self._last, self._positions, self._selection, self._selections, self._lengths
         self.pool = self._top = None
         if self._captured is not None:
+            del self._launch
             self._captured.close()
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
@@ -183,7 +185,8 @@ class OrtRunner(Runner):
             # The total is captured, so it's the most that it'll ever be
             self._lengths.tell(self._decode_binding, [start + 1], self.max_seq_len)
             self._over(self._decode_binding)
-            return self._captured.run(self._decode, self._decode_binding, hold=self._holding)
+            self._launch(self._decode)
+            return self._captured.hold() if self._holding and self._top is not None else self._captured.fetch()[0]
         self._lengths.tell(self._decode_binding, [start + 1], start + 1)
         self._bind_positions(self._decode_binding, start, 1)
         if self._top is not None:
@@ -212,7 +215,7 @@ class OrtRunner(Runner):
 
     def _run(self, session: Any, binding: Any) -> None:
         self._over(binding)
-        session.run_with_iobinding(binding, None if self._captured is None else self._captured.uncaptured)
+        session.run_with_iobinding(binding, self.run_options)
 
     def _over(self, binding: Any) -> None:
         """Have a binding over the cache."""

@@ -24,7 +24,8 @@ from glm4runtime.backends.gpu_options import ANY_GPU
 from glm4runtime.backends.graph_check import graphs_to_open, require_graphs, require_token_ids
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_session import device_of, open_session, require_provider
-from glm4runtime.backends.providers import default_chunk, default_provider, require_settings
+from glm4runtime.backends.providers import default_chunk, default_provider
+from glm4runtime.backends.settings import Provider, Settings
 from glm4runtime.backends.stages import HOST, Stage, StagedGraph
 from glm4runtime.contract import LOGITS, GraphName, UserError, installing, read_manifest, shown
 from glm4runtime.text.bundle_text import BundleText
@@ -36,7 +37,7 @@ _CACHED = ("past_key_values.", "present.")
 def load_stages(
     bundle: str | Path,
     *,
-    provider: str | None = None,
+    provider: Provider | None = None,
     threads: int = 1,
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
@@ -50,7 +51,7 @@ def load_stages(
     Raises UserError where Ray is missing, or settings don't fit; BundleError where the folder isn't a whole bundle.
     """
     ray = _ray()
-    require_settings(provider=provider, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)
+    Settings(provider=provider, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)  # checks them
     folder = Path(bundle).resolve()
     manifest = read_manifest(folder)
     if manifest.stages is None:
