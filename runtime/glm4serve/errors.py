@@ -44,7 +44,8 @@ def told(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, EngineClosed):
         return unavailable("the model takes no requests now: it is being closed, or has failed")
     if isinstance(error, RequestFailed):
-        return ApiError(500, str(error), code="request_failed")
+        ours = not isinstance(error.__cause__, UserError)  # a graph's words may hold paths
+        return ApiError(500, "the model failed on this request" if ours else str(error), code="request_failed")
     if isinstance(error, UserError) and not isinstance(error, BundleError):
         return ApiError(400, str(error), code="invalid_value", param=param)
     return ApiError(500, "the server failed on this request; its log says more", code="internal_error")

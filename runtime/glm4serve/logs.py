@@ -56,6 +56,8 @@ def event(name: str, **fields: Any) -> None:
 
 
 def _places(error: BaseException) -> dict[str, Any]:
+    while error.__cause__ is not None:  # an engine's thread raises elsewhere than its request's reader
+        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
     return {"error": type(error).__name__, "places": places}

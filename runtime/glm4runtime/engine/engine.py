@@ -216,9 +216,14 @@ class Engine:
         return self.submit(request)
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that were loaded: what :attr:`Request.adapter` may be."""
-        return tuple(self.runner.adapters)
+    def adapters(self) -> Mapping[str, str]:
+        """The adapters that were loaded: sha256 of what each holds, by what :attr:`Request.adapter` may be."""
+        return self.runner.adapters
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether a draft bundle was loaded, so that :attr:`Request.draft` may be more than 0."""
+        return self._loop.draft is not None
 
     @property
     def tokenizer(self) -> Any:
@@ -238,6 +243,7 @@ class Engine:
                 and not self._closing
                 and self._thread.is_alive()
                 and self._loop.failures_in_a_row < _FAILURES,
+                death=None if self._death is None else _told(self._death),
                 last_step_age=time.monotonic() - self._last_step,
                 slots=self.runner.slots,
                 scheduler=self._scheduler.stats(),
@@ -346,9 +352,7 @@ class Engine:
             self._death = error
         finally:
             with self._condition:
-                reason = (
-                    None if self._death is None else RequestFailed(f"the engine's thread died: {_told(self._death)}")
-                )
+                reason = None if self._death is None else _failure("the engine's thread died", self._death)
                 for job in {id(answer.job): answer.job for answer in self._answers.values()}.values():
                     _give_up(job, reason)
                 self._answers.clear()
@@ -433,7 +437,7 @@ class Engine:
             self._loop.end(answer := self._answers.pop(id))
             self._loop.failed.pop(answer, None)
             self._finished["error"] += 1
-        job.close(RequestFailed(f"the request failed: {_told(error)}"))
+        job.close(_failure("the request failed", error))
         self._condition.notify_all()
 
     def _end(self, id: int, reason: Any) -> None:
@@ -470,7 +474,13 @@ def _give_up(job: Job, reason: Exception | None) -> None:
                 answer.finish("cancelled")
         job.close(reason)
     except Exception as error:  # the others are to be told nevertheless
-        job.feed.end(None, RequestFailed(f"the request failed: {_told(error)}"))
+        job.feed.end(None, _failure("the request failed", error))
+
+
+def _failure(what: str, error: BaseException) -> RequestFailed:
+    failure = RequestFailed(f"{what}: {_told(error)}")
+    failure.__cause__ = error
+    return failure
 
 
 def _told(error: BaseException) -> str:
