@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,13 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
     http.add_argument("--no-page", action="store_true", help="no chat page at /")
+    http.add_argument(
+        "--otlp-endpoint",
+        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        metavar="URL",
+        help="send a span for each request to this collector, OTLP over HTTP (default: OTEL_EXPORTER_OTLP_ENDPOINT, "
+        "and where that isn't set none is made)",
+    )
     ray = command.add_argument_group("Ray")
     ray.add_argument("--ray", action="store_true", help="replicas under Ray Serve, on this machine or RAY_ADDRESS's")
     ray.add_argument("--replicas", type=int, metavar="N", help="default: 1; each has engines of its own")
@@ -152,7 +160,10 @@ def _settings(arguments: argparse.Namespace) -> Any:
     from glm4serve.keys import Keys
     from glm4serve.server import is_loopback
     from glm4serve.settings import Settings
+    from glm4serve.tracing import check_endpoint
 
+    if arguments.otlp_endpoint:
+        check_endpoint(arguments.otlp_endpoint)
     for name in ("timeout", "drain"):
         if not 0 <= getattr(arguments, name) <= 86400:
             raise UserError(f"--{name} {getattr(arguments, name)}: expected seconds from 0 to 86400")
@@ -173,6 +184,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
         page=not arguments.no_page,
+        otlp_endpoint=arguments.otlp_endpoint or None,
     )
 
 

@@ -77,6 +77,8 @@ async def answered(http: HttpRequest, body: Body) -> Response:
         requests = body.requests(generator)
     except UserError as error:
         raise told(error) from error
+    asked = requests[0].params
+    note(http, n=requests[0].n, max_tokens=asked.max_new_tokens, temperature=asked.temperature, top_p=asked.top_p)
     run, answer = await _submit(http, generator, requests, body.prompt_field), body.answer(generator)
     return run.stream(answer) if body.streams else JSONResponse(answer.whole(await run.whole()))
 
@@ -149,6 +151,8 @@ class Run:
             cached_tokens=total.cached_tokens,
             completion_tokens=total.completion_tokens,
             finish_reasons=self._reasons or ["cancelled"],
+            queue_seconds=_rounded(self.handles[0].timing.started),
+            first_token_seconds=_rounded(self.handles[0].timing.first_token),
         )
         for handle in self.handles:
             if handle.timing.finished is not None and self._reasons:
@@ -172,6 +176,7 @@ class Run:
         except Exception as error:
             if not isinstance(error, ApiError):
                 logs.failure(self._http.scope.get("glm4.id", ""), error)
+            note(self._http, error=told(error).code)
             for text in answer.error(told(error)):
                 yield text
 
@@ -193,6 +198,10 @@ class Run:
                 if delta.finish_reason == "cancelled":
                     raise unavailable("the server is being shut down, and ended the answer before it was whole")
                 yield prompt, delta
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Delta], None]:

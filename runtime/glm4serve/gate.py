@@ -62,18 +62,25 @@ class Gate:
                 await respond(path, told(error))(scope, receive, answer)
         finally:
             self._service.in_flight -= counted
-            route = scope.get("route")
-            name = getattr(route, "path", "(other)")
-            self._service.metrics.responses.labels(name, str(status or 499)).inc()
-            logs.request(
-                id=id,
-                method=scope["method"],
-                path=name,
-                status=status or 499,
-                seconds=round(time.monotonic() - began, 4),
-                key=scope.get("glm4.owner", ""),
-                **scope.get("glm4.log", {}),
-            )
+            self._tell(scope, headers, id, status or 499, time.monotonic() - began)
+
+    def _tell(self, scope: Scope, headers: Headers, id: str, status: int, seconds: float) -> None:
+        """Metrics, trace and log of a request that ended."""
+        name = getattr(scope.get("route"), "path", "(other)")
+        self._service.metrics.responses.labels(name, str(status)).inc()
+        fields = {
+            "id": id,
+            "method": scope["method"],
+            "path": name,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "key": scope.get("glm4.owner", ""),
+            **scope.get("glm4.log", {}),
+        }
+        traces = self._service.traces
+        if traces is not None and (trace := traces.record(headers, fields)) is not None:
+            fields["trace"] = trace
+        logs.request(**fields)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         settings, path = self._service.settings, scope["path"]

@@ -34,7 +34,7 @@ def configure(level: int = logging.INFO) -> None:
     """Write our log and uvicorn's to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("glm4serve", "uvicorn", "uvicorn.error"):
+    for name in ("glm4serve", "opentelemetry", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
         logger.setLevel(level if name == "glm4serve" else logging.WARNING)
