@@ -217,7 +217,7 @@ def bodies(bundle: Path, count: int, seed: int, program: str) -> list[str]:
     with serving(bundle, "--slots", "8", "--max-seq-len", "96", "--max-queue", "64") as server:
         command = [program, "run", "openapi.json", "--url", server.url, "--checks", "not_a_server_error"]
         command += ["--phases", "coverage,fuzzing", "--mode", "all", "--seed", str(seed), "--workers", "4"]
-        command += ["--max-examples", str(max(1, count // 9)), "--continue-on-failure", "--no-color"]
+        command += ["--max-examples", str(max(1, count // 30)), "--continue-on-failure", "--no-color"]
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "openapi.json").write_text(json.dumps(schema_of(server)))
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder)

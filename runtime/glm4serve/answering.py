@@ -126,10 +126,7 @@ class Run:
 
     def stream(self, answer: Answer) -> EventStream:
         """The response that tells of the answers as they come; an error ends it in the protocol's form."""
-        settings = self._service.settings
-        return EventStream(
-            self._events(answer), closed=self.close, ping=settings.ping, write_timeout=settings.write_timeout
-        )
+        return EventStream(self._events(answer), closed=self.close, ping=self._service.settings.ping)
 
     def cancel(self) -> None:
         """End the answers; whoever reads them is told that the server does."""

@@ -11,14 +11,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
-from glm4serve.errors import ApiError, told, unavailable
-from glm4serve.event_stream import SlowReader
+from glm4serve.errors import INTERNAL, ApiError, told, unavailable
 from glm4serve.responses import respond
 from glm4serve.service import Service
 
 #: Answered without a key, and while the service drains: what a balancer asks.
 OPEN = frozenset({"/health", "/ready"})
 _ID = re.compile(r"[\w.-]{1,128}")
+
+
+class SlowReader(Exception):
+    """A client left what was sent to it unread for too long."""
 
 
 class Gate:
@@ -44,7 +47,11 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = id
-            await send(message)
+            try:
+                with anyio.fail_after(self._service.settings.write_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise SlowReader from None
 
         counted = path not in OPEN
         self._service.in_flight += counted
@@ -52,6 +59,8 @@ class Gate:
             self._admit(scope, headers)
             await self._app(scope, await self._body(scope, headers, receive), answer)
         except ApiError as error:
+            if error.code == INTERNAL:
+                logs.failure(id, error)
             if not status:
                 await respond(path, error)(scope, receive, answer)
         except SlowReader:

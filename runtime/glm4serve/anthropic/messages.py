@@ -22,7 +22,7 @@ from glm4serve.errors import ApiError, told
 from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.responses import SHAPES
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 from glm4serve.service import service_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -40,7 +40,7 @@ class MessageRequest(Prompted):
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
-    stop_sequences: list[str] | None = Field(None, max_length=16)
+    stop_sequences: Items[str] | None = Field(None, max_length=16)
     temperature: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)

@@ -21,7 +21,7 @@ from glm4serve.openai.fields import PassedOver
 from glm4serve.openai.response_answer import ResponseAnswer
 from glm4serve.openai.response_input import Input, template_messages
 from glm4serve.openai.structure import AnyObject, AnyText
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -81,7 +81,7 @@ class ResponseRequest(PassedOver):
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    tools: list[FunctionTool] | None = Field(None, max_length=128)
+    tools: Items[FunctionTool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
