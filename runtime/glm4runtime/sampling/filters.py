@@ -1,28 +1,32 @@
 """Filters: temperature, and which tokens are left to draw from.
 
-Tokens are given by weights, unnormalised probabilities of which the largest is 1. A cut takes them and returns the
-positions that stay, ascending. GLM-4's vocabulary has 151552 entries, so nothing here sorts all of it where less will
-do.
+Tokens are given by weights, unnormalised probabilities of which the largest is 1. A cut takes them and tells which
+stay. GLM-4's vocabulary has 151552 entries, so nothing here sorts them: where a cut ends is found digit by digit
+(:mod:`glm4runtime.sampling.select`), a few passes also over rows without a peak.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm4runtime.sampling.params import SamplingParams
-from glm4runtime.sampling.rows import Row
+from glm4runtime.sampling.rows import Row, kth_largest
+from glm4runtime.sampling.select import Selector
 
 Weights = NDArray[np.float32]  # [n]
 Positions = NDArray[np.intp]
+Mask = NDArray[np.bool_]  # [n]
 
-# Relative to the most probable token. A trained model's nucleus nearly always lies above the first or the second floor;
-# the third floor that `_nucleus` tries is one below which no token can belong to the nucleus.
+# Where is looked first, as few tokens of a trained model are there: above these floors, relative to the most probable
+# token, and within these reaches, in nats from typical surprise.
 _FLOORS = (1e-2, 1e-4)
-_REACHES = (2.0, 8.0)  # nats from typical surprise where is looked first; few tokens of a trained model are so near
-_FEW = 4096  # that are sorted without more ado
+_REACHES = (2.0, 8.0)
+_DENSE = 4  # where more than one in so many tokens is left, picking them out takes longer than passing over the others
+_LEAST = np.finfo(np.float32).smallest_subnormal
 _LEAST_LOG = np.float32(-104.0)  # below the logarithm of the smallest float32
 
 
@@ -47,13 +51,14 @@ class Filters:
             (self._probable, params.min_p > 0),
             (self._typical, params.typical_p < 1),
         )
-        self._cuts: list[Callable[[Weights], Positions]] = [cut for cut, on in cuts if on]
+        self._cuts: list[Callable[[Weights], Mask]] = [cut for cut, on in cuts if on]
         self._xtc = float(params.xtc_probability), float(params.xtc_threshold)
         self._stop = np.array(sorted(stop), np.int64)
         self._scratch: NDArray[np.float32] = np.empty(vocab_size, np.float32)
         self._weights: NDArray[np.float32] = np.empty(vocab_size, np.float32)
         self._cumulative: NDArray[np.float64] = np.empty(vocab_size, np.float64)
         self._mask: NDArray[np.bool_] = np.empty(vocab_size, np.bool_)
+        self._selector = Selector(vocab_size)
 
     def kept(self, logits: Row, top: np.float32, random: Callable[[], float]) -> tuple[Positions | None, Weights]:
         """Ids that are left, ascending (None: all), and their weights; one of weight 0 isn't left.
@@ -71,8 +76,12 @@ class Filters:
             np.exp(weights, out=weights)
         for cut in self._cuts:
             stay = cut(weights)
-            ids = stay if ids is None else ids[stay]
-            weights = weights[stay]
+            if _dense(stay):
+                weights *= stay
+            else:
+                left = np.flatnonzero(stay)
+                ids = left if ids is None else ids[left]
+                weights = weights[left]
         if self._xtc[0]:
             self._exclude_top(ids, weights, random())
         return ids, weights
@@ -88,42 +97,32 @@ class Filters:
 
     def _largest(self, logits: Row) -> Positions:
         """Ids, ascending, of the top_k largest logits and of all that tie with the last of these."""
-        # Partitioning a copy of the values beats argpartition, which moves (and allocates) 8-byte indices.
-        np.copyto(self._scratch, logits)
-        self._scratch.partition(self._vocab_size - self._top_k)
-        np.greater_equal(logits, self._scratch[self._vocab_size - self._top_k], out=self._mask)
-        return np.flatnonzero(self._mask)
+        return np.flatnonzero(np.greater_equal(logits, kth_largest(logits, self._top_k), out=self._mask))
 
-    def _nucleus(self, weights: Weights) -> Positions:
+    def _nucleus(self, weights: Weights) -> Mask:
         """The fewest largest weights whose sum reaches top_p of the whole; at least one."""
-        total = float(weights.sum(dtype=np.float64))
-        target = self._top_p * total
-        # All tokens below this together weigh less than (1 - top_p) * total: none of them is in the nucleus.
-        safe_floor = (1 - self._top_p) * total / weights.size
-        for floor in (*(f for f in _FLOORS if f > safe_floor), min(safe_floor, 1.0)):
+        target = self._top_p * float(weights.sum(dtype=np.float64))
+        among = weights
+        for floor in _FLOORS:
             mask = np.greater_equal(weights, np.float32(floor), out=self._mask[: weights.size])
-            candidates = np.flatnonzero(mask)
-            values = np.take(weights, candidates, out=self._scratch[: candidates.size], mode="clip")
-            if float(values.sum(dtype=np.float64)) >= target:
+            if _dense(mask):
                 break
-        chosen = weights[candidates]
-        values.sort()
-        descending = values[::-1]
-        cumulative = np.cumsum(descending, dtype=np.float64, out=self._cumulative[: values.size])
-        count = min(int(np.searchsorted(cumulative, target)) + 1, values.size)
-        # Of the tokens that tie with the last one in, the lowest ids stay.
-        last = descending[count - 1]
-        keep = chosen > last
-        ties = np.flatnonzero(chosen == last)
-        keep[ties[: count - int(np.count_nonzero(keep))]] = True
-        kept: Positions = candidates[keep]
-        return kept
+            likely = weights[np.flatnonzero(mask)]
+            if float(likely.sum(dtype=np.float64)) >= target:
+                among = likely
+                break
+        last, before = self._selector.reaching(among, among, target, largest_first=True)
+        stay = np.greater_equal(weights, last, out=self._mask[: weights.size])
+        # Of the tokens that tie with the last one in, the lowest ids stay: as many as it takes.
+        ties = np.flatnonzero(weights == last)
+        stay[ties[max(1, math.ceil((target - before) / float(max(last, _LEAST)))) :]] = False  # 0: by rounding
+        return stay
 
-    def _probable(self, weights: Weights) -> Positions:
+    def _probable(self, weights: Weights) -> Mask:
         """The weights of at least min_p times the largest, which is 1."""
-        return np.flatnonzero(np.greater_equal(weights, self._min_p, out=self._mask[: weights.size]))
+        return np.greater_equal(weights, self._min_p, out=self._mask[: weights.size])
 
-    def _typical(self, weights: Weights) -> Positions:
+    def _typical(self, weights: Weights) -> Mask:
         """The weights whose surprise is nearest to its mean, the entropy, as few as reach typical_p of the whole.
 
         Meister et al., Locally Typical Sampling, 2022. All that tie with the last one in stay.
@@ -139,13 +138,17 @@ class Filters:
         distances = np.subtract(logs, np.float32(mean), out=logs)
         np.abs(distances, out=distances)
         target = self._typical_p * total
-        for reach in (*_REACHES, np.inf):
-            near = np.flatnonzero(np.less_equal(distances, np.float32(reach), out=self._mask[:size]))
-            masses = weights[near]
-            if float(masses.sum(dtype=np.float64)) >= target:
+        among, masses = distances, weights
+        for reach in _REACHES:
+            mask = np.less_equal(distances, np.float32(reach), out=self._mask[:size])
+            if _dense(mask):
                 break
-        last = _reaching(distances[near], masses, target)
-        return np.flatnonzero(np.less_equal(distances, last, out=self._mask[:size]))
+            near = np.flatnonzero(mask)
+            if float(weights[near].sum(dtype=np.float64)) >= target:
+                among, masses = distances[near], weights[near]
+                break
+        last, _ = self._selector.reaching(among, masses, target)
+        return np.less_equal(distances, last, out=self._mask[:size])
 
     def _exclude_top(self, ids: Positions | None, weights: Weights, number: float) -> None:
         """XTC: put the weights of all that are as probable as xtc_threshold to 0, but for the least of them.
@@ -157,30 +160,19 @@ class Filters:
         if number >= probability:
             return
         floor = np.float32(threshold * float(weights.sum(dtype=np.float64)))
+        floor = max(floor, _LEAST)  # what isn't left can't be the one that stays
         top = np.flatnonzero(np.greater_equal(weights, floor, out=self._mask[: weights.size]))
         if top.size < 2:
             return
         top = np.delete(top, int(weights[top].argmin()))
-        if not np.isin(self._stop, top if ids is None else ids[top]).any():
+        if not _holds(top if ids is None else ids[top], self._stop):
             weights[top] = 0
 
 
-def _reaching(values: NDArray[np.float32], masses: Weights, target: float) -> np.float32:
-    """The smallest value up to which the masses sum to ``target``; the largest value where all don't.
+def _dense(mask: Mask) -> bool:
+    return int(np.count_nonzero(mask)) * _DENSE > mask.size
 
-    Halves first, by the mean, as sorting takes the longest by far.
-    """
-    below = 0.0
-    while values.size > _FEW:
-        lower = values <= values.mean()
-        if lower.all() or not lower.any():  # equal, but for rounding
-            break
-        mass = below + float(masses[lower].sum(dtype=np.float64))
-        if mass < target:
-            below = mass
-            np.logical_not(lower, out=lower)
-        values, masses = values[lower], masses[lower]
-    order = np.argsort(values, kind="stable")
-    sums = below + np.cumsum(masses[order], dtype=np.float64)
-    last: np.float32 = values[order[min(int(np.searchsorted(sums, target)), len(order) - 1)]]
-    return last
+
+def _holds(ids: Positions, wanted: NDArray[np.int64]) -> bool:
+    """Whether any of ``wanted`` is among ids, which ascend; ``np.isin`` would sort them."""
+    return bool((ids[np.searchsorted(ids[:-1], wanted)] == wanted).any())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -62,13 +61,6 @@ class Vocabulary:
         )
         self.newlines = [i for i, token in enumerate(self.tokens) if token in (b"\n", b"\n\n")]
         self.words = -(-vocab_size // 32)
-        self.lock = threading.Lock()
-        self.scratch = np.zeros((0, self.words), np.uint32)
-
-    @cached_property
-    def executor(self) -> Any:
-        """The threads that fill masks."""
-        return _llguidance().LLExecutor()
 
     @cached_property
     def thought_masks(self) -> list[Mask]:
@@ -204,41 +196,22 @@ class Matcher:
         if self._matcher.is_error():
             raise StructureError(f"the structure can't be followed any more: {_first_lines(self._matcher.get_error())}")
 
-    def _fill(self, computed: Mask | None) -> None:
-        """computed: the grammar's own mask; None has it computed here."""
+    def _fill(self) -> None:
         if self._thought is not None:
             np.copyto(self._mask, self.vocabulary.thought_masks[len(self._thought.held)])
             return
-        if computed is None:
-            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        else:
-            np.copyto(self._mask, computed)
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._blank:
             self._mask |= packed(self.vocabulary.newlines, self.vocabulary.words)
 
 
 def fill_masks(matchers: Sequence[Matcher]) -> None:
-    """Compute the masks of matchers of one vocabulary, in parallel and without the GIL.
+    """Compute the masks of matchers, one after another: the engine does so while a graph runs, on cores that it shares.
 
     What goes wrong in one is raised where its mask is read, and leaves the others alone.
     """
-    busy = [matcher for matcher in matchers if matcher._thought is None]
-    if len(busy) < 2:
-        for matcher in matchers:
-            matcher._fill(None)
-        return
-    vocabulary = busy[0].vocabulary
-    with vocabulary.lock:
-        if len(vocabulary.scratch) < len(busy):
-            vocabulary.scratch = np.zeros((len(busy), vocabulary.words), np.uint32)
-        rows = vocabulary.scratch
-        work = [(matcher._matcher, i) for i, matcher in enumerate(busy)]
-        vocabulary.executor.unsafe_compute_mask_ptr(work, rows.ctypes.data, vocabulary.words * 4, len(rows))
-        for matcher, row in zip(busy, rows, strict=False):
-            matcher._fill(row)
     for matcher in matchers:
-        if matcher._thought is not None:
-            matcher._fill(None)
+        matcher._fill()
 
 
 def _first_lines(message: str) -> str:

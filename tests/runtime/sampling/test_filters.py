@@ -82,6 +82,20 @@ def test_typical_at_full_vocabulary(spread: float, mass: float) -> None:
     assert np.count_nonzero(found != expected) <= 2e-3 * np.count_nonzero(expected)
 
 
+@pytest.mark.parametrize("step", [0.0, 0.01, 0.25])
+@pytest.mark.parametrize("mass", [0.05, 0.9, 0.9999])
+def test_nucleus_at_full_vocabulary(step: float, mass: float) -> None:
+    """Rows without a peak, with few ties and with many: as many tokens as a sum over a sort says, lowest ids first."""
+    logits = np.random.default_rng(1).standard_normal(151552)
+    logits = (np.round(logits / step) * step if step else logits).astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    sums = np.cumsum(np.exp(logits.astype(np.float64) - logits.max())[order])
+    count = int(np.searchsorted(sums, mass * sums[-1])) + 1
+    found = kept(logits, top_p=mass) > 0
+    assert np.count_nonzero(found) == pytest.approx(count, abs=1)  # exp in float32 may round it to a neighbour
+    assert np.array_equal(np.flatnonzero(found), np.sort(order[: np.count_nonzero(found)]))
+
+
 def xtc(probabilities: NDArray[np.float64], threshold: float, special: tuple[int, ...]) -> NDArray[np.float64]:
     """text-generation-webui's XTCLogitsWarper by definition, where it acts."""
     order = np.argsort(-probabilities, kind="stable")
@@ -93,6 +107,17 @@ def xtc(probabilities: NDArray[np.float64], threshold: float, special: tuple[int
     return left / left.sum()
 
 
+def test_nucleus_of_nearly_everything() -> None:
+    """The sum may stay below its target by rounding, and the last weight be 0."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        logits = (rng.standard_normal(2000) * rng.choice([1, 60])).astype(np.float32)
+        params = SamplingParams(temperature=1.0, top_p=0.9999999999999999)
+        ids, weights = Filters(params, 2000, ()).kept(logits, logits.max(), lambda: 0.5)
+        lost = np.setdiff1d(np.arange(2000), ids if ids is not None else np.flatnonzero(weights))
+        assert np.exp(logits[lost] - logits.max()).sum(dtype=np.float64) < 1e-9
+
+
 @settings(deadline=None, max_examples=100)
 @given(rows, st.floats(0.001, 0.6), st.sampled_from([0, 5]), st.sampled_from([(), (1,)]))
 def test_xtc_by_its_definition(logits: Logits, threshold: float, top_k: int, stop: tuple[int, ...]) -> None:
@@ -102,6 +127,12 @@ def test_xtc_by_its_definition(logits: Logits, threshold: float, top_k: int, sto
     found = kept(logits, 0.29, stop, **params, xtc_probability=0.3, xtc_threshold=threshold)
     np.testing.assert_allclose(found, xtc(before, threshold, stop), rtol=1e-4, atol=1e-12)
     assert np.array_equal(kept(logits, 0.3, stop, **params, xtc_probability=0.3), kept(logits, **params))
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.55}, {"top_k": 2}, {"temperature": 0.001}])
+def test_xtc_leaves_a_token_that_earlier_cuts_left(cut: dict[str, float]) -> None:
+    logits = np.log(np.array([0.3, 0.29, 0.21, 0.2], np.float32))
+    assert kept(logits, **cut, xtc_probability=1.0, xtc_threshold=0.0).tolist() == [0, 1, 0, 0]
 
 
 def test_xtc_acts_as_often_as_asked() -> None:
