@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
-from glm4serve.errors import INTERNAL, ApiError, told, unavailable
+from glm4serve.errors import ApiError, told, unavailable
 from glm4serve.responses import respond
 from glm4serve.service import Service
 
@@ -59,8 +59,6 @@ class Gate:
             self._admit(scope, headers)
             await self._app(scope, await self._body(scope, headers, receive), answer)
         except ApiError as error:
-            if error.code == INTERNAL:
-                logs.failure(id, error)
             if not status:
                 await respond(path, error)(scope, receive, answer)
         except SlowReader:
