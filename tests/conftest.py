@@ -20,6 +20,7 @@ from glm4export.tensorrt.worker import Job
 from glm4runtime import Session, load
 from tests.helpers import checkpoints
 from tests.helpers.engine_builds import LAYERS
+from tests.helpers.heldout import HELDOUT
 from tests.helpers.kernels import KERNELS
 from tests.helpers.traces import kept_traces
 
@@ -87,6 +88,13 @@ def tensorrt_bundles(build_bundle: Build) -> Callable[[str], Path]:
         return build_bundle(None, precision=precision, target="tensorrt", max_seq_len=64, calibrate=calibrate)
 
     return functools.cache(build)
+
+
+@pytest.fixture(scope="session")
+def int8_cache_plugin(build_bundle: Build) -> Path:
+    """The embedded model in fp16 for TensorRT's plugin, with its int8 cache; not to be changed."""
+    options = {"precision": "fp16", "attention": "plugin", "kv_cache": "int8", "calibrate": HELDOUT}
+    return build_bundle(None, target="tensorrt", max_seq_len=64, **options)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def arguments(output: Path, **given: Any) -> argparse.Namespace:
 
 def test_without_a_gpu(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_runs.bundles as bundles
+    import gpu_runs.choices as choices
 
     asked: list[Any] = []
 
@@ -38,12 +39,14 @@ def test_without_a_gpu(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield {"case": "two", "ok": False, "error": "UserError: no"}
 
     monkeypatch.setattr(bundles, "cuda_bundles", cuda_bundles)
+    monkeypatch.setattr(choices, "top_logits", lambda *_: iter([{"case": "three", "ok": True}]))
     monkeypatch.setattr(sys, "argv", ["gpu_check", "-o", str(tmp_path), "--cpu"])
     assert tool.main() == 1
     assert asked == [(["fp16", "int4", "int8"], {"provider": "cpu", "peak": None})]
     page = (tmp_path / "report.md").read_text()
+    assert "## top logits: 1 of 1 right" in page
     assert "## cuda bundles: 1 of 2 right" in page and "mean_kl 1.25e-07" in page and "error UserError: no" in page
-    for step in ("kernels", "decoding", "prefill", "engines", "cuda graphs", "transformers"):
+    for step in ("kernels", "decoding", "prefill", "engines", "cuda graphs", "fused int4", "transformers"):
         assert f"- {step}: --cpu was given" in page
     assert "- cuda bundle, bf16: onnxruntime's CPU kernels take no bf16" in page
     assert (tmp_path / "report.json").is_file()

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from glm4runtime import SamplingParams
+from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.sampling import Sampler
 from glm4runtime.sampling.logprobs import log_probabilities
 
 VOCAB = 151552
 HISTORY = 2000  # tokens of prompt and answer, a half each
 ROWS = 40
+TOP = 64  # tokens that a held row names
 KINDS = ("peaked", "flat", "tied", "equal")
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2}
 EVERYTHING = {
@@ -63,7 +65,13 @@ def rows_like(kind: str) -> np.ndarray:
     return {"peaked": logits, "flat": logits * 0.3, "tied": np.round(logits * 4) / 8, "equal": logits * 0}[kind]
 
 
-def times(step: Callable[[np.ndarray], object], rows: np.ndarray) -> str:
+def held(row: np.ndarray) -> HeldRow:
+    """A row as a bundle built with ``--output-top-logits`` gives it."""
+    ids = np.argsort(-row, kind="stable")[:TOP]
+    return HeldRow(row[ids], ids, float(np.log(np.exp(row.astype(np.float64)).sum())), lambda: row)
+
+
+def times(step: Callable[[Any], object], rows: Sequence[Any] | np.ndarray) -> str:
     """Of one call for each row, after one to warm up."""
     step(rows[0])
     seconds = []
@@ -88,6 +96,8 @@ def main() -> None:
             for token in text[HISTORY // 2 :].tolist():
                 sampler.record(token)
             results.setdefault(name, []).append(times(sampler, rows))
+            if sampler.chooses_among(TOP):
+                results.setdefault(f"{name}, held", []).append(times(sampler, [held(row) for row in rows]))
             if name in ("greedy", "everything"):
                 masked = times(lambda row, sampler=sampler: sampler(row, mask), rows)
                 results.setdefault(f"{name}, mask", []).append(masked)

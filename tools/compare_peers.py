@@ -31,10 +31,11 @@ from pathlib import Path
 import numpy as np
 from peers.machine import cpu_seconds, machine
 from peers.protocol import Worker, interpreters
-from peers.report import LESS_IS_BETTER, Comparison, Samples, markdown, text
+from peers.report import Comparison, Samples, markdown, text
 
+LESS_IS_BETTER = ["load (s)", "first prompt (s)", "resident (GiB)"]
 PEERS = ("llama.cpp:Q4_0", "llama.cpp:Q4_0-pure", "openvino:int4")
-_PAUSE = 0.3  # seconds between peers, for spinning threads to fall asleep
+PAUSE = 0.3  # seconds between peers, for spinning threads to fall asleep
 
 
 class Opener:
@@ -88,7 +89,7 @@ def same_model(workers: dict[str, Worker], ids: list[int]) -> dict[str, float]:
             worker.ask("start", ids=ids, save=path)
             worker.ask("decode", ids=ids[:4])
             logits[spec] = np.load(path)
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
     first = next(iter(logits.values()))
     return {spec: float(np.corrcoef(first, row)[0, 1]) for spec, row in logits.items()}
 
@@ -109,7 +110,7 @@ def measure_speed(workers: dict[str, Worker], arguments: argparse.Namespace, voc
                 ):
                     seconds = workers[spec].ask(request, ids=ids)["seconds"]
                     speeds.setdefault(work, {}).setdefault(spec, []).append(len(ids) / seconds)
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
         print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
     return speeds
 
@@ -166,9 +167,10 @@ def main() -> None:
         other_cores_busy=cores_busy,
         bundles=[spec for spec in bundles if spec in workers],
         peers={spec: worker.told | worker.ask("memory") for spec, worker in workers.items()},
-        logit_correlation=agreement,
-        loads=arguments.loads,
-        rounds=arguments.rounds,
+        alike_by="logits' correlation with the first",
+        alike=agreement,
+        rounds=f"{arguments.loads} rounds of loading and {arguments.rounds} of speed",
+        less_is_better=LESS_IS_BETTER,
         samples={row: {spec: values[spec] for spec in workers} for row, values in samples.items()},
     )
     for worker in workers.values():

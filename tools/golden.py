@@ -52,6 +52,7 @@ def golden_skeletons() -> dict[str, Skeleton]:
     variants["cpu-fp16-every-option"] = BuildOptions("fp16", "cpu", **every)
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
     variants["cpu-fp16-lora-slots"] = BuildOptions("fp16", "cpu", lora_slots=4)
+    variants["cuda-int4-top-logits"] = BuildOptions("int4", "cuda", output_top_logits=64)
     tasks: dict[str, Encoding | None] = dict.fromkeys(variants)
     for (target, precision, head), encoding in ENCODERS.items():
         variant = f"{target}-{precision}-{head}"

@@ -7,9 +7,10 @@ With torch and triton alone: every kernel of the attention plugin, as TensorRT g
 bytes of cache read per second while decoding, beside a plain copy's, and arithmetic per second in prefill, beside
 torch's scaled_dot_product_attention. With the project installed too: bundles for cuda in every precision, of the
 embedded model unless told otherwise, compared with PyTorch as `glm4export verify` does, timed beside what a copy
-reaches and beside transformers, their steps as CUDA graphs, eight requests at once beside each alone; and for each
+reaches and beside transformers, their steps as CUDA graphs, eight requests at once beside each alone; tokens chosen
+among a row's most probable ones beside whole rows; int4 with onnxruntime's fused kernels and without; and for each
 installed TensorRT, engines in every precision, with either attention and, for the plugin, either way of updating the
-cache.
+cache and an int8 cache.
 
 Without a GPU it runs what a CPU can, and says what it skipped. Writes report.md and report.json, and begins nothing
 more after ten minutes. Exit status 1 where a result is wrong.
@@ -141,7 +142,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[st
     peak = None
     no_gpu = "--cpu was given" if arguments.cpu else f"torch {torch.__version__} finds no CUDA device"
     if arguments.cpu or not torch.cuda.is_available():
-        for name in ("kernels", "decoding", "prefill", "engines", "cuda graphs", "transformers"):
+        for name in ("kernels", "decoding", "prefill", "engines", "cuda graphs", "fused int4", "transformers"):
             yield name, no_gpu
         provider = "cpu"
     else:
@@ -152,7 +153,7 @@ def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[st
         yield "decoding", decoding(capability, programs)
         yield "prefill", prefill(capability, programs)
     try:
-        from gpu_runs import bundles
+        from gpu_runs import bundles, choices
     except ImportError as error:
         yield "bundles", f"{error.name} is not installed: only kernels are checked; pip install '.[dev,gpu]' for all"
         return
@@ -162,7 +163,11 @@ def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[st
     if len(able) < len(wanted):
         yield "cuda bundle, bf16", "onnxruntime's CPU kernels take no bf16"
     yield "cuda bundles", bundles.cuda_bundles(arguments.model, folder, able, provider=provider, peak=peak)
+    if "fp16" in able:
+        yield "top logits", choices.top_logits(arguments.model, folder, provider)
     if provider == "cuda":
+        if "int4" in able:
+            yield "fused int4", choices.fused_int4(arguments.model, folder)
         yield "transformers", bundles.transformers_speed(arguments.model)
         yield "engines", bundles.engines(arguments.model, folder)
 

@@ -158,7 +158,7 @@ def build(
                 )
         recipes = _shared_recipes(skeletons)
         layout = lay_out(recipes)
-        calibrated_weights = options.calibrate is not None and options.formats is not None
+        calibrated_weights = options.calibrate is not None and options.calibrates_weights
         require_space(folder, layout.size * (2 if calibrated_weights else 1))
         if engines is not None:  # before the weights are written: they take the longest
             stored = {name: (recipe.dtype, recipe.nbytes) for name, recipe in recipes.items()}
@@ -219,7 +219,8 @@ def compile_graph(
         model = trace_encoder(config, encoding, dtype=dtype, max_seq_len=max_seq_len)
     skeleton = Skeleton(model, config, max_seq_len, encoding)
     if options.attention == "plugin":
-        Geometry.of(config, max_seq_len, options.compute_name)  # refuses what the kernels don't take
+        # Refuses what the kernels don't take
+        Geometry.of(config, max_seq_len, options.compute_name, options.cache_dtype)
     for step in pipeline(options, name, scales):
         step(skeleton)
     return skeleton
@@ -246,7 +247,7 @@ def _reader(
     config: Glm4Config, checkpoint: Checkpoint, options: BuildOptions, folder: Path, stage: Stage, bar: Bar
 ) -> Iterator[Tensors]:
     """What recipes read: the checkpoint, with what calibration found where that was asked for."""
-    formats = options.formats
+    formats = options.formats if options.calibrates_weights else None
     if options.calibrate is None:
         yield checkpoint
         return

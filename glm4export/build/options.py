@@ -22,6 +22,7 @@ CALIBRATED = ("fp8",)  # precisions that can't be built without a text
 _PLUGIN = ("fp16", "bf16", "int8", "int4")  # what kernels of --attention plugin compute in or beside
 _CACHES: dict[CacheName, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # --kv-cache, in ONNX's spelling
 _DEFAULT_RANK, _LARGEST_RANK, _MOST_SLOTS = 16, 512, 1024  # of adapters that a session loads
+_MOST_TOP = 256  # tokens of a row; CUDA's kernel that divides a row among blocks takes no more (topk_hybrid.cuh)
 _CPU_ATTENTION = {"--output-attentions": "output of them", "--position-ids": "input for a bias"}
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
@@ -57,6 +58,7 @@ class BuildOptions:
     position_ids: bool = False  # positions are an input, and masks are read as transformers does
     output_hidden_states: bool = False
     output_attentions: bool = False
+    output_top_logits: int | None = None  # how many tokens each row of logits comes with; None: it comes alone
     lora_slots: int | None = None  # adapters that a session may hold; None: graphs without side paths for them
     lora_rank: int | None = None  # the largest that they may have; None: 16
 
@@ -95,6 +97,7 @@ class BuildOptions:
                 f"not with {self.target} and {self.precision}"
             )
         self._check_boundary()
+        self._check_top_logits()
         self._check_lora()
 
     def require_fit(self, task: TaskName) -> None:
@@ -114,6 +117,7 @@ class BuildOptions:
             ("--calibrate", self.calibrate is not None),
             ("--head-bits", self.head_bits is not None),
             ("--lora-slots", self.lora_slots is not None),
+            ("--output-top-logits", self.output_top_logits is not None),
         ):
             if given:
                 raise UserError(f"{option} goes with --task {CAUSAL_LM}, not with {task}; build without it")
@@ -136,6 +140,7 @@ class BuildOptions:
             ("--output-hidden-states", self.output_hidden_states),
             ("--output-attentions", self.output_attentions),
             ("--position-ids", self.position_ids),
+            ("--output-top-logits", self.output_top_logits is not None),
         ):
             if given and self.target == TENSORRT:
                 raise UserError(
@@ -153,6 +158,18 @@ class BuildOptions:
                 raise UserError(f"{option} does not go with --kv-cache int8; leave one of them out")
         if self.inputs == "embeds" and self.embedding_bits is not None:
             raise UserError("--embedding-bits does not go with --inputs embeds, which stores no table; leave it out")
+
+    def _check_top_logits(self) -> None:
+        if self.output_top_logits is None:
+            return
+        if not 2 <= self.output_top_logits <= _MOST_TOP:
+            raise UserError(f"--output-top-logits {self.output_top_logits} is not in 2..{_MOST_TOP}")
+        if self.target == "cpu" and (self.prefill_precision is not None or self.cache_dtype == "int8"):
+            other = "--kv-cache int8" if self.prefill_precision is None else "--prefill-precision"
+            raise UserError(
+                f"--output-top-logits does not go with {other} on --target cpu, where steps are the decode graph's, "
+                "which keeps the outputs that others know; leave one of them out"
+            )
 
     def _check_lora(self) -> None:
         if self.lora_slots is None:
@@ -180,7 +197,7 @@ class BuildOptions:
                 f"--embedding-bits {self.embedding_bits} does not go with --target tensorrt, which has no lookup in a "
                 "quantized table; leave it at 16"
             )
-        if self.calibrate is not None and self.precision == "int8":
+        if self.calibrate is not None and not self.calibrates_weights and self.cache_dtype != "int8":
             raise UserError(
                 "--calibrate does not go with --precision int8 on --target tensorrt, where weights have one scale a "
                 "channel and lose too little to be worth it; leave it out, or build int4"
@@ -196,9 +213,10 @@ class BuildOptions:
             )
         if wanted != "int8":
             return
-        if self.target == TENSORRT:
+        if self.target == TENSORRT and self.attention != "plugin":
             raise UserError(
-                "--kv-cache int8 does not go with --target tensorrt, whose builds have no such cache yet; leave it out"
+                "--kv-cache int8 goes with --attention plugin on --target tensorrt, whose own fused attention has no "
+                "such cache; give both, or leave it out"
             )
         if self.calibrate is None:
             raise UserError(
@@ -223,6 +241,11 @@ class BuildOptions:
     def cache_dtype(self) -> str:
         """The dtype of the KV cache in ONNX's spelling."""
         return self.compute_name if self.kv_cache is None else _CACHES[self.kv_cache]
+
+    @property
+    def calibrates_weights(self) -> bool:
+        """Whether a text is for weights too: TensorRT's int8 has one scale a channel, and loses too little."""
+        return self.formats is not None and (self.target, self.precision) != (TENSORRT, "int8")
 
     @property
     def slot_rank(self) -> int:

@@ -110,6 +110,13 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     graphs.add_argument("--output-hidden-states", action="store_true", help="outputs hidden_states.0 to .LAYERS")
     graphs.add_argument("--output-attentions", action="store_true", help="outputs attentions.0 to .LAYERS-1 (cpu)")
+    graphs.add_argument(
+        "--output-top-logits",
+        type=int,
+        metavar="K",
+        help="each row's K most probable tokens and the logarithm of its sum: a session then chooses among these, and "
+        "fetches a row from the device only where they can't tell (cpu, cuda)",
+    )
     quantized = command.add_argument_group("weights of int8 and int4")
     quantized.add_argument(
         "--block-size",
@@ -181,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
         position_ids=arguments.position_ids,
         output_hidden_states=arguments.output_hidden_states,
         output_attentions=arguments.output_attentions,
+        output_top_logits=arguments.output_top_logits,
         lora_slots=arguments.lora_slots,
         lora_rank=arguments.lora_rank,
     )

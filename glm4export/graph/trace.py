@@ -162,21 +162,25 @@ def _full_attention_node(  # type: ignore[no-untyped-def]
 def _register_schemas() -> None:
     """Tell onnx of our operators: the exporter needs an own-domain node's signature before it translates."""
     projected, past, present = ("query", "key", "value"), ("past_key", "past_value"), ("present_key", "present_value")
-    _register_schema(attention.OP_TYPE, (*projected, *past, ATTENTION_MASK, "cos", "sin"), ("output", *present))
+    inputs, scales = (*projected, *past, ATTENTION_MASK, "cos", "sin"), ("key_scale", "value_scale")
+    _register_schema(attention.OP_TYPE, inputs, ("output", *present), scales)  # of an int8 cache: TensorRT's plugin
     _register_schema(attention.FULL_OP_TYPE, (*projected, ATTENTION_MASK, "cos", "sin"), ("output",))
 
 
-def _register_schema(op_type: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _register_schema(op_type: str, inputs: Sequence[str], outputs: Sequence[str], scales: Sequence[str] = ()) -> None:
+    """``scales`` are inputs that a node may lack."""
     if onnx.defs.has(op_type, attention.DOMAIN):
         return
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-    kinds = onnx.defs.OpSchema.AttrType
+    kinds, optional = onnx.defs.OpSchema.AttrType, onnx.defs.OpSchema.FormalParameterOption.Optional
+    taken = [parameter(name, "tensor(int64)" if name == ATTENTION_MASK else "T") for name in inputs]
+    taken += [parameter(name, "tensor(float)", param_option=optional) for name in scales]
     onnx.defs.register_schema(
         onnx.defs.OpSchema(
             op_type,
             attention.DOMAIN,
             1,
-            inputs=[parameter(name, "tensor(int64)" if name == ATTENTION_MASK else "T") for name in inputs],
+            inputs=taken,
             outputs=[parameter(name, "T") for name in outputs],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
             attributes=[

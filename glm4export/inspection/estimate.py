@@ -40,7 +40,8 @@ def weight_bytes(config: Glm4Config, options: BuildOptions, encoding: Encoding |
         columns = math.ceil(columns / _ROTARY_COLUMNS) * _ROTARY_COLUMNS
     tables = 2 * positions * columns * options.compute_dtype.itemsize
     quantized_cache = encoding is None and options.cache_dtype == "int8"
-    cache_scales = 2 * config.num_hidden_layers * config.kv_size * 4 if quantized_cache else 0  # float32
+    steps = config.num_key_value_heads if options.attention == "plugin" else config.kv_size  # of a layer's keys
+    cache_scales = 2 * config.num_hidden_layers * steps * 4 if quantized_cache else 0  # float32
     input_scales = 2 * _INPUTS_OF_LAYER * config.num_hidden_layers if options.precision == "fp8" else 0
     weights = _sum(config, encoding, lambda name, shape: _stored(name, shape, options))
     return weights + tables + cache_scales + input_scales

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from glm4export.graph.skeleton import Skeleton
-from glm4export.passes.counted import Counts, counts, per_layer
+from glm4export.passes.counted import Counts, counts
 from glm4export.passes.lower_attention_standard import (
     OPSET,
     AttentionInputs,
@@ -23,27 +23,56 @@ from glm4export.passes.lower_attention_standard import (
     standard_attention,
     step_inputs,
 )
+from glm4export.weights.recipes import CacheScales, Recipe
 from glm4graphs.attention import DOMAIN, OP_TYPE
 from glm4graphs.config import Glm4Config
 
 OUTPUTS = ("attended", "present_key", "present_value")
 ATTRIBUTES = ("num_heads", "kv_num_heads", "scale")
+_PAST = slice(3, 5)  # the traced node's inputs of the cache
 
 
-@counts(per_layer(attention=1))
-def lower_attention_plugin(skeleton: Skeleton) -> Counts:
-    """Counts: ``attention`` nodes. The last pass: the optimizer would put the function's body in their places."""
+def _promised(skeleton: Skeleton, *, quantized: bool = False) -> Counts:
+    layers = skeleton.config.num_hidden_layers
+    return {"attention": layers, "caches": 2 * layers * quantized}
+
+
+@counts(_promised)
+def lower_attention_plugin(skeleton: Skeleton, *, quantized: bool = False) -> Counts:
+    """Counts: ``attention`` nodes, and ``caches`` that are int8 where ``quantized``, two per layer.
+
+    The last pass: the optimizer would put the function's body in their places.
+    """
     nodes = skeleton.nodes(OP_TYPE, DOMAIN)
     inputs = step_inputs(skeleton)
-    for node in nodes:
+    caches = 0
+    for layer, node in enumerate(nodes):
         attributes = {name: node.attributes[name].value for name in ATTRIBUTES}
-        kept = attention_inputs(node, inputs)[:8]
+        kept = list(attention_inputs(node, inputs)[:8])
         assert node.name is not None
+        if quantized:
+            kept += _int8_cache(skeleton, node, layer)
+            caches += 2
         skeleton.replace(node, node.name, OP_TYPE, kept, attributes, domain=DOMAIN)
-    function = attention_function(skeleton.config)
+    function = attention_function(skeleton.config, quantized=quantized)
     skeleton.model.functions[function.identifier()] = function
     skeleton.model.opset_imports[""] = OPSET
-    return {"attention": len(nodes)}
+    return {"attention": len(nodes), "caches": caches}
+
+
+def _int8_cache(skeleton: Skeleton, node: ir.Node, layer: int) -> list[ir.Value]:
+    """Declare a layer's cache int8 at the graph's boundary; returns its keys' and values' steps, float32 [kv_heads]."""
+    past, present = node.inputs[_PAST], node.outputs[1:]
+    for value in (*past, *present):
+        assert value is not None
+        value.type = ir.TensorType(ir.DataType.INT8)
+    return [
+        skeleton.weight(
+            f"model.layers.{layer}.self_attn.{part}_scales",
+            Recipe(CacheScales(layer, part, skeleton.config, by_head=True), "float32"),
+        )
+        for part in ("key", "value")
+    ]
 
 
 def attention_function(config: Glm4Config, *, quantized: bool = False) -> ir.Function:

@@ -12,6 +12,7 @@ from glm4export.passes.fuse_qkv import fuse_qkv
 from glm4export.passes.fuse_residual_norms import fuse_residual_norms
 from glm4export.passes.give_attentions import give_attentions
 from glm4export.passes.give_hidden_states import give_hidden_states
+from glm4export.passes.give_top_logits import give_top_logits
 from glm4export.passes.lift_weights import lift_weights
 from glm4export.passes.lower_attention_bias import lower_attention_bias
 from glm4export.passes.lower_attention_full import lower_attention_full
@@ -59,6 +60,8 @@ class Options(Protocol):
     def output_hidden_states(self) -> bool: ...
     @property
     def output_attentions(self) -> bool: ...
+    @property
+    def output_top_logits(self) -> int | None: ...
 
 
 def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> Iterator[Pass]:
@@ -91,7 +94,7 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
     if options.attention == "plugin":
         if options.simplify:  # before: it would put the function's body into its nodes' places
             yield simplify()
-        yield lower_attention_plugin()
+        yield lower_attention_plugin(quantized=options.cache_dtype == "int8")
         return
     if options.output_attentions if graph == MODEL else options.position_ids:
         yield lower_attention_bias(options.position_ids)
@@ -110,3 +113,5 @@ def pipeline(options: Options, graph: GraphName, scales: Fp16Scales | None) -> I
         yield simplify()
     if options.target == "cuda":  # behind simplify, which would name the outputs that it leaves out
         yield fuse_residual_norms()
+    if options.output_top_logits is not None and graph == PREFILL:  # as lengths above
+        yield give_top_logits(options.output_top_logits)

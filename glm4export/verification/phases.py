@@ -98,16 +98,7 @@ def _greedy(
         tokens.append(int(found[-1][2].argmax()))
         found.append((phases[1], len(tokens) - 1, runner.decode(tokens[-1]).copy()))
         bar.update()
-    return Run(tokens, found, prompt, _clipped(runner))
-
-
-def _clipped(runner: Runner) -> float | None:
-    if runner.manifest.cache.dtype != "int8":
-        return None
-    from glm4runtime.backends.ort import OrtRunner
-
-    assert isinstance(runner, OrtRunner)
-    return runner.cache.clipped(runner.length)
+    return Run(tokens, found, prompt, runner.cache_clipped())
 
 
 def _in_two_chunks(runner: Runner, ids: Sequence[int]) -> Iterator[tuple[str, int, np.ndarray]]:

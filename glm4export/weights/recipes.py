@@ -275,22 +275,29 @@ class InputScale:
 class CacheScales:
     """The step of an int8 cache in each channel of one layer's ``key`` or ``value``: measured, not in checkpoints.
 
-    [kv_heads, 1, head_dim], as it multiplies a cache [batch, kv_heads, max_seq, head_dim].
+    [kv_heads, 1, head_dim], as it multiplies a cache [batch, kv_heads, max_seq, head_dim]. ``by_head``: [kv_heads], one
+    step for all of a head's channels, the largest that any needs.
     """
 
     layer: int
     part: str
     config: Glm4Config
+    by_head: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.config.num_key_value_heads, 1, self.config.head_dim)
+        return (
+            (self.config.num_key_value_heads,)
+            if self.by_head
+            else (self.config.num_key_value_heads, 1, self.config.head_dim)
+        )
 
     def read(self, reader: Tensors, window: Window) -> Tensor:
-        return _measured(reader).cache_scales(self.layer, self.part)[_slices(window)]
+        scales = _measured(reader).cache_scales(self.layer, self.part)
+        return (scales.amax((1, 2)) if self.by_head else scales)[_slices(window)]
 
     def __str__(self) -> str:
-        return f"cache_scales({self.part}, layer {self.layer})"
+        return f"cache_scales({self.part}, layer {self.layer}{', by head' if self.by_head else ''})"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from glm4runtime.backends.held_row import HeldSteps, Logits
 from glm4runtime.backends.runner import Runner
 from glm4runtime.lookup import PromptLookup
 from glm4runtime.sampling import Sampler, SamplingParams
@@ -52,8 +53,9 @@ class Generation(Iterator[int]):
         self._sampler = Sampler(params, runner.manifest.vocab_size, prompt=ids, stop=self._stop)
         self.reused_tokens = runner.resume(ids)
         self._epoch = runner.sequence.epoch
-        self._logits = runner.prefill(ids[self.reused_tokens :])
-        self._lookup = Speculation(runner, PromptLookup(ids, min(lookup, runner.draft_rows - 1)))
+        self._logits: Logits = runner.prefill(ids[self.reused_tokens :])
+        steps = HeldSteps(runner) if self._sampler.chooses_among(runner.top_count) else runner
+        self._lookup: Speculation[Logits] = Speculation(steps, PromptLookup(ids, min(lookup, runner.draft_rows - 1)))
         self._token = -1  # the last one chosen, not yet in the cache
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -41,7 +41,17 @@ class Guesses(Protocol):
         """The text is this now."""
 
 
-class Verifier(Protocol):
+Row_co = TypeVar("Row_co", covariant=True)  # a row of logits, float32 [vocab], or what stands for it
+Row = TypeVar("Row")
+
+
+class Rows(Protocol[Row_co]):
+    """The rows of a run, by their places in it."""
+
+    def __getitem__(self, index: int, /) -> Row_co: ...
+
+
+class Verifier(Protocol[Row_co]):
     """The part of a :class:`~glm4runtime.backends.runner.Runner` that runs guesses."""
 
     max_seq_len: int
@@ -50,10 +60,10 @@ class Verifier(Protocol):
     def length(self) -> int:
         """Tokens in the cache."""
 
-    def decode(self, token: int) -> np.ndarray:
+    def decode(self, token: int) -> Row_co:
         """Append one token; its logits, float32 [vocab]."""
 
-    def verify(self, tokens: Sequence[int]) -> np.ndarray:
+    def verify(self, tokens: Sequence[int]) -> Rows[Row_co]:
         """The logits behind each token, float32 [len(tokens), vocab]; they aren't appended."""
 
     def accept(self) -> None:
@@ -75,19 +85,19 @@ class _Run:
 
     draft: tuple[int, ...] = ()
     accepted: int = 0
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)  # [1 + len(draft), vocab]
+    rows: Rows[Any] = field(default=(), compare=False)  # 1 + len(draft) of them
 
 
-class Speculation:
+class Speculation(Generic[Row]):
     """Stands for a runner's ``decode``, and gets through with fewer runs where guesses are right."""
 
-    def __init__(self, runner: Verifier, guesses: Guesses) -> None:
+    def __init__(self, runner: Verifier[Row], guesses: Guesses) -> None:
         """guesses: they know the text in the runner's cache."""
         self.counts = Counts()
         self._runner, self._guesses = runner, guesses
         self._run = _Run()
 
-    def decode(self, token: int) -> np.ndarray:
+    def decode(self, token: int) -> Row:
         """Append one token; returns its logits, float32 [vocab]. The cache must have room."""
         run, counts, runner = self._run, self.counts, self._runner
         self._guesses.push(token)
@@ -97,12 +107,12 @@ class Speculation:
             self.counts = replace(counts, accepted=counts.accepted + 1)
         else:
             draft = tuple(self._guesses.guess(runner.max_seq_len - runner.length - 1))
-            run = _Run(draft, 0, runner.verify([token, *draft]) if draft else runner.decode(token)[None])
+            run = _Run(draft, 0, runner.verify([token, *draft]) if draft else [runner.decode(token)])
             if draft:
                 runner.accept()
             self.counts = replace(counts, runs=counts.runs + 1, drafted=counts.drafted + len(draft))
         self._run = run
-        row: np.ndarray = run.rows[run.accepted]
+        row: Row = run.rows[run.accepted]
         return row
 
     def state(self) -> tuple[_Run, Counts]:

@@ -56,7 +56,7 @@ def test_report(build_bundle: Build, tmp_path: Path) -> None:
     ours, theirs = found["peers"]
     assert list(found["samples"]) == ROWS
     assert [len(row[ours]) for row in found["samples"].values()] == [1, 1, 1, 3, 3, 3, 3]
-    assert found["logit_correlation"][theirs] > 0.9999
+    assert found["alike"][theirs] > 0.9999
 
     medians = table(report, " | bundle")
     assert list(medians) == ROWS

@@ -29,6 +29,9 @@ import onnxruntime as ort
 from tests.helpers.fake_cuda import ALIGNMENT, FakeCuda, Graph
 
 _DEVICE_BYTES = 500_000
+_TYPES: dict[str, type] = {
+    "tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(float)": np.float32, "tensor(int8)": np.int8,
+}  # fmt: skip
 
 
 class Severity(IntEnum):
@@ -169,8 +172,7 @@ class ICudaEngine:
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         feed = {}
         for name, shape in shapes.items():
-            dtype = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
-            feed[name] = self._view(addresses[name], shape, dtype[self._inputs[name].type])
+            feed[name] = self._view(addresses[name], shape, _TYPES[self._inputs[name].type])
         for name, value in zip(self._outputs, self._session.run(self._outputs, feed), strict=True):
             self._view(addresses[name], value.shape, value.dtype)[...] = value
 

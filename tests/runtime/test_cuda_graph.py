@@ -18,10 +18,11 @@ from glm4export.build import build as build_module
 from glm4export.build.options import BuildOptions
 from glm4export.passes import pipeline as pipeline_module
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
-from glm4runtime import UserError, load
+from glm4runtime import SamplingParams, UserError, load
 from glm4runtime.backends import cuda_graph, ort_batch, providers
 from glm4runtime.backends import ort as ort_module
 from glm4runtime.backends.cuda import Cuda
+from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_session import open_session
 from glm4runtime.contract import past_name, present_name, read_manifest
@@ -179,6 +180,31 @@ def test_a_session_has_its_steps_captured(bundle: Path, machine: dict[str, Any])
         kept = runner.decode(44)
     assert not machine["cuda"].memory["device"], "the device's memory was not given back"
     assert np.isfinite(kept).all() and not np.array_equal(kept, row)
+
+
+def test_a_captured_steps_row_stays_on_the_device(build_bundle: Build, machine: dict[str, Any]) -> None:
+    """One small copy a step, and the row's own only where it's asked for."""
+    model = checkpoints.random_model()
+    bundle = build_bundle(model, precision="fp16", target="cuda", max_seq_len=MAX_SEQ, output_top_logits=6)
+    greedy, everything = SamplingParams(max_new_tokens=9), SamplingParams(max_new_tokens=9, temperature=1.0, seed=1)
+    with load(bundle, provider="cpu", threads=1) as plain, load(bundle, cuda_graphs=True) as session:
+        cuda, vocab = machine["cuda"], session.manifest.vocab_size
+
+        def copied() -> list[int]:
+            sizes = [call[3] for call in cuda.calls if call[0] == "cudaMemcpy"]
+            cuda.calls.clear()
+            return sizes
+
+        assert list(session.generate(PROMPT, greedy)) == list(plain.generate(PROMPT, greedy))
+        assert copied() == [6 * 12 + 4] * 8
+        assert list(session.generate(PROMPT, everything)) == list(plain.generate(PROMPT, everything))
+        assert copied() == [4 * vocab] * 8
+        row = session.runner.step(30, hold=True)
+        assert isinstance(row, HeldRow)
+        assert np.array_equal(row.fetch()[row.ids], row.values) and row.values[0] == row.fetch().max()
+        guessed = session.generate([*PROMPT, *PROMPT], greedy, lookup=4)
+        assert list(guessed) == list(plain.generate([*PROMPT, *PROMPT], greedy))
+    assert not cuda.memory["device"]
 
 
 def test_a_device_that_fails_is_told_in_a_line(bundle: Path, machine: dict[str, Any]) -> None:

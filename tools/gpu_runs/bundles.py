@@ -110,20 +110,24 @@ def transformers_speed(model: str | None) -> Iterator[Result]:
 
 def engines(model: str | None, folder: Path) -> Iterator[Result]:
     """Each engine's largest mean KL from PyTorch and its decoding speed; what could not be built or run says why."""
-    standard = [("standard", precision, "") for precision in ("fp16", "bf16", "fp8", "int8", "int4")]
+    standard = [("standard", precision, "", "") for precision in ("fp16", "bf16", "fp8", "int8", "int4")]
     plugin = [
-        ("plugin", precision, cache) for precision in ("fp16", "bf16", "int8", "int4") for cache in ("aliased", "bound")
+        ("plugin", precision, way, cache)
+        for precision in ("fp16", "bf16", "int8", "int4")
+        for way, cache in (("aliased", ""), ("bound", ""), ("aliased", "int8"))
     ]
     for flavour in installed_flavours():
-        for attention, precision, cache in [*standard, *(plugin if flavour.takes_plugins else [])]:
-            bundle = folder / "-".join(filter(None, (flavour.name, precision, attention, cache)))
+        for attention, precision, way, cache in [*standard, *(plugin if flavour.takes_plugins else [])]:
+            bundle = folder / "-".join(filter(None, (flavour.name, precision, attention, way, cache)))
             command = ["build", *([model] if model else []), "-o", str(bundle), "--target", "tensorrt"]
             command += ["--precision", precision, "--attention", attention, "--engine", flavour.name]
             command += ["--max-seq-len", str(MAX_SEQ_LEN)]
-            command += ["--plugin-cache", cache] if cache else []
-            if precision == "fp8":
+            command += ["--plugin-cache", way] if way else []
+            command += ["--kv-cache", cache] if cache else []
+            if precision == "fp8" or cache:
                 command += ["--calibrate", str(locate(None).folder / "heldout.txt")]
-            case = {"case": f"{flavour.name}, {precision}, {attention} attention {cache}".rstrip()}
+            case = {"case": f"{flavour.name}, {precision}, {attention} attention {way}".rstrip()}
+            case["case"] += f", {cache} cache" if cache else ""
             if status := cli.main(command):
                 yield {**case, "ok": False, "error": f"glm4export build ended with status {status}"}
                 continue

@@ -11,6 +11,7 @@ import ctypes
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,28 @@ def _quantize(source: Path, path: Path, file_type: int, pure: bool, threads: int
     partial.rename(path)
 
 
+def context_params(threads: int, tokens: int) -> Any:
+    """llama.cpp's defaults with flash attention and a cache of at least so many tokens."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = -(-tokens // 256) * 256
+    params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    return params
+
+
+def open_file(path: Path, params: Any) -> tuple[Any, Any]:
+    """The model, its weights repacked, and a context."""
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model_params.use_extra_bufts = True  # repacking
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+    context = model and llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot open {path}")
+    return model, context
+
+
 class LlamaCpp:
     """One GGUF file and one sequence; flash attention and weights repacked for the CPU, where it has kernels for them.
 
@@ -81,23 +104,14 @@ class LlamaCpp:
         self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__}) {path.stem}"
         self.files_bytes = path.stat().st_size
         self.groups = _groups(path)
-        model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        model_params.use_extra_bufts = True  # repacking
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = -(-context // 256) * 256
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params = context_params(threads, context)
+        params.n_batch = params.n_ctx
         if exact:
             params.type_k = params.type_v = _GGML_F32
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         attention = "exact attention, cache f32" if exact else "flash attention, cache f16"
-        self.settings = f"{threads} threads, repacking, {attention}, built with {_kernels()}"
-        llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
-        self._context = self._model and llama_cpp.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise RuntimeError(f"llama.cpp cannot open {path}")
+        self.settings = f"{threads} threads, repacking, {attention}, built with {kernels()}"
+        self._model, self._context = open_file(path, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
@@ -139,7 +153,7 @@ class LlamaCpp:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (count if every else 1, self._vocab))
 
 
-def _kernels() -> str:
+def kernels() -> str:
     """The instruction sets that this build of llama.cpp uses, such as ``AVX2 AVX512 AVX512_VNNI REPACK``."""
     told = llama_cpp.llama_print_system_info().decode()
     return " ".join(re.findall(r"(\w+) = 1", told))

@@ -24,7 +24,7 @@ with needs("pip install openvino, and optimum-intel to export"):
     import openvino as ov
     from openvino import opset13
 
-_GROUP_SIZE = 128  # of weights and activations
+GROUP_SIZE = 128  # of weights and activations
 VARIANTS = ("int4", "int4-all")
 _GROUPS = {
     "embedding": re.compile(r".*\bembed_tokens\.\w*weight"),
@@ -46,7 +46,7 @@ def exported(checkpoint: Path, work: Path, variant: str) -> Path:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     config = OVWeightQuantizationConfig(
-        bits=4, sym=True, group_size=_GROUP_SIZE, ratio=1.0, all_layers=variant == "int4-all"
+        bits=4, sym=True, group_size=GROUP_SIZE, ratio=1.0, all_layers=variant == "int4-all"
     )
     model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, quantization_config=config)
     model.save_pretrained(partial)
@@ -103,7 +103,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": self._threads,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP_SIZE,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP_SIZE,
         }
         compiled = self._core.compile_model(model, "CPU", settings)
         chosen = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")

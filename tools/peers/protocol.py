@@ -2,7 +2,7 @@
 
 Each peer lives in its own process, so that thread pools, memory and package versions don't meet, and blocks on a read
 while another is measured. Requests: ``start`` (a prompt from an empty cache), ``decode`` (more tokens,
-one by one), ``every`` (a whole window's logits), ``memory``.
+one by one), ``every`` (a whole window's logits), ``memory``; ``answer`` (many requests) of a ``peers.serving.Server``.
 
 A name is ``KIND:VARIANT``; with ``@small-pages`` behind it the worker runs without huge pages, which all others ask
 for.
@@ -83,7 +83,7 @@ def interpreters(choices: Sequence[str]) -> dict[str, str]:
     return dict(choice.split("=", 1) for choice in choices)
 
 
-def serve(prepare: Callable[[], Callable[[], Engine]], *, only_prepare: bool = False) -> None:
+def serve(prepare: Callable[[], Callable[[], Any]], *, only_prepare: bool = False) -> None:
     """Make the peer's files, open it (timed), and answer requests until stdin ends.
 
     Whatever else writes to stdout goes to stderr.
@@ -120,9 +120,14 @@ def serve(prepare: Callable[[], Callable[[], Engine]], *, only_prepare: bool = F
     return None
 
 
-def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, object]:
+def _answer(engine: Any, request: dict[str, Any]) -> dict[str, object]:
+    """``engine``: an Engine, or a ``peers.serving.Server``."""
     if request["do"] == "memory":
         return memory()
+    if request["do"] == "answer":
+        begin = time.perf_counter()
+        answers = engine.answer(request["prompts"], request["new_tokens"], request["at_once"])
+        return {"seconds": time.perf_counter() - begin, "answers": [times.as_json() for times in answers]}
     ids = np.array(request["ids"], np.int64)
     begin = time.perf_counter()
     if request["do"] == "every":

@@ -10,22 +10,26 @@ from typing import Any
 from peers.machine import Machine
 
 Samples = dict[str, dict[str, list[float]]]  # what was measured -> peer -> the value of each round
-LESS_IS_BETTER = ("load (s)", "first prompt (s)", "resident (GiB)")
 BUSY = 0.1  # cores kept busy by other processes, past which a run is called into question
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that one run found. ``peers`` is what each worker said of itself; bundles come first."""
+    """Everything that one run found. ``peers`` is what each worker said of itself; bundles come first.
+
+    ``alike`` says of each peer's answers that it runs the same model, by the measure ``alike_by``; ``rounds`` how often
+    what was measured.
+    """
 
     command: str
     machine: Machine
     other_cores_busy: float
     bundles: list[str]
     peers: dict[str, dict[str, Any]]
-    logit_correlation: dict[str, float]  # with the first peer's
-    loads: int  # rounds of loading
-    rounds: int  # of speed
+    alike_by: str
+    alike: dict[str, float]
+    rounds: str
+    less_is_better: list[str]  # of the samples' names
     samples: Samples
 
     def others(self) -> list[str]:
@@ -52,21 +56,25 @@ def ratios(ours: list[float], theirs: list[float]) -> tuple[float, float, float]
 def short(spec: str) -> str:
     """A bundle by its folder's name."""
     kind, _, variant = spec.partition(":")
-    return Path(variant).name if kind == "glm4export" else spec
+    ours, _, mode = kind.partition("-")
+    return f"{Path(variant).name} {mode}".rstrip() if ours == "glm4export" else spec
 
 
 def text(found: Comparison) -> str:
     """The tables for a terminal."""
     specs = list(found.peers)
     width = max(16, *(len(short(spec)) + 2 for spec in specs))
-    lines = [f"{'medians':<24}" + "".join(f"{short(spec):>{width}}" for spec in specs)]
+    first = max(map(len, found.samples)) + 2
+    lines = [f"{'medians':<{first}}" + "".join(f"{short(spec):>{width}}" for spec in specs)]
     for row, values in found.samples.items():
-        lines.append(f"{row:<24}" + "".join(f"{_median(values[spec]):>{width}}" for spec in specs))
+        lines.append(f"{row:<{first}}" + "".join(f"{_median(values[spec]):>{width}}" for spec in specs))
     lines += [found.doubt()] if found.doubt() else []
     for bundle in found.bundles:
         for peer in found.others():
             lines += ["", f"{short(bundle)} over {short(peer)}"]
-            lines += [f"  {row:<22}  {_ratio(values[bundle], values[peer])}" for row, values in found.samples.items()]
+            lines += [
+                f"  {row:<{first}}{_ratio(values[bundle], values[peer])}" for row, values in found.samples.items()
+            ]
     return "\n".join(lines)
 
 
@@ -75,15 +83,18 @@ def markdown(found: Comparison) -> str:
     specs = list(found.peers)
     lines = ["# Beside other runtimes", "", f"{found.machine.describe()}.", "", f"`{found.command}`", ""]
     lines += [found.doubt(), ""] if found.doubt() else []
-    lines += _head("", "runtime", "settings", "on huge pages (GiB)", "files (GB)", "logits' correlation with the first")
+    lines += _head("", "runtime", "settings", "on huge pages (GiB)", "files (GB)", found.alike_by)
     for spec, told in found.peers.items():
         huge, size = f"{told['huge_bytes'] / 2**30:.2f}", f"{told['files_bytes'] / 1e9:.2f}"
-        same = f"{found.logit_correlation[spec]:.4f}"
+        same = f"{found.alike[spec]:.4f}"
         lines.append(_row(short(spec), told["name"], told["settings"], huge, size, same))
-    lines += ["", f"Medians of {found.loads} rounds of loading and {found.rounds} of speed:", ""]
+    lines += ["", f"Medians of {found.rounds}:", ""]
     lines += _head("", *map(short, specs))
     lines += [_row(row, *(_median(values[spec]) for spec in specs)) for row, values in found.samples.items()]
-    lines += ["", f"Medians of the rounds' ratios, and their range; less is better in {', '.join(LESS_IS_BETTER)}:"]
+    lines += [
+        "",
+        f"Medians of the rounds' ratios, and their range; less is better in {', '.join(found.less_is_better)}:",
+    ]
     for bundle in found.bundles if found.others() else ():
         lines += ["", *_head(f"{short(bundle)} over", *map(short, found.others()))]
         for row, values in found.samples.items():

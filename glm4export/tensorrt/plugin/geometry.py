@@ -45,8 +45,8 @@ class Geometry:
     cache_dtype: str = "float16"
 
     @classmethod
-    def of(cls, config: Glm4Config, max_seq_len: int, dtype: str) -> Geometry:
-        """The attention of a model that computes in ``dtype``, ONNX's spelling. Raises UserError."""
+    def of(cls, config: Glm4Config, max_seq_len: int, dtype: str, cache_dtype: str) -> Geometry:
+        """The attention of a model that computes in ``dtype`` over such a cache, ONNX's spelling. Raises UserError."""
         return cls(
             num_heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -55,7 +55,7 @@ class Geometry:
             max_seq=max_seq_len,
             scale=config.head_dim**-0.5,
             dtype=dtype,
-            cache_dtype=dtype,
+            cache_dtype=cache_dtype,
         )
 
     def __post_init__(self) -> None:

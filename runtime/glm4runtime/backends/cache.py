@@ -132,8 +132,13 @@ class Cache:
         """The first ``length`` rows of every buffer; on ``cpu`` only, [] elsewhere."""
         return [buffer.array[:, :, :length].tobytes() for buffer in self._buffers.values() if buffer.device == "cpu"]
 
-    def clipped(self, length: int) -> float:
-        """Of an int8 cache's first ``length`` rows, the share of values at the ends of its range: -128, -127, 127."""
+    def clipped(self, length: int) -> float | None:
+        """Of an int8 cache's first ``length`` rows, the share of values at the ends of its range: -128, -127, 127.
+
+        None for a cache of another dtype.
+        """
+        if self._whole.dtype != np.int8:
+            return None
         shares = [np.mean((rows >= 127) | (rows <= -127)) for rows in self._whole.read()[:, :, :, :length]]
         return float(np.mean(shares))
 

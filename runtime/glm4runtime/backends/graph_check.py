@@ -14,6 +14,7 @@ from glm4runtime.contract import (
     DECODE,
     HIDDEN_STATES,
     INPUTS_EMBEDS,
+    LOG_SUM,
     LOGITS,
     LORA,
     LORA_GATE,
@@ -22,6 +23,8 @@ from glm4runtime.contract import (
     LORA_QKV_GATE,
     POSITION_IDS,
     PREFILL,
+    TOP_IDS,
+    TOP_LOGITS,
     BundleError,
     CacheSpec,
     EncoderSpec,
@@ -52,6 +55,7 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
         if manifest.encoder is None:
             _require_vocabulary(path, graph, manifest.vocab_size)
             _require_cache(path, graph, manifest.cache)
+            _require_top_logits(path, graph, manifest.vocab_size)
         else:
             _require_encoder(path, graph, manifest, manifest.encoder)
         _require_lora(path, graph, manifest)
@@ -99,6 +103,21 @@ def _require_vocabulary(path: Path, graph: Graph, vocab_size: int) -> None:
     vocab = next((output.dims[-1:] for output in graph.outputs if output.name == LOGITS), ())
     if vocab != (vocab_size,):
         raise _error(path, f"its logits are {shown(list(vocab))} wide, the manifest's vocab_size is {vocab_size}")
+
+
+def _require_top_logits(path: Path, graph: Graph, vocab_size: int) -> None:
+    """All three outputs for held rows, of as many tokens, or none: buffers are as large as they say."""
+    names = (TOP_LOGITS, TOP_IDS, LOG_SUM)
+    found = {output.name: output for output in graph.outputs if output.name in names}
+    if not found:
+        return
+    count = found[TOP_LOGITS].dims[-1] if TOP_LOGITS in found and found[TOP_LOGITS].dims else 0
+    rows: tuple[str, ...] = ("batch", "rows")
+    wanted = zip(names, ("float32", "int64", "float32"), ((*rows, count), (*rows, count), rows), strict=True)
+    fits = isinstance(count, int) and 0 < count < vocab_size
+    if not fits or list(found.values()) != [TensorSpec(*spec) for spec in wanted]:
+        told = ", ".join(map(_words, found.values()))
+        raise _error(path, f"it gives {told}; expected {', '.join(names)}, of fewer tokens than {vocab_size}")
 
 
 def _require_encoder(path: Path, graph: Graph, manifest: Manifest, encoder: EncoderSpec) -> None:

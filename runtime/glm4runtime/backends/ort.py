@@ -17,11 +17,13 @@ from glm4runtime.backends.cache import Buffer, Cache
 from glm4runtime.backends.cuda_graph import CAPTURING, CapturedStep, require_capture
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
+from glm4runtime.backends.held_row import HeldRow, Logits
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort_session import device_of, open_session
 from glm4runtime.backends.prepare import prepared_graph
 from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
 from glm4runtime.backends.side_by_side import side_by_side
+from glm4runtime.backends.top_rows import TopRows, top_count
 from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
 
 # Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
@@ -91,7 +93,9 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
-        self._captured = CapturedStep(manifest.vocab_size, gpu.device_id) if cuda_graphs else None
+        self.top_count = top_count(manifest.graphs[self.step_graph])
+        self._top = TopRows(self.top_count, MAX_RUN, self._logits, *place) if self.top_count else None
+        self._captured = CapturedStep(manifest.vocab_size, gpu.device_id, self.top_count) if cuda_graphs else None
         if self._captured is not None:
             self._captured.bind(self._decode_binding, device)
         self._selections: dict[str | None, Selection] = {}
@@ -117,6 +121,9 @@ class OrtRunner(Runner):
     def cache_bits(self, rows: int) -> list[bytes]:
         return self._cache.bits(rows)
 
+    def cache_clipped(self) -> float | None:
+        return self._cache.clipped(self.length)
+
     def use_cache(self, bind: Callable[[Any], None]) -> None:
         """Run over the cache that ``bind`` binds; the runner's own, and what it told of it, is given up.
 
@@ -141,7 +148,7 @@ class OrtRunner(Runner):
         self.use_cache(refuse_closed)
         del self._prompt, self._token, self._draft, self._logits, self._row
         del self._rows, self._last, self._positions, self._selection, self._selections, self._lengths
-        self.pool = None
+        self.pool = self._top = None
         if self._captured is not None:
             self._captured.close()
 
@@ -158,20 +165,22 @@ class OrtRunner(Runner):
         self._run(self._prefill, binding)
         return self._row
 
-    def _run_token(self, token: int, start: int) -> np.ndarray:
+    def _run_token(self, token: int, start: int) -> Logits:
         self._token.host[0, 0] = token
         self._token.upload()
         if self._captured is not None:
             # The total is captured, so it's the most that it'll ever be
             self._lengths.tell(self._decode_binding, [start + 1], self.max_seq_len)
             self._over(self._decode_binding)
-            return self._captured.run(self._decode, self._decode_binding)
+            return self._captured.run(self._decode, self._decode_binding, hold=self._holding)
         self._lengths.tell(self._decode_binding, [start + 1], start + 1)
         self._bind_positions(self._decode_binding, start, 1)
+        if self._top is not None:
+            self._top.bind(self._decode_binding, 1, hold=self._holding)
         self._run(self._decode, self._decode_binding)
-        return self._row
+        return self._top.rows(1)[0] if self._top is not None and self._holding else self._row
 
-    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray | list[HeldRow]:
         binding, count = self._verify_binding, len(tokens)
         self._draft.host[0, :count] = tokens
         self._draft.upload()
@@ -180,8 +189,13 @@ class OrtRunner(Runner):
         self._bind_positions(binding, start, count)
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (1, count))
-        self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
+        if self._top is not None:
+            self._top.bind(binding, count, hold=self._holding)
+        else:
+            self._logits.bind_output(binding, LOGITS, (1, count, self.manifest.vocab_size))
         self._run(self._decode, binding)
+        if self._top is not None and self._holding:
+            return self._top.rows(count)
         rows: np.ndarray = self._logits.array[0, :count]
         return rows
 

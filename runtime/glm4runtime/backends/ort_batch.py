@@ -132,7 +132,9 @@ class OrtBatchRunner(BatchRunner):
         fillers = lacking(len(tokens), self.prompt_granule)
         self._filled[slot] = start + len(tokens)
         self._place_lane(slot)
-        return self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)[: len(tokens)]
+        rows = self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)
+        assert isinstance(rows, np.ndarray)  # the engine fetches all
+        return rows[: len(tokens)]
 
     def _run_step(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
         if self._steps is None:

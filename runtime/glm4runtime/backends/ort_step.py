@@ -62,6 +62,9 @@ class OrtStepRunner(Runner):
     def cache_bits(self, rows: int) -> list[bytes]:
         return self._cache.bits(rows)
 
+    def cache_clipped(self) -> float | None:
+        return self._cache.clipped(self.length)
+
     def _release(self) -> None:
         del self._prompt, self._token, self._draft, self._step, self._cache, self._logits, self._row
 

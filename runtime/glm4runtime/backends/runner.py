@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from glm4runtime.backends.held_row import HeldRow, Logits, whole
 from glm4runtime.backends.prompt_runs import lacking, prompt_runs, run_start
 from glm4runtime.backends.sequence import TokenSequence
 from glm4runtime.backends.token_ids import checked_ids, is_id
@@ -30,7 +31,9 @@ class Runner(ABC):
     ``length`` as it was, or after the last chunk of a prompt that was computed whole.
     The logits returned are the session's own buffer, overwritten by the next call.
 
-    ``draft_rows``: tokens in a run beyond which it takes the time of several steps, so that drafts stay within.
+    ``top_count``: how many of a row's tokens come along where :meth:`step` and :meth:`look_ahead` hold rows; 0 where
+    they hold none. ``draft_rows``: tokens in a run beyond which it takes the time of several steps, so that drafts stay
+    within.
     ``invariant`` is False and ``granule`` 1 until :func:`glm4runtime.backends.invariance.make_invariant` sets them.
     From then on every run over the graphs has a multiple of so many tokens: fillers stand behind the last one, or
     tokens in front are computed again.
@@ -47,10 +50,12 @@ class Runner(ABC):
         self.max_seq_len = max_seq_len or limit
         self.prefill_chunk = min(prefill_chunk, self.max_seq_len)
         self.draft_rows = MAX_RUN
+        self.top_count = 0
         self.invariant = False
         self.granule = 1
         self.sequence = TokenSequence(self.max_seq_len)
         self.closed = False
+        self._holding = False  # whether the run about to be made holds its rows
         self._adapter: tuple[str | None, ...] = (None,)  # that runs use; () while it is being changed
 
     @property
@@ -133,16 +138,21 @@ class Runner(ABC):
 
         Raises UserError when the cache is full, or for an id outside the vocabulary.
         """
+        return whole(self.step(token, hold=False))
+
+    def step(self, token: int, *, hold: bool) -> Logits:
+        """As :meth:`decode`; with ``hold`` the row stays where it was computed, if the bundle can say what is in it."""
         sequence, start = self.sequence, self.sequence.length
         if start >= self.max_seq_len:
             raise UserError(f"the cache is full: it holds {self.max_seq_len} tokens")
         if self.granule > 1:
-            row: np.ndarray = self.verify([token])[0]
+            row: Logits = self.look_ahead([token], hold=hold)[0]
             self.accept()
             return row
         self._check_ids([token])
         sequence.record([token], start)
         sequence.overwrite(start)
+        self._holding = hold
         row = self._run_token(token, start)
         sequence.extend(start, start + 1, exact=False)
         return row
@@ -153,6 +163,12 @@ class Runner(ABC):
         ``length`` stays; :meth:`accept` appends those that prove right. Raises UserError where the cache has no room,
         or for an id outside the vocabulary.
         """
+        rows = self.look_ahead(tokens, hold=False)
+        assert isinstance(rows, np.ndarray)
+        return rows
+
+    def look_ahead(self, tokens: Sequence[int], *, hold: bool) -> np.ndarray | list[HeldRow]:
+        """As :meth:`verify`; ``hold`` as :meth:`step` has it."""
         sequence, start, count = self.sequence, self.sequence.length, len(tokens)
         end = start + count
         if not 1 <= count <= MAX_RUN:
@@ -166,6 +182,7 @@ class Runner(ABC):
         first = start + behind - extra
         run = [*sequence.written(first, end).tolist(), *[int(tokens[-1])] * behind] if extra else tokens
         sequence.overwrite(first)
+        self._holding = hold
         rows = self._run_draft(run, first)[start - first : end - first]
         sequence.ahead = count
         return rows
@@ -190,6 +207,10 @@ class Runner(ABC):
     def cache_bits(self, rows: int) -> list[bytes]:
         """The bits of the cache's first ``rows`` rows, every layer's; none where they aren't in the host's memory."""
         return []
+
+    def cache_clipped(self) -> float | None:
+        """Of an int8 cache's rows in use, the share of values at the ends of its range; None where that isn't known."""
+        return None
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -235,11 +256,11 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def _run_token(self, token: int, start: int) -> np.ndarray:
-        """The same for one token: a step of plain decoding."""
+    def _run_token(self, token: int, start: int) -> Logits:
+        """The same for one token: a step of plain decoding. Its row may be held where ``_holding`` says so."""
 
     @abstractmethod
-    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray:
+    def _run_draft(self, tokens: Sequence[int], start: int) -> np.ndarray | list[HeldRow]:
         """The same for 1 to MAX_RUN tokens; returns the logits of each, [len(tokens), vocab]."""
 
 

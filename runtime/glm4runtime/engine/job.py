@@ -28,7 +28,7 @@ class Answer:
         self.slot = -1
         self.rows = 0  # of the cache that are written
         self.tokens: list[int] = []  # chosen; the last one isn't in the cache yet
-        self.speculation: Speculation | None = None  # such an answer has runs of its own
+        self.speculation: Speculation[np.ndarray] | None = None  # such an answer has runs of its own
         self.finish_reason: FinishReason | None = None
         self.log_probability, self.scored = 0.0, 0  # of all tokens chosen, a stop token too: what best_of compares
         self.whole = Delta(index)

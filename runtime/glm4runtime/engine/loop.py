@@ -190,7 +190,7 @@ class Loop:
         except Exception as error:
             self._fail(job.answers[0], error)
 
-    def _look_ahead(self, answer: Answer, speculation: Speculation) -> None:
+    def _look_ahead(self, answer: Answer, speculation: Speculation[np.ndarray]) -> None:
         try:
             row = speculation.decode(answer.tokens[-1])
             self.failures_in_a_row = 0
@@ -218,7 +218,7 @@ class Loop:
         elif all(beam.slot >= 0 and not beam.in_prompt for beam in job.answers):
             self._advance(job, job.beams, job.prompt_logits[None])
 
-    def _speculation(self, answer: Answer) -> Speculation | None:
+    def _speculation(self, answer: Answer) -> Speculation[np.ndarray] | None:
         request, text = answer.job.request, answer.job.ids.tolist()
         times = RunTimes() if self.draft is None else self.draft.model
         guesses: Guesses

@@ -8,11 +8,12 @@ stay. GLM-4's vocabulary has 151552 entries, so nothing here sorts them: where a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.sampling.params import SamplingParams
 from glm4runtime.sampling.rows import Row, kth_largest
 from glm4runtime.sampling.select import Selector
@@ -26,6 +27,8 @@ Mask = NDArray[np.bool_]  # [n]
 _FLOORS = (1e-2, 1e-4)
 _REACHES = (2.0, 8.0)
 _DENSE = 4  # where more than one in so many tokens is left, picking them out takes longer than passing over the others
+_ROUNDING = 1e-4  # how far a device's float32 sum of a row's exponentials may be off, as a share; they differ by 1e-6
+_SUMMING = 1e-9  # likewise of sums in float64, whose order differs
 _LEAST = np.finfo(np.float32).smallest_subnormal
 _LEAST_LOG = np.float32(-104.0)  # below the logarithm of the smallest float32
 
@@ -67,14 +70,59 @@ class Filters:
         numbers from 0 to 1, one a step where XTC is on.
         """
         ids = self._largest(logits) if self._top_k else None
-        scores = logits if ids is None else logits[ids]
+        weights = self._weighed(logits if ids is None else logits[ids], top)
+        return self._cut(ids, weights, self._cuts, random)
+
+    def chooses_among(self, count: int) -> bool:
+        """Whether what is left may ever lie within a row's ``count`` most probable tokens."""
+        if count * _DENSE > self._vocab_size:
+            return False  # such shares are cut in another way, whose sums have other last bits
+        return self._top_k < count if self._top_k else self._top_p < 1 or bool(self._min_p > 0)
+
+    def among(self, row: HeldRow, random: Callable[[], float]) -> tuple[Positions, Weights] | None:
+        """As :meth:`kept`, to the bit, of a row that is held; None where tokens that it doesn't name may be left too.
+
+        What is left ends above the least that is named, so that none of its equals is missing.
+        """
+        ids, values, cuts = row.ids, row.values, self._cuts
+        if not self.chooses_among(len(ids)):
+            return None
+        if self._top_k:
+            named = int(np.count_nonzero(values >= values[self._top_k - 1]))
+            if named == len(ids):
+                return None
+            ids, values = ids[:named], values[:named]
+        order = np.argsort(ids)
+        ids, weights = ids[order], self._weighed(values[order], values[0])
+        if not self._top_k:
+            stay = self._nucleus_among(row, weights) if self._top_p < 1 else self._probable_among(weights)
+            if stay is None:
+                return None
+            left = np.flatnonzero(stay)
+            ids, weights, cuts = ids[left], weights[left], cuts[1:]
+        kept, weights = self._cut(ids, weights, cuts, random)
+        assert kept is not None
+        return kept, weights
+
+    def _weighed(self, scores: Row, top: np.float32) -> Weights:
+        """Unnormalised probabilities, of which the largest is 1; in scratch memory."""
         weights = self._weights[: scores.size]
         # Subtracting the maximum first makes the largest exponent 0, so nothing overflows but towards exp(-inf) = 0.
         with np.errstate(over="ignore", under="ignore"):
             np.subtract(scores, top, out=weights)
             np.divide(weights, self._temperature, out=weights)
             np.exp(weights, out=weights)
-        for cut in self._cuts:
+        return weights
+
+    def _cut(
+        self,
+        ids: Positions | None,
+        weights: Weights,
+        cuts: Sequence[Callable[[Weights], Mask]],
+        random: Callable[[], float],
+    ) -> tuple[Positions | None, Weights]:
+        """What cuts leave of ids and weights, and XTC of that."""
+        for cut in cuts:
             stay = cut(weights)
             if _dense(stay):
                 weights *= stay
@@ -117,6 +165,38 @@ class Filters:
         ties = np.flatnonzero(weights == last)
         stay[ties[max(1, math.ceil((target - before) / float(max(last, _LEAST)))) :]] = False  # 0: by rounding
         return stay
+
+    def _nucleus_among(self, row: HeldRow, weights: Weights) -> Mask | None:
+        """As :meth:`_nucleus`, of the weights that are named; None where the others' sum decides how many stay."""
+        descending = np.sort(weights)[::-1]
+        cumulative = np.cumsum(descending, dtype=np.float64)
+        named = float(cumulative[-1])
+        sums = named * (1 - _SUMMING), named * (1 + _SUMMING) + self._others(row)
+        least, most = (int(np.searchsorted(cumulative, self._top_p * total)) for total in sums)
+        if least != most or least == len(weights) or descending[least] == descending[-1]:
+            return None
+        stay: Mask = weights > descending[least]
+        ties = np.flatnonzero(weights == descending[least])
+        stay[ties[: least + 1 - int(np.count_nonzero(stay))]] = True
+        return stay
+
+    def _others(self, row: HeldRow) -> float:
+        """The most that the weights of tokens that aren't named may sum to.
+
+        Their sum at temperature 1 is known, x being the exponentials. With a = 1 / temperature the sum of x ** a is at
+        most the sum of x times max(x) ** (a - 1) for a >= 1, and by Jensen n * (mean of x) ** a for a < 1.
+        """
+        shifted = row.values.astype(np.float64) - float(row.values[0])
+        total = math.exp(min(row.log_sum - float(row.values[0]), 700.0))
+        with np.errstate(under="ignore"):
+            others = max(total - float(np.exp(shifted).sum()), 0.0) + _ROUNDING * total
+        power, count = 1 / float(self._temperature), self._vocab_size - len(row.ids)
+        if power >= 1:
+            return others * math.exp(max(float(shifted[-1]) * (power - 1), -700.0))
+        return float(count * (others / count) ** power)
+
+    def _probable_among(self, weights: Weights) -> Mask | None:
+        return self._probable(weights) if weights.min() < self._min_p else None
 
     def _probable(self, weights: Weights) -> Mask:
         """The weights of at least min_p times the largest, which is 1."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm4runtime.backends.held_row import HeldRow, Logits
 from glm4runtime.contract import UserError
 from glm4runtime.sampling.chain import Chain, all_forbidden, check_mask, is_allowed
 from glm4runtime.sampling.filters import Filters, Positions, Weights
@@ -47,11 +48,16 @@ class Sampler:
         self._filters = None if params.temperature == 0 else Filters(params, vocab_size, stop)
         self._random = np.random.Generator(np.random.PCG64(None if params.seed is None else int(params.seed)))
 
-    def __call__(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32] | None = None) -> int:
+    def chooses_among(self, count: int) -> bool:
+        """Whether a row's ``count`` most probable tokens may be enough to choose from, so that holding rows pays."""
+        return count > 1 and not self._chain and (self._filters is None or self._filters.chooses_among(count))
+
+    def __call__(self, logits: Logits, allowed: NDArray[np.uint32] | None = None) -> int:
         """Choose the next token, and take it into the text that penalties count.
 
         Args:
-            logits: float32 [vocab_size]; read only. ``-inf`` forbids a token.
+            logits: float32 [vocab_size]; read only. ``-inf`` forbids a token. Of a row that is held, the token that
+                the row would give; it's fetched where its most probable tokens can't tell.
             allowed: uint32 [ceil(vocab_size / 32)], as llguidance fills it: token i may come where bit ``i % 32`` of
                 word ``i // 32`` is set. None: any may.
 
@@ -60,6 +66,12 @@ class Sampler:
                 mask together forbid every token.
             ValueError: an array is of another shape or type.
         """
+        if isinstance(logits, HeldRow):
+            chosen = self._among(logits) if allowed is None else None
+            if chosen is not None:
+                self._history.append(chosen)
+                return chosen
+            logits = logits.fetch()
         if logits.shape != (self.vocab_size,) or logits.dtype != np.float32:
             raise ValueError(f"logits: expected float32 [{self.vocab_size}], found {logits.dtype} {list(logits.shape)}")
         best = most_probable(logits)
@@ -100,6 +112,19 @@ class Sampler:
             if not is_allowed(allowed, token):
                 raise UserError(f"forced_tokens: token {token} is forbidden here by the mask of a grammar")
         return token
+
+    def _among(self, row: HeldRow) -> int | None:
+        """The token that the whole row would give, by its most probable ones alone; None where these can't tell."""
+        if self._chain or self._history.answered < len(self._forced) or not np.isfinite(row.log_sum):
+            return None
+        if self._filters is None:
+            best = row.ids[row.values == row.values[0]]
+            return int(best.min()) if len(best) < len(row.ids) else None
+        kept = self._filters.among(row, self._random.random)
+        if kept is None:
+            return None
+        ids, weights = kept
+        return int(ids[self._filters.draw(weights, self._random.random())])
 
     def _kept(self, logits: Row, top: np.float32) -> tuple[Positions | None, Weights]:
         """Ids that filters leave, ascending (None: all), and their unnormalised probabilities."""
