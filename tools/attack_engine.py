@@ -42,22 +42,22 @@ class Steps:
         self.count = 0
         self._engine = engine
         self._gone: dict[Any, int | None] = {}  # feeds that are waited for: the step in which they went
-        plan = engine._scheduler.plan
+        plan = engine._worker.scheduler.plan
 
         def counted(now: float) -> Any:
             self.count += 1  # those that were cancelled have just been let go of
-            here = {id(answer.job.feed) for answer in engine._answers.values()}
+            here = {id(answer.job.feed) for answer in engine._worker.answers.values()}
             for feed, step in self._gone.items():
                 if step is None and id(feed) not in here:
                     self._gone[feed] = self.count
             return plan(now)
 
-        engine._scheduler.plan = counted  # type: ignore[method-assign]
+        engine._worker.scheduler.plan = counted  # type: ignore[method-assign]
 
     def point(self, handle: Handle) -> str | None:
         """What a request is at; None once it has ended."""
-        with self._engine._condition:
-            answers = [a for a in self._engine._answers.values() if a.job.feed is handle._feed]
+        with self._engine._worker.condition:
+            answers = [a for a in self._engine._worker.answers.values() if a.job.feed is handle._feed]
             if not answers:
                 return None
             if all(answer.slot < 0 for answer in answers):
@@ -66,9 +66,9 @@ class Steps:
 
     def until_gone(self, feed: Any) -> tuple[int, bool]:
         """Steps from now on until nothing of a request is under way, and whether that came at all."""
-        with self._engine._condition:
+        with self._engine._worker.condition:
             began = self.count
-            if not any(answer.job.feed is feed for answer in self._engine._answers.values()):
+            if not any(answer.job.feed is feed for answer in self._engine._worker.answers.values()):
                 return 0, True
             self._gone[feed] = None
         end = time.monotonic() + WAIT
@@ -202,7 +202,7 @@ def attack(bundle: Path, cancels: int, seed: int, show: Callable[[str], None] = 
         stats = engine.stats()
         if not stats.healthy or stats.scheduler.running or stats.scheduler.waiting or "error" in stats.finished:
             findings.append(f"in the end: {stats}")
-        if len(engine._scheduler._free) != engine.runner.slots or engine._loop.failed:
+        if len(engine._worker.scheduler._free) != engine.runner.slots or engine._worker.loop.failed:
             findings.append("a slot or a failed answer is left behind")
         if engine._store is not None and any(node.pins for node in engine._store.nodes()):
             findings.append("a prefix is still pinned")

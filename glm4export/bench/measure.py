@@ -88,6 +88,8 @@ def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Repor
     Raises UserError where memory is too short for the largest batch, or a step graph is to run more than one sequence.
     """
     runner, manifest = session.runner, session.manifest
+    if max(what.batches) > 1 and isinstance(runner, OrtRunner) and len(runner.gpu.devices) > 1:
+        raise UserError(f"--batch {max(what.batches)}: over several devices one sequence is measured; leave it out")
     if max(what.batches) > 1 and not isinstance(runner, OrtRunner):
         raise UserError(
             f"--batch {max(what.batches)}: bundles for {manifest.target} are measured with one sequence; leave it out"
@@ -148,18 +150,18 @@ class BatchDecoder:
 
     def __init__(self, runner: OrtRunner, batch: int, capacity: int) -> None:
         """capacity: tokens of every sequence that there is room for."""
-        spec, vocab, device = runner.manifest.cache, runner.manifest.vocab_size, runner.device
+        spec, vocab, place = runner.manifest.cache, runner.manifest.vocab_size, runner.place
         self.length = 0
         shape = (batch, spec.kv_heads, capacity, spec.head_dim)
         ones = np.ones(shape, spec.dtype)  # written out: zero pages that were never written aren't read from memory
         names = [(layer, part) for layer in range(spec.layers) for part in ("key", "value")]
-        self._cache = {name: Buffer(shape, spec.dtype, device) for name in names}
+        self._cache = {name: Buffer(shape, spec.dtype, *place) for name in names}
         for buffer in self._cache.values():
             buffer.write(ones)
-        self._batch, self._tokens = batch, Buffer((batch, 1), "int64", device)
-        self._lengths = lengths_of(runner.manifest.graphs[runner.step_graph], batch, capacity, device)
+        self._batch, self._tokens = batch, Buffer((batch, 1), "int64", *place)
+        self._lengths = lengths_of(runner.manifest.first(runner.step_graph), batch, capacity, *place)
         self._logits = Buffer((batch, 1, vocab), "float32", "cpu")
-        self._first = Buffer((batch, 1), "int64", device)
+        self._first = Buffer((batch, 1), "int64", *place)
         self._first.write(np.zeros((batch, 1), np.int64))
         self._graphs = runner.graphs
         self.use(runner.step_graph)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4runtime.contract import DECODE, PREFILL, STEP, Manifest
-from glm4runtime.contract.onnxfile import Graph, read_graph
+from glm4runtime.backends.graph_check import read_whole
+from glm4runtime.contract import DECODE, PREFILL, STEP, GraphName, Manifest
+from glm4runtime.contract.onnxfile import Graph
 
 # The inputs of which a token reads one row, not the whole: embeddings (with scales and zero points), rotary tables.
 _LOOKED_UP = {
@@ -73,8 +74,8 @@ class Workload:
 
 def workload(folder: Path, manifest: Manifest, *, provider: str, chunk: int) -> Workload:
     """Read a bundle's graphs, not its weights. Raises BundleError where one can't be read."""
-    names = (STEP, STEP) if STEP in manifest.graphs else (PREFILL, DECODE)
-    prefill, decode = (read_graph(folder / manifest.graphs[name].file) for name in names)
+    names: tuple[GraphName, ...] = (STEP, STEP) if STEP in manifest.graphs else (PREFILL, DECODE)
+    prefill, decode = (read_whole(folder, manifest, name) for name in names)
     layers, head = linear_weights(manifest.config)
     # ONNX Runtime has no fp16 matmul on x86: it widens the weights once, when it loads them.
     widened = provider == "cpu"

@@ -26,6 +26,7 @@ from glm4export.calibration.calibrate import calibrate, token_sequences
 from glm4export.calibration.observe import linears
 from glm4export.graph.skeleton import DTYPE_NAMES, Skeleton
 from glm4export.graph.trace import trace, trace_encoder
+from glm4export.passes.cut_stages import cut_stages
 from glm4export.passes.pipeline import pipeline
 from glm4export.sources.checkpoint import CONFIG, SIDE_FILES, Checkpoint, Location
 from glm4export.sources.config_json import config_data, parse_config, read_token_ids, sequence_limit
@@ -116,7 +117,7 @@ def build(
             normalize=options.normalize,
             num_labels=labels,
         )
-        options.require_fit(task.name)
+        options.require_fit(task.name, declared.num_hidden_layers)
         causal = task.encoding is None
         tokens, added = TokenIds((), task.pad, None), dict[str, int]()
         if causal:
@@ -156,6 +157,9 @@ def build(
                 skeletons[name] = compile_graph(
                     config, name, options, max_seq_len=max_seq_len, scales=scales, encoding=task.encoding
                 )
+        stages = None
+        if options.stages is not None:
+            stages, skeletons = cut_stages(skeletons, options.stages)
         recipes = _shared_recipes(skeletons)
         layout = lay_out(recipes)
         calibrated_weights = options.calibrate is not None and options.calibrates_weights
@@ -170,7 +174,7 @@ def build(
         for graph, skeleton in skeletons.items():
             with stage(f"write {graph}"):
                 graphs[graph] = _write_graph(skeleton, folder / f"{graph}.onnx", recipes, layout)
-        plain = options.inputs == "ids" and not options.position_ids
+        plain = options.inputs == "ids" and not options.position_ids and options.stages is None
         if causal and options.target != TENSORRT and plain:  # onnxruntime-genai knows the inputs of such graphs only
             text = genai_config(config, tokens, options.target, max_seq_len)
             (folder / GENAI_CONFIG).write_text(text, encoding="utf-8")
@@ -193,6 +197,7 @@ def build(
             kv_cache=_cache_spec(config, options, max_seq_len) if causal else None,
             encoder=task.spec(max_seq_len),
             lora=_lora_spec(options, scales),
+            stages=stages,
             graphs=graphs,
             files=_file_specs(folder, files),
         )

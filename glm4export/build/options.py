@@ -24,6 +24,7 @@ _CACHES: dict[CacheName, str] = {"fp32": "float32", "fp16": "float16", "int8": "
 _DEFAULT_RANK, _LARGEST_RANK, _MOST_SLOTS = 16, 512, 1024  # of adapters that a session loads
 _MOST_TOP = 256  # tokens of a row; CUDA's kernel that divides a row among blocks takes no more (topk_hybrid.cuh)
 _CPU_ATTENTION = {"--output-attentions": "output of them", "--position-ids": "input for a bias"}
+_NO_OUTSIDERS = "which is for programs that run a graph themselves; leave one of them out"
 _NO_KERNEL = {
     ("cpu", "bf16"): "onnxruntime's CPU kernels take no bf16 activations: build fp32, fp16 or int8 from the checkpoint",
     ("cuda", "fp32"): "onnxruntime's CUDA kernel of GroupQueryAttention computes in fp16 and bf16 only: build bf16, "
@@ -61,6 +62,7 @@ class BuildOptions:
     output_top_logits: int | None = None  # how many tokens each row of logits comes with; None: it comes alone
     lora_slots: int | None = None  # adapters that a session may hold; None: graphs without side paths for them
     lora_rank: int | None = None  # the largest that they may have; None: 16
+    stages: int | None = None  # graphs that the layers are split over; None: one has them all
 
     def __post_init__(self) -> None:
         possible = PRECISIONS_OF[self.target]
@@ -99,9 +101,15 @@ class BuildOptions:
         self._check_boundary()
         self._check_top_logits()
         self._check_lora()
+        self._check_stages()
 
-    def require_fit(self, task: TaskName) -> None:
-        """Raise UserError for options of a causal language model where the task is another, and the other way round."""
+    def require_fit(self, task: TaskName, layers: int) -> None:
+        """Raise UserError for options of a causal language model where the task is another, and the other way round.
+
+        And for more stages than ``layers``, the model's.
+        """
+        if self.stages is not None and self.stages > layers:
+            raise UserError(f"--stages {self.stages}: the model has {layers} layers; ask for as many stages at most")
         if self.inputs == "embeds" and task == SEQUENCE_CLASSIFICATION:
             raise UserError(
                 f"--inputs embeds does not go with --task {task}: the last token, which is classified, is found in "
@@ -117,6 +125,7 @@ class BuildOptions:
             ("--calibrate", self.calibrate is not None),
             ("--head-bits", self.head_bits is not None),
             ("--lora-slots", self.lora_slots is not None),
+            ("--stages", self.stages is not None),
             ("--output-top-logits", self.output_top_logits is not None),
         ):
             if given:
@@ -187,6 +196,27 @@ class BuildOptions:
                 f"--lora-slots does not go with --target {TENSORRT}, whose engines have no side paths; merge an "
                 "adapter with --lora, or build for cpu or cuda"
             )
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        if self.stages < 2:
+            raise UserError(f"--stages {self.stages}: expected at least 2; leave it out for one graph with all layers")
+        for option, given, why in (
+            (f"--target {TENSORRT}", self.target == TENSORRT, "whose engines are made of one graph; build for cuda"),
+            ("--inputs embeds", self.inputs == "embeds", _NO_OUTSIDERS),
+            ("--output-hidden-states", self.output_hidden_states, _NO_OUTSIDERS),
+            ("--output-attentions", self.output_attentions, _NO_OUTSIDERS),
+            ("--position-ids", self.position_ids, _NO_OUTSIDERS),
+            (
+                "--output-top-logits",
+                self.output_top_logits is not None,
+                "which no stage gives yet; leave one of them out",
+            ),
+            ("--lora-slots", self.lora_slots is not None, "whose adapters lie on one device; merge one with --lora"),
+        ):
+            if given:
+                raise UserError(f"--stages does not go with {option}, {why}")
 
     def _check_qdq(self) -> None:
         """What TensorRT's DequantizeLinear leaves of the quantized formats."""

@@ -96,6 +96,12 @@ def configure(command: argparse.ArgumentParser) -> None:
         "made by `glm4export adapter` (cpu, cuda)",
     )
     command.add_argument("--lora-rank", type=int, metavar="R", help="the largest rank of those (default: 16)")
+    command.add_argument(
+        "--stages",
+        type=int,
+        metavar="N",
+        help="split the layers over N graphs, for devices that hold a part of the weights each (cpu, cuda)",
+    )
     graphs = command.add_argument_group("inputs and outputs, for programs that run the graphs themselves")
     graphs.add_argument(
         "--inputs",
@@ -191,6 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
         output_top_logits=arguments.output_top_logits,
         lora_slots=arguments.lora_slots,
         lora_rank=arguments.lora_rank,
+        stages=arguments.stages,
     )
     builder = engine_builder(arguments, target)
     adapters = [open_adapter(text, token=arguments.token) for text in arguments.lora]

@@ -32,6 +32,9 @@ def add_engine_options(command: argparse.ArgumentParser, *, may_skip: bool) -> N
     )
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="most prompt tokens in a run (default: 512)")
     group.add_argument(
+        "--max-batch", type=int, metavar="N", help="most sequences in a step: slots of serve and Engine (default: 1)"
+    )
+    group.add_argument(
         "--optimization-level", type=int, choices=range(6), metavar="0..5", help="effort (default: TensorRT's)"
     )
     group.add_argument(
@@ -88,12 +91,13 @@ def engine_builder(arguments: argparse.Namespace, target: str) -> EngineBuilder 
         weight_streaming=arguments.weight_streaming,
         **({} if arguments.plugin_cache is None else {"plugin_cache": arguments.plugin_cache}),
         **({} if arguments.prefill_chunk is None else {"prefill_chunk": arguments.prefill_chunk}),
+        **({} if arguments.max_batch is None else {"max_batch": arguments.max_batch}),
     )
     return EngineBuilder(plan(options), engine_line)
 
 
 _ENGINE_ONLY = (
-    *("engine", "compute_capability", "prefill_chunk", "optimization_level", "workspace"),
+    *("engine", "compute_capability", "prefill_chunk", "max_batch", "optimization_level", "workspace"),
     *("timing_cache", "version_compatible", "weight_streaming", "plugin_cache"),
 )
 

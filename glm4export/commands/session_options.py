@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.backends.settings import PROVIDERS
 
 if TYPE_CHECKING:
     from glm4runtime.session import Session
@@ -38,11 +38,24 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
 def add_gpu_options(command: argparse.ArgumentParser) -> None:
     """Which GPU, and how much of it."""
     command.add_argument(
-        "--device-id", type=int, default=0, metavar="N", help="which visible GPU, for cuda and tensorrt (default: 0)"
+        "--device-id",
+        type=_devices,
+        default=0,
+        metavar="N",
+        help="which visible GPU, for cuda and tensorrt (default: 0); N,N,... one for each stage of a bundle that was "
+        "built with --stages, for cuda",
     )
     command.add_argument(
         "--gpu-mem-limit", type=float, metavar="GB", help="what may be taken of it, for cuda (default: all)"
     )
+
+
+def _devices(text: str) -> int | tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on, or some with commas between")
+    numbers = tuple(map(int, words))
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def load_session(

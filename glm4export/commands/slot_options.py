@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.backends.settings import PROVIDERS
 from glm4runtime.contract import AdapterFile, UserError, read_manifest
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from glm4export.commands.session_options import add_gpu_options
 from glm4runtime import signals
-from glm4runtime.backends.providers import PROVIDERS
+from glm4runtime.backends.settings import PROVIDERS
 from glm4runtime.contract import UserError, shown
 
 if TYPE_CHECKING:

@@ -45,6 +45,7 @@ def inspect_bundle(folder: Path, *, check_hashes: bool = False) -> dict[str, Any
         **({} if cache is None else {"cache": _cache(cache)}),
         **({} if encoder is None else {"encoder": dataclasses.asdict(encoder)}),
         **({} if lora is None else {"lora": {"slots": lora.slots, "rank": lora.rank}}),
+        **({} if manifest.stages is None else {"stages": list(manifest.stages)}),
         "engines": [_engine(spec, manifest.config["num_hidden_layers"]) for spec in read_engine_specs(folder)],
         "graphs": {name: _graph(folder / spec.file) for name, spec in manifest.graphs.items()},
         "huge_pages": huge_pages(),
@@ -70,6 +71,8 @@ def text(facts: dict[str, Any]) -> str:
         ]
     if lora := facts.get("lora"):
         lines.append(f"  adapters   up to {lora['slots']} at once, of rank {lora['rank']} at most")
+    if stages := facts.get("stages"):
+        lines.append(f"  stages     {len(stages)}, of {', '.join(map(str, stages))} layers")
     if encoder := facts.get("encoder"):
         lines.append(
             f"  gives      {_encoder_words(facts['task'], encoder)}; texts of up to {encoder['max_seq_len']} tokens"

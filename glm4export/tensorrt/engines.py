@@ -20,6 +20,7 @@ from glm4export.tensorrt.memory import Weights, require_memory, stored_weights
 from glm4export.tensorrt.worker import ALIASED, Job
 from glm4runtime import signals
 from glm4runtime.backends.gpu import gpu_capability
+from glm4runtime.backends.settings import MOST_SLOTS
 from glm4runtime.contract import (
     MANIFEST,
     TENSORRT,
@@ -54,10 +55,13 @@ class EngineOptions:
     version_compatible: bool = False
     weight_streaming: bool = False
     plugin_cache: str = ALIASED  # or "bound", with --attention plugin
+    max_batch: int = 1  # sequences of a step: slots of an Engine
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:
             raise UserError(f"--prefill-chunk {self.prefill_chunk}: expected at least 1")
+        if not 1 <= self.max_batch <= MOST_SLOTS:
+            raise UserError(f"--max-batch {self.max_batch}: expected 1 to {MOST_SLOTS} sequences")
         if self.workspace_gb is not None and not self.workspace_gb > 0:
             raise UserError(f"--workspace {self.workspace_gb:g}: expected more than 0 GB")
 
@@ -138,6 +142,10 @@ class EngineBuilder:
             )
         if attention != PLUGIN and self.plan.options.plugin_cache != ALIASED:
             raise UserError("--plugin-cache goes with --attention plugin, which this graph hasn't got; leave it out")
+        if attention == FULL and self.plan.options.max_batch > 1:
+            raise UserError(
+                "--max-batch is for graphs with a cache; engines of others take several texts anyway: leave it out"
+            )
         require_memory(weights)
         size = sum(nbytes for _, nbytes in weights.values()) * _ENGINE_OVERHEAD + _KERNEL_BYTES
         require_space(folder, len(self.plan.compute_capabilities) * int(size))
@@ -187,7 +195,7 @@ def _build_engine(folder: Path, manifest: Manifest, plan: Plan, capability: str,
     estimated = require_memory(stored_weights(graph))  # again: other programs may have taken some since
     attention = attention_of(graph)
     chunk = min(options.prefill_chunk, manifest.max_seq_len)
-    profiles = flavour.text_profiles(chunk) if attention == FULL else flavour.profiles(chunk)
+    profiles = flavour.text_profiles(chunk) if attention == FULL else flavour.profiles(chunk, options.max_batch)
     stem = engine_stem(flavour.name, capability)
     for suffix in (".engine", ".json"):  # an earlier engine's name is a link to the bundle's own file
         (folder / f"{stem}{suffix}").unlink(missing_ok=True)

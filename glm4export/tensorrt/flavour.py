@@ -41,18 +41,21 @@ class Flavour:
         """Its Python module. Raises UserError, naming the package and the pip command, where it isn't installed."""
         return import_flavour(self.name)
 
-    def profiles(self, chunk: int) -> tuple[Profile, ...]:
+    def profiles(self, chunk: int, sequences: int = 1) -> tuple[Profile, ...]:
         """Optimization profiles for runs of 1 to ``chunk`` tokens of one sequence: a session has no more.
 
-        Prefill asks for one row of logits, the verification of drafts for up to MOST_ROWS.
+        Prefill asks for one row of logits, the verification of drafts for up to MOST_ROWS. With more ``sequences``,
+        also for steps of one token of each of 1 to that many.
         """
         if self.shares_weights:
+            steps = Profile("steps", (1, sequences, sequences), (1, 1, 1), (1, 1, 1))
             return (
                 Profile("prefill", (1, 1, 1), (1, chunk, chunk), (1, 1, 1)),
                 Profile("decode", (1, 1, 1), (1, 1, MOST_ROWS), (1, 1, MOST_ROWS)),
+                *((steps,) if sequences > 1 else ()),
             )
         width = max(chunk, _RTX_LEAST_WIDTH)
-        return (Profile("step", (1, 1, 1), (1, 1, width), (1, 1, MOST_ROWS)),)
+        return (Profile("step", (1, 1, sequences), (1, 1, width), (1, 1, MOST_ROWS)),)
 
     def text_profiles(self, longest: int) -> tuple[Profile, ...]:
         """The profile of a graph without a cache: one to MOST_TEXTS texts of up to ``longest`` tokens."""

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from glm4runtime.backends.encoder import EncoderRunner
-from glm4runtime.backends.providers import Provider, require_settings
 from glm4runtime.backends.runner import refuse_closed
+from glm4runtime.backends.settings import Provider, Settings, require_path, require_switch
 from glm4runtime.backends.token_ids import checked_ids
 from glm4runtime.contract import (
     FEATURES,
@@ -76,11 +75,9 @@ def load_encoder(
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit and
     for a bundle that generates text, which :func:`glm4runtime.load` opens.
     """
-    require_settings(
-        provider=provider, threads=threads, max_seq_len=max_seq_len, check_hashes=check_hashes, truncate=truncate
-    )
-    if not isinstance(bundle, str | os.PathLike):
-        raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
+    Settings(provider=provider, threads=threads, max_seq_len=max_seq_len, check_hashes=check_hashes)  # checks them
+    require_switch("truncate", truncate)
+    require_path("bundle", bundle)
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise UserError(f"batch_tokens={shown(batch_tokens)} is not a whole number above 0")
     folder = Path(bundle)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.huge_pages import collapse
 from glm4runtime.backends.invariance import make_invariant
-from glm4runtime.backends.providers import Provider, open_runner, require_settings
+from glm4runtime.backends.providers import open_runner
 from glm4runtime.backends.runner import Runner, refuse_closed
-from glm4runtime.contract import Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.backends.settings import Provider, Settings, require_path
+from glm4runtime.contract import Manifest, UserError, read_manifest, wrong_task
 from glm4runtime.generation import Generation
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.scoring import Score, log_probabilities, score
@@ -33,7 +33,7 @@ def load(
     check_hashes: bool = False,
     invariant: bool = False,
     huge_pages: bool = False,
-    device_id: int = 0,
+    device_id: int | Sequence[int] = 0,
     gpu_mem_limit: float | None = None,
     cuda_graphs: bool = False,
     chat_template: str | Path | None = None,
@@ -51,11 +51,12 @@ def load(
     logits that lie within rounding may change places. huge_pages: put the process's large blocks of memory into huge
     pages, where Linux lets it: a second or two per GB, and steps take up to a seventh less
     (GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment gives the same for nothing). device_id: which of the
-    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. gpu_mem_limit: GB that cache, weights
-    and activations may take on it, for ``cuda``. cuda_graphs: launch a step of decoding as one captured graph, for
-    ``cuda``; never run yet, see docs/gpu.md. chat_template: a Jinja template in place of the bundle's, as text or
-    as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests call them by, for a
-    bundle built with ``--lora-slots``.
+    visible GPUs, for ``cuda`` and ``tensorrt``; other providers use the first. Of a bundle built with ``--stages``, one
+    number has all stages on one device, and on ``cuda`` a list has each on its own. gpu_mem_limit: GB that cache,
+    weights and activations may take on it, or on each, for ``cuda``. cuda_graphs: launch a step of decoding as one
+    captured graph, for ``cuda``; never run yet, see docs/gpu.md. chat_template: a Jinja template in place of the
+    bundle's, as text or as the Path of a file. adapters: files of ``glm4export adapter``, by the names that requests
+    call them by, for a bundle built with ``--lora-slots``.
 
     Tokenizer and template are read now; a bundle that is moved or replaced later doesn't change this session.
 
@@ -63,7 +64,7 @@ def load(
 
     Raises BundleError where the folder isn't a whole bundle of this format, UserError for settings that don't fit.
     """
-    require_settings(
+    settings = Settings(
         provider=provider,
         threads=threads,
         max_seq_len=max_seq_len,
@@ -71,29 +72,18 @@ def load(
         check_hashes=check_hashes,
         invariant=invariant,
         huge_pages=huge_pages,
+        device_id=device_id,
+        gpu_mem_limit=gpu_mem_limit,
         cuda_graphs=cuda_graphs,
         adapters=adapters,
     )
-    if not isinstance(bundle, str | os.PathLike):
-        raise UserError(f"bundle={shown(bundle)} is not the path of a folder")
+    require_path("bundle", bundle)
     folder = Path(bundle)
     manifest = read_manifest(folder, check_hashes=check_hashes)
     if manifest.kv_cache is None:
         raise wrong_task(folder, manifest.task)
     text = BundleText(folder, read_text_files(folder), chat_template)
-    runner = open_runner(
-        folder,
-        manifest,
-        provider=provider,
-        threads=threads,
-        max_seq_len=max_seq_len,
-        prefill_chunk=prefill_chunk,
-        check_hashes=check_hashes,
-        adapters=adapters,
-        device_id=device_id,
-        gpu_mem_limit=gpu_mem_limit,
-        cuda_graphs=cuda_graphs,
-    )
+    runner = open_runner(folder, manifest, settings)
     if huge_pages:
         collapse()
     if invariant:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import glm4export
-from glm4runtime.engine.engine import EngineClosed, EngineStats
+from glm4runtime.engine import EngineClosed, EngineStats
 from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.prefix import PrefixStats
 from glm4runtime.engine.prepare import PromptTooLong

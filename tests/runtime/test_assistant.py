@@ -194,8 +194,16 @@ def test_a_cut_call_is_content_and_no_tool_calls() -> None:
         assert pieces[-1] == AnswerDelta(content=CALL[:-2]) and parser.finish_reason == reason
     _, parser = deltas(spelled(f"{CALL}<|assistant|>f\n{{"), tools=True, reason="length")
     assert parser.finish_reason == "length"
-    _, parser = deltas(spelled(f"{CALL}<|assistant|>so STOP"), tools=True, stop_strings=["STOP"])
-    assert parser.finish_reason == "stop"
+
+
+def test_a_stop_string_behind_a_call_leaves_it_a_call() -> None:
+    """OpenAI's: tool_calls where the model called a tool. Who asked would wait for nothing where it were a stop."""
+    pieces, parser = deltas(spelled(f"{CALL}<|assistant|>so STOP"), tools=True, stop_strings=["STOP"])
+    assert [call for piece in pieces for call in piece.tool_calls] == [CALLED]
+    assert "".join(piece.content for piece in pieces) == "so " and parser.stopped == "STOP"
+    assert parser.finish_reason == "tool_calls"
+    _, parser = deltas(spelled(f"{CALL}<|assistant|>so"), tools=True, stop_strings=["STOP"], reason="length")
+    assert parser.finish_reason == "length"
 
 
 def test_half_characters() -> None:

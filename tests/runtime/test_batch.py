@@ -12,13 +12,14 @@ import pytest
 from onnxruntime.capi import onnxruntime_inference_collection as ort_collection
 
 from glm4runtime import Engine, Session, UserError
-from glm4runtime.backends import cuda, ort, ort_batch, ort_session, pool
+from glm4runtime.backends import cuda, ort, ort_batch, ort_session, pool, stages
 from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.gpu_options import GpuOptions
 from glm4runtime.backends.invariance import find_batch_granule
 from glm4runtime.backends.ort_batch import OrtBatchRunner
 from glm4runtime.backends.pool import DevicePool, HostPool
 from glm4runtime.backends.providers import open_batch_runner
+from glm4runtime.backends.settings import Settings
 from glm4runtime.contract import CacheSpec, read_manifest
 from tests.conftest import Build
 from tests.helpers import checkpoints
@@ -30,8 +31,9 @@ LENGTHS = (5, 40, 101, 1, 2, 64, 33, 77)  # of prompts: less than a chunk, sever
 
 
 def opened(bundle: Path, **options: Any) -> BatchRunner:
-    settings: dict[str, Any] = {"slots": SLOTS, "provider": "cpu", "threads": 2, "max_seq_len": 231}
-    return open_batch_runner(bundle, read_manifest(bundle), **{**settings, "prefill_chunk": CHUNK, **options})
+    slots = options.pop("slots", SLOTS)
+    given = {"provider": "cpu", "threads": 2, "max_seq_len": 231, "invariant": True, "prefill_chunk": CHUNK, **options}
+    return open_batch_runner(bundle, read_manifest(bundle), Settings(**given), slots=slots)
 
 
 @pytest.fixture(scope="module", params=[name for name in KERNELS if name != "a step graph"])
@@ -238,6 +240,59 @@ def test_graphs_with_positions_run_one_by_one(build_bundle: Build) -> None:
     assert np.abs(rows[0] - rows[1]).max() <= 2e-5
 
 
+def test_graphs_with_positions_reach_the_caches_end(build_bundle: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their steps have fillers behind them where runs are even: the last row is kept for those."""
+    model = checkpoints.random_model(eos_token_id=[1], vocab_size=31)
+    bundle = build_bundle(model, precision="fp32", target="cpu", position_ids=True)
+    monkeypatch.setattr(ort_batch, "find_granule", lambda lane: 2)
+    runner, plain = opened(bundle, slots=2, max_seq_len=16), opened(bundle, slots=2, max_seq_len=16, invariant=False)
+    assert (runner.prompt_granule, runner.max_seq_len, plain.max_seq_len) == (2, 15, 16)
+    prompts = [list(range(1, 16))[:length] for length in (12, 15)]
+    for slot, prompt in enumerate(prompts):
+        rows = [one.prefill(slot, prompt, 0) for one in (runner, plain)]
+        assert np.abs(rows[0] - rows[1]).max() <= 2e-5
+    beside = runner.read_rows(1, 0, 15)
+    for at in (12, 13, 14):
+        rows = [one.step([0], [at], [at]).copy() for one in (runner, plain)]
+        assert np.abs(rows[0] - rows[1]).max() <= 2e-5
+    assert np.array_equal(runner.read_rows(1, 0, 15), beside)
+    with pytest.raises(UserError, match="rows 15 to 16 of slot 0: it holds 15 tokens"):
+        runner.step([0], [1], [15])
+
+
+def test_rows_that_a_move_lost_are_used_by_nobody(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops half-way: both sequences are told at their next run, and slots are good for the next ones."""
+    runner = opened(small, slots=3, max_seq_len=16, invariant=False)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    for slot, prompt in enumerate(prompts):
+        runner.prefill(slot, prompt, 0)
+    wanted = runner.step([0, 1, 2], [9, 9, 9], [3, 2, 4]).copy()
+
+    def fail(*rows: int) -> None:
+        raise RuntimeError("no copy")
+
+    monkeypatch.setattr(runner._pool, "copy", fail)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="no copy"):
+        runner.step([2], [9], [4])
+    monkeypatch.undo()
+    for lost, call in (
+        (0, lambda: runner.step([0, 1], [9, 9], [3, 2])),
+        (2, lambda: runner.step([2], [9], [4])),
+        (0, lambda: runner.verify(0, [9], 3)),
+        (2, lambda: runner.prefill(2, prompts[2], 2)),
+        (0, lambda: runner.read_rows(0, 0, 1)),
+        (2, lambda: runner.write_rows(2, 1, np.zeros(runner.row_bytes, np.uint8))),
+        (0, lambda: runner.copy_rows(0, 1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match=f"the rows of slot {lost} were lost: moving them"):
+            call()
+    assert np.abs(runner.step([1], [9], [2])[0] - wanted[1]).max() <= 2e-5
+    runner.release(0)
+    runner.prefill(0, prompts[0], 0)
+    runner.prefill(2, prompts[2], 0)
+    assert np.abs(runner.step([0, 2], [9, 9], [3, 4]) - wanted[[0, 2]]).max() <= 2e-5
+
+
 def test_a_pool_on_a_device_holds_what_one_on_the_host_does(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of devices, on memory that a stand-in for CUDA and ONNX Runtime own."""
     host = opened(small, slots=3, max_seq_len=16)
@@ -292,9 +347,9 @@ def test_options_of_a_gpu_reach_the_runner(
     given: dict[str, Any] = {}
     monkeypatch.setattr(ort_batch, "OrtBatchRunner", lambda folder, manifest, **settings: given.update(settings))
     monkeypatch.setattr(ort_session, "require_provider", lambda *started: given.update(started=started))
-    sizes: dict[str, Any] = {"slots": 2, "threads": 0, "max_seq_len": None}
     manifest = replace(read_manifest(small), precision=precision)
-    open_batch_runner(small, manifest, provider="cuda", device_id=1, gpu_mem_limit=4, **sizes)
+    settings = Settings(provider="cuda", device_id=1, gpu_mem_limit=4)
+    open_batch_runner(small, manifest, settings, slots=2)
     assert (given["gpu"], given["prefill_chunk"], given["started"]) == (GpuOptions(1, 4), chunk, ("cuda", 1))
     with pytest.raises(UserError, match="device_id=1 is for cuda and tensorrt, this session runs on cpu; leave it out"):
         Engine.load(small, device_id=1)
@@ -305,13 +360,13 @@ def test_options_of_a_gpu_reach_the_runner(
 def test_a_limit_leaves_room_for_all_caches(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of a GPU on the CPU: what their sessions were to take."""
     limits: list[int] = []
-    on_cpu = ort.open_session
+    on_cpu = stages.open_session
 
     def opened_on_cpu(path: Path, provider: str, threads: int, *, optimized: bool, options: Any) -> Any:
         limits.append(int(options["gpu_mem_limit"]))
         return on_cpu(path, "cpu", threads)
 
-    monkeypatch.setattr(ort, "open_session", opened_on_cpu)
+    monkeypatch.setattr(stages, "open_session", opened_on_cpu)
     monkeypatch.setattr(ort, "device_of", lambda provider: "cpu")
     manifest = read_manifest(small)
     settings: dict[str, Any] = {"slots": 3, "provider": "cuda", "max_seq_len": 16, "gpu": GpuOptions(0, 1)}
@@ -326,7 +381,7 @@ def test_a_limit_leaves_room_for_all_caches(small: Path, monkeypatch: pytest.Mon
         OrtBatchRunner(small, manifest, **settings)
 
 
-@pytest.mark.parametrize("make", [HostPool, lambda *sizes: DevicePool(*sizes, cuda.Cuda(FakeCuda()))])
+@pytest.mark.parametrize("make", [HostPool, lambda *sizes: DevicePool(*sizes, cuda.Memory(cuda.Cuda(FakeCuda())))])
 def test_places_exchange_all_their_rows(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_AT_ONCE", 2)
     held = make(CacheSpec(layers=2, kv_heads=3, head_dim=4, dtype="bfloat16", max_seq_len=9), 9, 3)
@@ -425,7 +480,8 @@ def test_settings_that_do_not_fit(options: dict[str, Any], message: str, small: 
 
 def test_bundles_for_tensorrt_are_refused(tensorrt_bundles: Callable[[str], Path]) -> None:
     with pytest.raises(
-        UserError, match=r"built for tensorrt, whose graph takes one sequence; .* `--target cpu` or `--target cuda`"
+        UserError,
+        match=r"built for tensorrt, whose graph takes one sequence in ONNX .* `--target cpu` or `--target cuda`",
     ):
         opened(tensorrt_bundles("fp16"), max_seq_len=16)
 
@@ -446,4 +502,4 @@ def test_no_memory_for_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     api = FakeCuda()
     api.failing["cudaMalloc"] = cudaError_t.cudaErrorMemoryAllocation
     with pytest.raises(UserError, match=r"they cannot be had \(caches: .* cudaErrorMemoryAllocation"):
-        DevicePool(spec, 8, 2, cuda.Cuda(api))
+        DevicePool(spec, 8, 2, cuda.Memory(cuda.Cuda(api)))

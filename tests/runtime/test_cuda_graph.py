@@ -19,12 +19,13 @@ from glm4export.build.options import BuildOptions
 from glm4export.passes import pipeline as pipeline_module
 from glm4export.passes.lower_attention_gqa import lower_attention_gqa
 from glm4runtime import SamplingParams, UserError, load
-from glm4runtime.backends import cuda_graph, ort_batch, providers
+from glm4runtime.backends import cuda_graph, ort_batch, providers, stages
 from glm4runtime.backends import ort as ort_module
 from glm4runtime.backends.cuda import Cuda
 from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.ort_session import open_session
+from glm4runtime.backends.settings import Settings
 from glm4runtime.contract import past_name, present_name, read_manifest
 from glm4runtime.contract.onnxfile import read_graph
 from tests.conftest import Build
@@ -149,7 +150,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(cuda_graph, "open_cuda", lambda extra: Cuda(state["cuda"]))
     monkeypatch.setattr(ort_module, "device_of", lambda provider: "cpu")
-    monkeypatch.setattr(ort_module, "open_session", open_recorder)
+    monkeypatch.setattr(stages, "open_session", open_recorder)
     monkeypatch.setattr(providers, "_require_ready", lambda *_, **__: None)
     yield state
 
@@ -173,13 +174,49 @@ def test_a_session_has_its_steps_captured(bundle: Path, machine: dict[str, Any])
         for token in (40, 41, 42):
             assert np.abs(runner.decode(token) - theirs.decode(token)).max() <= limit
         assert recorder.bound[id(step)] == calls, "a captured step was bound again"
-        assert [graph for _, graph in recorder.runs] == ["-1", "1", "1", "-1", "1", "1", "1"]
-        assert all(binding is step for binding, graph in recorder.runs if graph == "1")
+        kinds = [graph for _, graph in recorder.runs]
+        assert [graph == "-1" for graph in kinds] == [True, False, False, True, False, False, False]
+        assert len(set(kinds)) == 2 and all(binding is step for binding, graph in recorder.runs if graph != "-1")
         assert machine["cuda"].names().count("cudaMemcpy") == 5  # a row of logits behind each step
         row = runner.decode(43).copy()
         kept = runner.decode(44)
     assert not machine["cuda"].memory["device"], "the device's memory was not given back"
     assert np.isfinite(kept).all() and not np.array_equal(kept, row)
+
+
+def test_steps_of_many_sequences_have_a_graph_each(bundle: Path, machine: dict[str, Any]) -> None:
+    """For every number of rows one binding, bound once, and one graph; the granule is measured without any."""
+    texts = {0: PROMPT, 1: [9, 8, 7], 2: list(range(60, 71))}
+    settings = Settings(threads=1, prefill_chunk=32, cuda_graphs=True)
+    runner = providers.open_batch_runner(bundle, read_manifest(bundle), settings, slots=3)
+    recorder = machine["session"]
+    assert machine["options"][1]["enable_cuda_graph"] == "1"
+    starts = {slot: len(text) for slot, text in texts.items()}
+    with load(bundle, provider="cpu", threads=1) as alone:
+        added = dict.fromkeys(texts, ())
+        for slot, text in texts.items():
+            runner.prefill(slot, text, 0)
+        assert {graph for _, graph in recorder.runs} == {"-1"}
+        recorder.runs.clear()
+        bound: dict[Any, int] = {}
+        for slots in ([0, 1, 2], [2], [1, 0], [0], [2, 1, 0], [0, 2]):
+            rows = runner.step(slots, [30] * len(slots), [starts[slot] for slot in slots])
+            binding, _ = recorder.runs[-1]
+            calls = len(recorder.bound[id(binding)])
+            assert bound.setdefault(binding, calls) == calls, "a captured step was bound again"
+            for slot, row in zip(slots, rows, strict=True):
+                starts[slot] += 1
+                added[slot] = (*added[slot], 30)
+                alone.runner.rewind()
+                wanted = alone.runner.prefill([*texts[slot], *added[slot]])
+                assert np.abs(row - wanted).max() <= 2e-3 * np.abs(wanted).max()
+        graphs = [graph for _, graph in recorder.runs]
+        assert "-1" not in graphs and len(set(graphs)) == len(bound) == 3
+        assert len(set(recorder.runs)) == 3, "a graph for two bindings"
+        runner.verify(0, [31, 32], starts[0])
+        assert recorder.runs[-1][1] == "-1"
+    runner.close()
+    assert not machine["cuda"].memory["device"]
 
 
 def test_a_captured_steps_row_stays_on_the_device(build_bundle: Build, machine: dict[str, Any]) -> None:
@@ -246,16 +283,8 @@ def test_bundles_that_cannot_be_captured(build_bundle: Build, bundle: Path, mach
 def test_several_sequences_by_lengths(bundle: Path) -> None:
     """The batch of a bundle for cuda, on a CPU: each sequence's logits as alone, whatever stands beside it."""
     texts = {0: PROMPT, 1: [9, 8, 7], 2: list(range(60, 71))}
-    runner = providers.open_batch_runner(
-        bundle,
-        read_manifest(bundle),
-        slots=3,
-        provider="cpu",
-        threads=1,
-        max_seq_len=None,
-        prefill_chunk=32,
-        invariant=False,
-    )
+    settings = Settings(provider="cpu", threads=1, prefill_chunk=32)
+    runner = providers.open_batch_runner(bundle, read_manifest(bundle), settings, slots=3)
     assert isinstance(runner, ort_batch.OrtBatchRunner)
     with load(bundle, provider="cpu", threads=1) as alone:
         assert isinstance(alone.runner, OrtRunner)

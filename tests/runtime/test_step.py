@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm4runtime.backends.step import INTEGERS, RunInputs, Staircase, fill_band, longest_run, profiles_for
+from glm4runtime.backends.step import (
+    INTEGERS,
+    RunInputs,
+    Staircase,
+    fill_band,
+    longest_run,
+    most_sequences,
+    profile_for,
+    profiles_for,
+)
 from glm4runtime.contract import BundleError
 from glm4runtime.contract.engine_spec import EngineSpec, Profile
 
@@ -85,6 +94,15 @@ def test_the_profile_for_the_shortest_runs_is_taken() -> None:
 def test_runs_that_no_profile_serves(profiles: tuple[Profile, ...], widths: int, every_row: bool, message: str) -> None:
     with pytest.raises(BundleError, match=f"tensorrt-sm89.engine: none of its profiles serves {message}"):
         profiles_for(dataclasses.replace(SPEC, profiles=profiles), widths, every_row=every_row)
+
+
+def test_a_profile_made_for_batches_is_the_last_choice() -> None:
+    steps = Profile("steps", (1, 8, 8), (1, 1, 1), (1, 1, 1))
+    spec = dataclasses.replace(SPEC, profiles=(steps, MANY, TOKEN))
+    assert [profile_for(spec, 1, 1, batch) for batch in (1, 2, 4, 5, 8)] == [2, 1, 1, 0, 0]
+    assert most_sequences(spec) == 8 and most_sequences(dataclasses.replace(SPEC, profiles=(TOKEN,))) == 1
+    with pytest.raises(BundleError, match="a run of 1 tokens of each of 9 sequences with 1 rows of logits"):
+        profile_for(spec, 1, 1, 9)
 
 
 def test_an_engine_for_batches_serves_no_sequence_alone() -> None:

@@ -64,7 +64,7 @@ def test_a_bundle_that_is_replaced(
 def test_an_engine_s_thread_that_dies(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits is told, without what it was that failed; then nothing is taken any more."""
     app, steps = create_app({"m": engine}), 0
-    decoded = engine._scheduler.decoded
+    decoded = engine._worker.scheduler.decoded
 
     def die(seconds: float) -> None:
         nonlocal steps
@@ -73,7 +73,7 @@ def test_an_engine_s_thread_that_dies(engine: Engine, monkeypatch: pytest.Monkey
             raise MemoryError("/home/me/secret")
         decoded(seconds)
 
-    monkeypatch.setattr(engine._scheduler, "decoded", die)
+    monkeypatch.setattr(engine._worker.scheduler, "decoded", die)
     stream = ask(app, CHAT, {**GREEDY, "stream": True})
     assert stream.status_code == 200 and "secret" not in stream.text
     last = events(stream)[-1]["error"]

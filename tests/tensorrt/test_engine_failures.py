@@ -39,6 +39,8 @@ pytest.importorskip("tensorrt_rtx")
         (["--engine", "tensorrt"], "tensorrt is not installed; pip install '.[tensorrt]'"),
         (["--compute-capability", "8.9", "--prefill-chunk", "0"], "--prefill-chunk 0: expected at least 1"),
         (["--compute-capability", "8.9", "--prefill-chunk", "-1"], "--prefill-chunk -1: expected at least 1"),
+        (["--compute-capability", "8.9", "--max-batch", "0"], "--max-batch 0: expected 1 to 256 sequences"),
+        (["--compute-capability", "8.9", "--max-batch", "257"], "--max-batch 257: expected 1 to 256 sequences"),
         (["--compute-capability", "8.9", "--workspace", "0"], "--workspace 0: expected more than 0 GB"),
         (["--compute-capability", "8.9", "--timing-cache", "x"], "--timing-cache is not something that tensorrt-rtx"),
         (["--compute-capability", "8.9", "--version-compatible"], "--version-compatible is not something that tens"),

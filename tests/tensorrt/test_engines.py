@@ -84,6 +84,8 @@ def test_an_engine_of_a_graph_without_a_cache(build_bundle: Build, tmp_path: Pat
     assert spec.profiles == (Profile("texts", (1, 1, 16), (1, 128, 128), (1, 1, 1)),)
     manifest = read_manifest(bundle, check_hashes=True)
     assert spec.file in manifest.files and spec.graph_sha256 == manifest.engine_graph_sha256
+    with pytest.raises(UserError, match="--max-batch is for graphs with a cache; engines of others take several texts"):
+        add_engines(bundle, builder(max_batch=2))
     with pytest.raises(UserError, match="provider 'engine' doesn't run a bundle for tensorrt and sequence-class"):
         load_encoder(bundle)
     with load_encoder(bundle, provider="cpu") as encoder:
@@ -169,7 +171,7 @@ def test_too_little_memory_is_told_before_weights_are_written(
 def test_build_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     argv = ["build", "-o", str(out), "--target", "tensorrt", "--max-seq-len", "64", "--compute-capability", "8.9"]
-    assert cli.main([*argv, "--json"]) == 0
+    assert cli.main([*argv, "--max-batch", "4", "--json"]) == 0
     (engine,) = json.loads(capsys.readouterr().out)["engines"]
     assert engine["file"] == "engines/tensorrt-rtx-sm89.engine" and engine["attentions"] == LAYERS
     read_manifest(out, check_hashes=True)
@@ -177,10 +179,10 @@ def test_build_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert facts["fused"] == {"attention_output": [4, 4], "rotary_embedding": [8, 8], "kv_cache_update": [8, 8]}
     assert cli.main(["inspect", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert f"tensorrt-rtx {trt.__version__} for compute capability 8.9, standard attention, 12.0 MB" in shown
+    assert f"tensorrt-rtx {trt.__version__} for compute capability 8.9, standard attention, 13.0 MB" in shown
     assert "attention output 4 of 4, rotary embedding 8 of 8, kv cache update 8 of 8" in shown
     assert "17 MATRIX_MULTIPLY" in shown
-    assert "profile    step: batch 1 to 1 (best 1), seq 1 to 128 (best 1), rows 1 to 16 (best 1)" in shown
+    assert "profile    step: batch 1 to 4 (best 1), seq 1 to 128 (best 1), rows 1 to 16 (best 1)" in shown
 
 
 def test_a_bundle_without_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +241,10 @@ def test_profiles_of_full_tensorrt(job: Job, monkeypatch: pytest.MonkeyPatch, tm
         Profile("prefill", (1, 1, 1), (1, 32, 32), (1, 1, 1)),
         Profile("decode", (1, 1, 1), (1, 1, 16), (1, 1, 16)),
     )
+    assert TENSORRT.profiles(32, sequences=8) == (*profiles, Profile("steps", (1, 8, 8), (1, 1, 1), (1, 1, 1)))
     job = replace(
         job,
-        profiles=profiles,
+        profiles=TENSORRT.profiles(32, sequences=8),
         optimization_level=1,
         workspace=1 << 20,
         version_compatible=True,
@@ -254,7 +257,7 @@ def test_profiles_of_full_tensorrt(job: Job, monkeypatch: pytest.MonkeyPatch, tm
     network = worker.new_network(trt, made)
     parser = worker.parse(trt, network, logger, Path(job.graph), log)
     config = worker.configure(trt, made, network, job, TENSORRT)
-    assert config.num_optimization_profiles == 2 and config.builder_optimization_level == 1
+    assert config.num_optimization_profiles == 3 and config.builder_optimization_level == 1
     assert config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE) and config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
     worker._save_timing_cache(config, job)

@@ -104,23 +104,34 @@ class Buffer:
 class Cache:
     """One sequence's keys and values for every layer, each [1, kv_heads, max_seq_len, head_dim], written in place.
 
-    All lie in one allocation: a device's memory is handed out in larger pieces than a layer needs.
+    All lie in one allocation on each device: its memory is handed out in larger pieces than a layer needs.
     """
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, device: str, device_id: int = 0) -> None:
-        """Raises UserError, with the sizes, where there's no memory for it."""
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, device: str, device_ids: Sequence[int] = (), first_layer: int = 0
+    ) -> None:
+        """device_ids: the device of each layer; none: the first. first_layer: of the model, that is the cache's first.
+
+        Raises UserError, with the sizes, where there's no memory for it.
+        """
         self.max_seq_len = max_seq_len
-        parts = [(layer, part) for layer in range(spec.layers) for part in ("key", "value")]
-        shape = (len(parts), 1, spec.kv_heads, max_seq_len, spec.head_dim)
+        self._wholes: list[Buffer] = []
+        self._buffers: dict[tuple[int, str], Buffer] = {}
+        ids = device_ids or [0] * spec.layers
         try:
-            self._whole = Buffer(shape, spec.dtype, device, device_id)
+            for device_id in dict.fromkeys(ids):
+                layers = [first_layer + index for index, own in enumerate(ids) if own == device_id]
+                parts = [(layer, part) for layer in layers for part in ("key", "value")]
+                shape = (len(parts), 1, spec.kv_heads, max_seq_len, spec.head_dim)
+                whole = Buffer(shape, spec.dtype, device, device_id)
+                self._wholes.append(whole)
+                self._buffers.update((part, whole.part(index)) for index, part in enumerate(parts))
         except UserError as error:
             raise UserError(
                 f"the cache of {max_seq_len} tokens takes {spec.bytes_per_token * max_seq_len / 1e9:.2f} GB "
                 f"({spec.layers} layers, {spec.kv_heads} heads of {spec.head_dim} in {spec.dtype}): {error}; open the "
                 "bundle with a smaller max_seq_len"
             ) from None
-        self._buffers = {part: self._whole.part(index) for index, part in enumerate(parts)}
 
     def bind(self, binding: Any) -> None:
         """Bind past and present of every layer to the same memory: the graph appends, nothing is copied."""
@@ -137,11 +148,13 @@ class Cache:
 
         None for a cache of another dtype.
         """
-        if self._whole.dtype != np.int8:
+        if self._wholes[0].dtype != np.int8:
             return None
-        shares = [np.mean((rows >= 127) | (rows <= -127)) for rows in self._whole.read()[:, :, :, :length]]
+        kept = (rows for whole in self._wholes for rows in whole.read()[:, :, :, :length])
+        shares = [np.mean((rows >= 127) | (rows <= -127)) for rows in kept]
         return float(np.mean(shares))
 
     def clear(self) -> None:
         """Make every row finite: a step graph multiplies the rows it masks by zero, and zero times NaN is NaN."""
-        self._whole.clear()
+        for whole in self._wholes:
+            whole.clear()

@@ -58,36 +58,39 @@ class Memory:
     """What one session holds on the device, which :meth:`close` gives back, and pinned host memory."""
 
     def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
+        self.cuda = cuda
         self._held: list[Callable[[], Any]] = []  # what frees each thing held
+        self._pinned: list[Any] = []  # blocks that copies under way may still use
         self._process = os.getpid()
 
     def device(self, size: int, what: str) -> int:
         """Address of ``size`` bytes of zeros on the device. Raises UserError naming ``what`` it was for."""
         try:
-            address = int(self._cuda("cudaMalloc", max(size, 1)))
+            address = int(self.cuda("cudaMalloc", max(size, 1)))
         except UserError as error:
             raise UserError(
                 f"{what}: {size / 1e9:.2f} GB on the device: {error}; free device memory, or build the bundle with a "
                 "smaller --max-seq-len or precision"
             ) from None
         self.keep("cudaFree", address)
-        self._cuda("cudaMemset", address, 0, max(size, 1))
+        self.cuda("cudaMemset", address, 0, max(size, 1))
         return address
 
     def pinned(self, size: int) -> tuple[int, np.ndarray]:
         """Address and uint8 view of ``size`` bytes of host memory that copies to and from the device at full speed.
 
-        It is given back with the last view of it: who keeps a row of logits may outlive the session.
+        It is given back behind :meth:`close`, with the last view of it: who keeps a row of logits may outlive the
+        session.
         """
-        address = int(self._cuda("cudaMallocHost", size))
+        address = int(self.cuda("cudaMallocHost", size))
         block = (ctypes.c_uint8 * size).from_address(address)
-        weakref.finalize(block, self._cuda.api.cudaFreeHost, address)
+        weakref.finalize(block, self.cuda.api.cudaFreeHost, address)
+        self._pinned.append(block)
         return address, np.ctypeslib.as_array(block)
 
     def keep(self, release: str, handle: Any) -> Any:
         """Have ``release(handle)`` called at the end too; returns the handle."""
-        self._held.append(partial(getattr(self._cuda.api, release), handle))
+        self._held.append(partial(getattr(self.cuda.api, release), handle))
         return handle
 
     def at_close(self, call: Callable[[], Any]) -> None:
@@ -102,9 +105,10 @@ class Memory:
         """
         if not self._held or os.getpid() != self._process:
             return
-        self._cuda.api.cudaDeviceSynchronize()
+        self.cuda.api.cudaDeviceSynchronize()
         while self._held:
             self._held.pop()()
+        self._pinned.clear()
 
 
 def open_cuda(extra: str) -> Cuda:

@@ -10,14 +10,9 @@ import numpy as np
 from glm4runtime.backends.gpu_options import gpu_options
 from glm4runtime.backends.graph_check import require_graphs, require_token_ids, takes_positions
 from glm4runtime.backends.ort_session import open_session, require_provider
-from glm4runtime.backends.providers import (
-    ENGINE,
-    GRAPH_PROVIDERS,
-    PROVIDERS,
-    default_provider,
-    require_settings,
-)
+from glm4runtime.backends.providers import ENGINE, GRAPH_PROVIDERS, default_provider
 from glm4runtime.backends.runner import refuse_closed
+from glm4runtime.backends.settings import PROVIDERS
 from glm4runtime.backends.side_by_side import side_by_side
 from glm4runtime.contract import ATTENTION_MASK, INPUT_IDS, MODEL, POSITION_IDS, TENSORRT, Manifest, UserError
 
@@ -39,7 +34,6 @@ class EncoderRunner:
 
         Raises UserError for a provider that doesn't fit or can't start, BundleError for a damaged graph.
         """
-        require_settings(provider=provider, threads=threads)
         chosen = provider or default_provider(manifest)
         known = [name for name in PROVIDERS if name != ENGINE] if manifest.target == TENSORRT else GRAPH_PROVIDERS
         if chosen not in known:

@@ -23,19 +23,23 @@ from glm4runtime.contract import (
     LORA_QKV_GATE,
     POSITION_IDS,
     PREFILL,
+    STREAM,
     TOP_IDS,
     TOP_LOGITS,
     BundleError,
     CacheSpec,
     EncoderSpec,
+    GraphName,
     GraphSpec,
     Manifest,
     TensorSpec,
     UserError,
     encoder_output,
+    graph_names,
     past_name,
     present_name,
     shown,
+    stream_name,
 )
 from glm4runtime.contract.onnxfile import Graph, read_graph
 
@@ -47,14 +51,18 @@ _COSINES = {"GroupQueryAttention": 7, "RotaryEmbedding": 1}  # which input holds
 
 def require_graphs(folder: Path, manifest: Manifest) -> None:
     """Raise BundleError unless every graph has the inputs, outputs, cache and files that the manifest lists."""
-    for spec in manifest.graphs.values():
+    names = graph_names(manifest.target, manifest.task)
+    layers = {part: own for name in names for part, own in manifest.parts(name).items()}
+    for name, spec in manifest.graphs.items():
         path = folder / spec.file
         graph = read_graph(path)
         _require_same(path, "input", graph.inputs, spec.inputs)
         _require_same(path, "output", graph.outputs, spec.outputs)
         if manifest.encoder is None:
-            _require_vocabulary(path, graph, manifest.vocab_size)
-            _require_cache(path, graph, manifest.cache)
+            own = layers.get(name, range(manifest.cache.layers))
+            if own.stop == manifest.cache.layers:
+                _require_vocabulary(path, graph, manifest.vocab_size)
+            _require_cache(path, graph, manifest.cache, own)
             _require_top_logits(path, graph, manifest.vocab_size)
         else:
             _require_encoder(path, graph, manifest, manifest.encoder)
@@ -62,6 +70,27 @@ def require_graphs(folder: Path, manifest: Manifest) -> None:
         for file in sorted(graph.files):
             if (Path(spec.file).parent / file).as_posix() not in manifest.files:
                 raise _error(path, f"it reads a file {shown(file)} that the manifest doesn't list")
+    for name in names:
+        _require_streams(folder, manifest, name)
+
+
+def _require_streams(folder: Path, manifest: Manifest, graph: GraphName) -> None:
+    """Every stage takes what the one before it gives, which is the stream in front of its layers."""
+    given: list[TensorSpec] = []
+    parts = manifest.parts(graph)
+    for part, layers in parts.items():
+        spec = manifest.graphs[part]
+        taken, before = [tensor for tensor in spec.inputs if tensor.name.startswith(STREAM)], given
+        given = [tensor for tensor in spec.outputs if tensor.name.startswith(STREAM)]
+        wanted = [stream_name(layers.start)] if layers.start else []
+        if taken != before or [tensor.name for tensor in taken] != wanted:
+            has, gives = (", ".join(map(_words, tensors)) or "nothing" for tensors in (taken, before))
+            raise _error(
+                folder / spec.file,
+                f"from the stage before it takes {has}, expected {', '.join(wanted) or 'nothing'}; it gets {gives}",
+            )
+    if given:
+        raise _error(folder / spec.file, f"it gives {', '.join(map(_words, given))}, and no stage comes behind it")
 
 
 def require_token_ids(folder: Path, manifest: Manifest) -> None:
@@ -78,15 +107,27 @@ def takes_positions(graph: GraphSpec) -> bool:
     return any(tensor.name == POSITION_IDS for tensor in graph.inputs)
 
 
-def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+def graphs_to_open(folder: Path, manifest: Manifest) -> tuple[GraphName, ...]:
     """Of a bundle's prefill and decode graphs, those that a session needs: the first for prompts, the last for steps.
 
     Prefill computes whichever rows of logits are asked for, and so everything. Only where decode has other kernels or
     weights is it needed as well: beside int8 prefill, and on a CPU with an int8 cache, over which prompts attend to a
     wider copy. Raises BundleError where a graph can't be read.
     """
-    prefill, decode = (read_graph(folder / manifest.graphs[name].file) for name in (PREFILL, DECODE))
+    prefill, decode = (read_whole(folder, manifest, name) for name in (PREFILL, DECODE))
     return (PREFILL,) if _weighted(prefill) == _weighted(decode) else (PREFILL, DECODE)
+
+
+def read_whole(folder: Path, manifest: Manifest, name: GraphName) -> Graph:
+    """A graph as read from its file, or its stages' files put together. Raises BundleError where one can't be read."""
+    parts = [read_graph(folder / manifest.graphs[part].file) for part in manifest.parts(name)]
+    return Graph(
+        nodes=tuple(node for part in parts for node in part.nodes),
+        stored={name: stored for part in parts for name, stored in part.stored.items()},
+        inputs=tuple(dict.fromkeys(spec for part in parts for spec in part.inputs)),
+        outputs=tuple(spec for part in parts for spec in part.outputs),
+        files=frozenset(file for part in parts for file in part.files),
+    )
 
 
 def _weighted(graph: Graph) -> Counter[tuple[object, ...]]:
@@ -158,15 +199,13 @@ def _require_same(path: Path, kind: str, found: Sequence[TensorSpec], told: Sequ
         raise _error(path, f"it has {len(found)} {kind}s, the manifest lists {len(told)}")
 
 
-def _require_cache(path: Path, graph: Graph, cache: CacheSpec) -> None:
+def _require_cache(path: Path, graph: Graph, cache: CacheSpec, layers: range) -> None:
     """Compare the cache with the graph's, whose number of tensors bounds the loops over layers, here and elsewhere."""
     tensors = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}
     has = sum(spec.name.startswith("past_key_values.") for spec in graph.inputs)
-    if has != 2 * cache.layers:
-        raise _error(path, f"it has keys and values of {has / 2:g} layers, the manifest's cache of {cache.layers}")
-    for name in (
-        name(layer, part) for layer in range(cache.layers) for part in _PARTS for name in (past_name, present_name)
-    ):
+    if has != 2 * len(layers):
+        raise _error(path, f"it has keys and values of {has / 2:g} layers, the manifest's cache of {len(layers)}")
+    for name in (name(layer, part) for layer in layers for part in _PARTS for name in (past_name, present_name)):
         spec = tensors.get(name)
         if spec is None:
             raise _error(path, f"it has no {name}")

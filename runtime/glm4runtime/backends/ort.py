@@ -6,7 +6,6 @@ The prefill graph computes steps too, and is the only one that is opened where d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ import numpy as np
 
 from glm4runtime.backends.adapters import AdapterPool, Selection
 from glm4runtime.backends.cache import Buffer, Cache
-from glm4runtime.backends.cuda_graph import CAPTURING, CapturedStep, require_capture
+from glm4runtime.backends.cuda_graph import CAPTURING, CapturedSteps, require_capture, uncaptured
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import graphs_to_open, takes_positions
 from glm4runtime.backends.held_row import HeldRow, Logits
 from glm4runtime.backends.lengths import lengths_of
-from glm4runtime.backends.ort_session import device_of, open_session
-from glm4runtime.backends.prepare import prepared_graph
+from glm4runtime.backends.ort_session import device_of
 from glm4runtime.backends.runner import MAX_RUN, Runner, refuse_closed
-from glm4runtime.backends.side_by_side import side_by_side
+from glm4runtime.backends.stages import HOST, open_graphs
 from glm4runtime.backends.top_rows import TopRows, top_count
-from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, Manifest
+from glm4runtime.contract import DECODE, INPUT_IDS, LOGIT_ROWS, LOGITS, POSITION_IDS, PREFILL, GraphName, Manifest
 
 # Rows that CUDA's kernel for 8-bit weights takes (kSmallMMax8 in onnxruntime's matmul_8bits.cu); a run of more widens
 # every matrix first, and moves five times the bytes. That for 4 bits takes 16, as many as a run may have.
@@ -47,10 +45,11 @@ class OrtRunner(Runner):
         gpu: GpuOptions = ANY_GPU,
         cuda_graphs: bool = False,
         sequences: int = 1,
+        graphs: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the graphs that are needed and allocate the cache; arguments as :func:`glm4runtime.load`'s.
 
-        sequences: caches that a memory limit must leave room for.
+        sequences: caches that a memory limit must leave room for. graphs: what to run, where it's opened already.
 
         Raises UserError for sizes out of range or a provider that can't start, BundleError for a damaged graph.
         """
@@ -58,16 +57,17 @@ class OrtRunner(Runner):
         if provider == "cuda" and manifest.precision == "int8":
             self.draft_rows = _INT8_ROWS
         device = self.device = device_of(provider)
+        self.gpu = gpu
         self.pool = AdapterPool(manifest, device, adapters, gpu.device_id) if adapters else None
-        names = graphs_to_open(folder, manifest)
         cache_bytes = manifest.cache.bytes_per_token * self.max_seq_len * sequences
-        options = gpu.cuda(cache_bytes, len(names)) if provider == "cuda" else {}
         if cuda_graphs:
             require_capture(manifest)
-            options |= CAPTURING
-        self._cache = Cache(manifest.cache, self.max_seq_len, device, gpu.device_id)
-        place = self.place = device, gpu.device_id
-        self._lengths = lengths_of(manifest.graphs[PREFILL], 1, self.max_seq_len, *place)
+        stages = manifest.parts(PREFILL).values()
+        ids = [gpu.of_stage(index) for index, layers in enumerate(stages) for _ in layers]
+        self._cache = Cache(manifest.cache, self.max_seq_len, device, ids)
+        # What more than one device reads comes from the host
+        place = self.place = HOST if len(gpu.devices) > 1 else (device, gpu.device_id)
+        self._lengths = lengths_of(manifest.first(PREFILL), 1, self.max_seq_len, *place)
         self._prompt = Buffer((1, self.prefill_chunk), "int64", *place)
         self._token = Buffer((1, 1), "int64", *place)
         self._draft = Buffer((1, MAX_RUN), "int64", *place)
@@ -75,10 +75,18 @@ class OrtRunner(Runner):
         self._rows = Buffer((1, MAX_RUN), "int64", *place)  # a run's rows in order: all of a draft's, a step's one
         self._rows.write(np.arange(MAX_RUN)[None])
         self._last = Buffer((1, 1), "int64", *place)
-        width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.graphs[PREFILL]) else 0
+        width = max(self.prefill_chunk, MAX_RUN) if takes_positions(manifest.first(PREFILL)) else 0
         self._positions = Buffer((1, width), "int64", *place) if width else None
-        calls = [_opening(folder, manifest, name, provider, threads, options) for name in names]
-        self._graphs = dict(zip(names, side_by_side(calls), strict=True))
+        self._graphs = dict(graphs or {}) or open_graphs(
+            folder,
+            manifest,
+            graphs_to_open(folder, manifest),
+            provider=provider,
+            threads=threads,
+            gpu=gpu,
+            cache_bytes=cache_bytes,
+            options=CAPTURING if cuda_graphs else {},
+        )
         self._prefill, self._decode = self._graphs[PREFILL], self._graphs[self.step_graph]
         self._prefill_binding, self._decode_binding = self._prefill.io_binding(), self._decode.io_binding()
         self._verify_binding = self._decode.io_binding()
@@ -93,11 +101,12 @@ class OrtRunner(Runner):
         if self._chooses:
             self._rows.bind_input(self._decode_binding, LOGIT_ROWS, (1, 1))
         self._row: np.ndarray = self._logits.array[0, 0]  # [vocab]
-        self.top_count = top_count(manifest.graphs[self.step_graph])
+        self.top_count = top_count(manifest.first(self.step_graph))
         self._top = TopRows(self.top_count, MAX_RUN, self._logits, *place) if self.top_count else None
-        self._captured = CapturedStep(manifest.vocab_size, gpu.device_id, self.top_count) if cuda_graphs else None
+        self.run_options = uncaptured() if cuda_graphs else None
+        self._captured = CapturedSteps(1, manifest.vocab_size, gpu.device_id, self.top_count) if cuda_graphs else None
         if self._captured is not None:
-            self._captured.bind(self._decode_binding, device)
+            self._launch = self._captured.bind(self._decode_binding, device)
         self._selections: dict[str | None, Selection] = {}
         self._selection: Selection | None = None
         self._over_adapter: set[Any] = set()  # bindings that have it
@@ -135,13 +144,16 @@ class OrtRunner(Runner):
 
     @property
     def graphs(self) -> dict[str, Any]:
-        """The onnxruntime sessions of the graphs that are open, by name, for runs over a cache of one's own."""
+        """The onnxruntime sessions of the graphs that are open, by name, for runs over a cache of one's own.
+
+        In a bundle of stages each is a :class:`glm4runtime.backends.stages.StagedGraph`.
+        """
         return self._graphs
 
     @property
-    def step_graph(self) -> str:
+    def step_graph(self) -> GraphName:
         """The name of the graph that computes steps and drafts: ``decode`` where both are open."""
-        return list(self._graphs)[-1]
+        return DECODE if DECODE in self._graphs else PREFILL
 
     def _release(self) -> None:
         del self._prefill_binding, self._decode_binding, self._verify_binding, self._prefill, self._decode, self._graphs
@@ -150,6 +162,7 @@ class OrtRunner(Runner):
         del self._rows, self._last, self._positions, self._selection, self._selections, self._lengths
         self.pool = self._top = None
         if self._captured is not None:
+            del self._launch
             self._captured.close()
 
     def _run_prompt(self, ids: np.ndarray, start: int, padding: int) -> np.ndarray:
@@ -172,7 +185,8 @@ class OrtRunner(Runner):
             # The total is captured, so it's the most that it'll ever be
             self._lengths.tell(self._decode_binding, [start + 1], self.max_seq_len)
             self._over(self._decode_binding)
-            return self._captured.run(self._decode, self._decode_binding, hold=self._holding)
+            self._launch(self._decode)
+            return self._captured.hold() if self._holding and self._top is not None else self._captured.fetch()[0]
         self._lengths.tell(self._decode_binding, [start + 1], start + 1)
         self._bind_positions(self._decode_binding, start, 1)
         if self._top is not None:
@@ -201,7 +215,7 @@ class OrtRunner(Runner):
 
     def _run(self, session: Any, binding: Any) -> None:
         self._over(binding)
-        session.run_with_iobinding(binding, None if self._captured is None else self._captured.uncaptured)
+        session.run_with_iobinding(binding, self.run_options)
 
     def _over(self, binding: Any) -> None:
         """Have a binding over the cache."""
@@ -219,11 +233,3 @@ class OrtRunner(Runner):
         self._positions.host[0, :count] = np.arange(start, start + count)
         self._positions.upload()
         self._positions.bind_input(binding, POSITION_IDS, (1, count))
-
-
-def _opening(
-    folder: Path, manifest: Manifest, graph: str, provider: str, threads: int, options: Mapping[str, str]
-) -> Callable[[], Any]:
-    prepared = prepared_graph(folder, manifest, graph) if provider == "cpu" else None
-    path = prepared or folder / manifest.graphs[graph].file
-    return partial(open_session, path, provider, threads, optimized=prepared is not None, options=options)

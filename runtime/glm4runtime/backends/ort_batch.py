@@ -5,7 +5,7 @@ Prompts and drafts are runs of one sequence, as a session's; a step is one run o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from glm4runtime.backends.adapters import Selection
-from glm4runtime.backends.batch import BatchRunner
 from glm4runtime.backends.cache import Buffer
-from glm4runtime.backends.cuda import open_cuda
+from glm4runtime.backends.cuda import Memory, open_cuda
+from glm4runtime.backends.cuda_graph import CapturedSteps
 from glm4runtime.backends.gpu_options import ANY_GPU, GpuOptions
 from glm4runtime.backends.graph_check import takes_positions
 from glm4runtime.backends.invariance import find_batch_granule, find_granule, require_granule
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.ort import OrtRunner
 from glm4runtime.backends.places import Places
-from glm4runtime.backends.pool import DevicePool, HostPool, Pool
+from glm4runtime.backends.pool import DevicePool, HostPool, Pool, SplitPool
+from glm4runtime.backends.pooled import PooledRunner
 from glm4runtime.backends.prompt_runs import lacking
 from glm4runtime.contract import INPUT_IDS, LOGIT_ROWS, LOGITS, PREFILL, Manifest, UserError
 
@@ -32,7 +33,7 @@ _SPARE = 1  # places of nobody that a memory limit reckons with: the granule is 
 _MEASURED = (48, 31, 16, 5, 40, 23, 9, 1)  # tokens in front of the steps that are compared
 
 
-class OrtBatchRunner(BatchRunner):
+class OrtBatchRunner(PooledRunner):
     """A bundle for ``cpu`` or ``cuda``.
 
     Graphs built with ``--position-ids`` append to every sequence of a run at one row, so theirs run one by one.
@@ -51,10 +52,12 @@ class OrtBatchRunner(BatchRunner):
         invariant: bool = True,
         adapters: Mapping[str, Path] | None = None,
         gpu: GpuOptions = ANY_GPU,
+        cuda_graphs: bool = False,
     ) -> None:
         """Open the graphs, measure the granules where ``invariant``, and allocate the caches.
 
-        adapters: files of ``glm4export adapter`` by the names that :meth:`use_adapter` takes.
+        adapters: files of ``glm4export adapter`` by the names that :meth:`use_adapter` takes. cuda_graphs: capture a
+        step for each number of rows that one has, when it's first run.
 
         Raises UserError for sizes out of range, a provider that can't start, caches for which there's no memory, and
         where bits depend on the run whatever its width; BundleError for a damaged graph.
@@ -69,11 +72,12 @@ class OrtBatchRunner(BatchRunner):
             prefill_chunk=prefill_chunk,
             adapters=adapters,
             gpu=gpu,
+            cuda_graphs=cuda_graphs,
             sequences=slots + (_SPARE if invariant else 0),
         )
         if self._lane.pool is not None:
             self.adapters = self._lane.pool.hashes
-        self._one_by_one = takes_positions(manifest.graphs[PREFILL])
+        self._one_by_one = takes_positions(manifest.first(PREFILL))
         if invariant:
             self._measure()
         if gpu.mem_limit is not None and (spare := self.granule - 1) > _SPARE:
@@ -83,42 +87,26 @@ class OrtBatchRunner(BatchRunner):
             )
         widest = self._lane.draft_rows
         self.draft_rows = max(1, widest - widest % self.prompt_granule)  # fillers included
-        self._places = Places(slots, self.granule)
-        self._filled = [0] * slots  # rows of each slot that are worth moving
         self._lane.use_cache(_refuse_unplaced)
         self._at: int | None = None  # the place that the lane's runs are over
-        self._pool = self._new_pool(self.max_seq_len, self._places.count)
-        self._steps = None if self._one_by_one else _Steps(self._lane, self._pool)
-        self._logits = np.empty((slots, self.vocab_size), np.float32)
-
-    def read_rows(self, slot: int, first: int, end: int) -> np.ndarray:
-        self._check_room(slot, first, end)
-        return self._pool.read(self._places.place[slot], first, end).reshape(-1)
-
-    def write_rows(self, slot: int, first: int, block: np.ndarray) -> None:
-        rows, over = divmod(block.size, self.row_bytes)
-        if block.dtype != np.uint8 or over:
-            raise ValueError(f"write_rows: {block.dtype} {list(block.shape)}: not uint8 rows of {self.row_bytes} bytes")
-        self._check_room(slot, first, first + rows)
-        self._pool.write(self._places.place[slot], first, block.reshape(self._pool.block_shape(rows)))
-        self._filled[slot] = max(self._filled[slot], first + rows)
-
-    def copy_rows(self, source: int, target: int, rows: int) -> None:
-        self._check_room(source, 0, rows)
-        self._check_room(target, 0, rows)
-        self._pool.copy(self._places.place[source], self._places.place[target], 0, rows)
-        self._filled[target] = rows
-
-    def release(self, slot: int) -> None:
-        self._check_room(slot, 0, 0)
-        self._filled[slot] = 0
+        places, rows = Places(slots, self.granule), self.max_seq_len
+        if self._one_by_one:
+            self.max_seq_len -= self.prompt_granule - 1  # a step at the end has fillers behind it
+        self._use_pool(self._new_pool(rows, places.count), places)
+        self._captured: CapturedSteps | None = None
+        if cuda_graphs:
+            self._captured = CapturedSteps(places.count, self.vocab_size, gpu.device_id)
+        self._steps = None if self._one_by_one else _Steps(self._lane, self._pool, self._captured)
 
     def _release(self) -> None:
         self._lane.close()
         self._steps = None
+        if self._captured is not None:
+            self._captured.close()
         self._pool.close()
 
     def _run_prompt(self, slot: int, ids: np.ndarray, first: int, border: int, padding: int) -> np.ndarray:
+        self._require_rows(slot, first)
         self._filled[slot] = max(border, first + len(ids) - padding)
         place = self._place_lane(slot)
         kept = self._pool.read(place, first, border) if self.prompt_grid > self.prompt_granule else None
@@ -130,6 +118,7 @@ class OrtBatchRunner(BatchRunner):
 
     def _run_draft(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
         fillers = lacking(len(tokens), self.prompt_granule)
+        self._require_rows(slot, start)
         self._filled[slot] = start + len(tokens)
         self._place_lane(slot)
         rows = self._lane._run_draft([*tokens, *[tokens[-1]] * fillers], start)
@@ -137,29 +126,17 @@ class OrtBatchRunner(BatchRunner):
         return rows[: len(tokens)]
 
     def _run_step(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
-        if self._steps is None:
-            for row, slot in enumerate(slots):
-                self._logits[row] = self._run_draft(slot, tokens[row : row + 1], starts[row])[0]
-            return self._logits[: len(slots)]
-        self._arrange(slots)
-        order = [self._places.place[slot] for slot in slots]
-        count = self._places.rows(len(slots))
-        placed_tokens, placed_starts = [0] * count, [0] * count
-        adapters: list[str | None] = [None] * count
-        for slot, place, token, start in zip(slots, order, tokens, starts, strict=True):
-            placed_tokens[place], placed_starts[place], adapters[place] = token, start, self._adapter[slot]
-            self._filled[slot] = start + 1
-        rows = self._steps.run(placed_tokens, placed_starts, adapters)
-        if order == list(range(len(order))):
-            return rows[: len(order)]
-        return np.take(rows, order, axis=0, out=self._logits[: len(order)])
+        if not self._one_by_one:
+            return super()._run_step(slots, tokens, starts)
+        for row, slot in enumerate(slots):
+            self._logits[row] = self._run_draft(slot, tokens[row : row + 1], starts[row])[0]
+        return self._logits[: len(slots)]
 
-    def _arrange(self, slots: Sequence[int]) -> None:
-        """Give the slots of a step their places."""
-        for one, other in self._places.moves(slots):
-            rows = [0 if (slot := self._places.slot(place)) is None else self._filled[slot] for place in (one, other)]
-            self._pool.exchange(one, other, *rows)
-            self._places.exchange(one, other)
+    def _run_places(self, slots: Sequence[int], tokens: Sequence[int], starts: Sequence[int]) -> np.ndarray:
+        assert self._steps is not None
+        fillers = [0] * (self._places.rows(len(slots)) - len(slots))
+        adapters = [*(self._adapter[slot] for slot in slots), *(None for _ in fillers)]
+        return self._steps.run([*tokens, *fillers], [*starts, *fillers], adapters)[: len(slots)]
 
     def _place_lane(self, slot: int) -> int:
         """Have the lane's runs over a slot's place, with its adapter; returns the place."""
@@ -172,10 +149,12 @@ class OrtBatchRunner(BatchRunner):
 
     def _new_pool(self, max_seq_len: int, places: int) -> Pool:
         spec = self.manifest.cache
-        device, device_id = self._lane.place
-        if device == "cpu":
+        gpu, stages = self._lane.gpu, self.manifest.stages
+        if self._lane.device == "cpu":
             return HostPool(spec, max_seq_len, places)
-        return DevicePool(spec, max_seq_len, places, open_cuda("gpu"), device_id)
+        if stages is not None and len(gpu.devices) > 1:
+            return SplitPool(spec, max_seq_len, places, open_cuda("gpu"), list(zip(stages, gpu.stages, strict=True)))
+        return DevicePool(spec, max_seq_len, places, Memory(open_cuda("gpu")), gpu.device_id)
 
     def _measure(self) -> None:
         """Set both granules; the lane's own cache is given up."""
@@ -216,7 +195,10 @@ class _Steps:
     There is a binding for each number of them, and another one where some use adapters: those read all that are loaded.
     """
 
-    def __init__(self, lane: OrtRunner, pool: Pool) -> None:
+    def __init__(self, lane: OrtRunner, pool: Pool, captured: CapturedSteps | None = None) -> None:
+        """captured: has each binding's runs captured; None in a session that captures others runs them without."""
+        self._captured, self._options = captured, lane.run_options
+        self._launches: dict[_Kind, Callable[[Any], None]] = {}
         self._session, self._pool, self._adapters = lane.graphs[lane.step_graph], pool, lane.pool
         self._chooses = lane.step_graph == PREFILL
         place, places = lane.place, pool.places
@@ -224,7 +206,7 @@ class _Steps:
         self._rows = Buffer((places, 1), "int64", *place)  # zeros: the one row that there is
         self._rows.clear()
         self._logits = Buffer((places, 1, lane.manifest.vocab_size), "float32", "cpu")
-        self._lengths = lengths_of(lane.manifest.graphs[lane.step_graph], places, pool.max_seq_len, *place)
+        self._lengths = lengths_of(lane.manifest.first(lane.step_graph), places, pool.max_seq_len, *place)
         self._bindings: dict[_Kind, Any] = {}
         self._selections: dict[int, Selection] = {}  # by the number of rows
 
@@ -238,12 +220,17 @@ class _Steps:
         self._tokens.upload()
         lengths = [start + 1 for start in starts]
         self._lengths.tell(binding, lengths, self._width(lengths))
-        self._session.run_with_iobinding(binding)
+        if self._captured is not None:
+            self._launches[kind](self._session)
+            return self._captured.fetch(count)
+        self._session.run_with_iobinding(binding, self._options)
         rows: np.ndarray = self._logits.array[:count, 0]
         return rows
 
     def _width(self, lengths: list[int]) -> int:
-        """Rows that a step looks at: wider than the longest sequence changes no bit."""
+        """Rows that a step looks at: wider than the longest sequence changes no bit; a captured one has them all."""
+        if self._captured is not None:
+            return self._pool.max_seq_len
         return min(-(-max(lengths) // _BUCKET) * _BUCKET, self._pool.max_seq_len)
 
     def _bind(self, kind: _Kind) -> Any:
@@ -256,7 +243,10 @@ class _Steps:
         if self._chooses:
             self._rows.bind_input(binding, LOGIT_ROWS, (count, 1))
         self._lengths.bind(binding, count)
-        self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
+        if self._captured is not None:
+            self._launches[kind] = self._captured.bind(binding, self._pool.device, count)
+        else:
+            self._logits.bind_output(binding, LOGITS, (count, 1, self._logits.shape[2]))
         self._bindings[kind] = binding
         return binding
 

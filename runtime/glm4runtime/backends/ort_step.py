@@ -50,7 +50,7 @@ class OrtStepRunner(Runner):
         path = folder / manifest.graphs[STEP].file
         (self._step,) = side_by_side([partial(open_session, path, provider, threads, options=options)])
         self._place = device, gpu.device_id
-        self._cache = Cache(manifest.cache, manifest.cache.max_seq_len, *self._place)
+        self._cache = Cache(manifest.cache, manifest.cache.max_seq_len, device, [gpu.device_id] * manifest.cache.layers)
         if device != "cpu":
             self._cache.clear()
         self._logits = Buffer((1, MAX_RUN, manifest.vocab_size), "float32", "cpu")  # rows not used cost no memory

@@ -7,7 +7,8 @@ promised and hasn't got is asked for then, not in the middle of somebody's answe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.contract import DTYPE_BYTES, CacheSpec, UserError, past_name, present_name
 
 _PARTS = ("key", "value")
-_AT_ONCE = 256  # rows that change places, so that what is kept beside them stays small
+_AT_ONCE = 64  # rows that change places, so that what is kept beside them stays small
 
 
 class Pool(ABC):
@@ -26,6 +27,7 @@ class Pool(ABC):
 
     device: str
     device_id = 0
+    first_layer = 0
     _address: int
 
     def __init__(self, spec: CacheSpec, max_seq_len: int, places: int) -> None:
@@ -34,6 +36,8 @@ class Pool(ABC):
         self._spec, self._type = spec, tensor_type(spec.dtype)
         width = spec.head_dim * DTYPE_BYTES[spec.dtype]
         self._shape = (2 * spec.layers, places, spec.kv_heads, max_seq_len, width)  # in bytes
+        # Beside rows that change places: had now, so that no exchange stops half-way for want of memory
+        self._aside = np.zeros(self.block_shape(min(_AT_ONCE, max_seq_len)), np.uint8)
         try:
             self._allocate(places * max_seq_len * spec.bytes_per_token)
         except (MemoryError, ValueError, UserError) as error:
@@ -46,13 +50,16 @@ class Pool(ABC):
 
     def bind(self, binding: Any, first: int, count: int) -> None:
         """Bind past and present of every layer to ``count`` places from ``first`` on: graphs write in place."""
-        tensors, places, heads, rows, width = self._shape
+        _, _, heads, rows, _ = self._shape
         shape = (count, heads, rows, self._spec.head_dim)
-        for tensor in range(tensors):
-            address = self._address + (tensor * places + first) * heads * rows * width
-            layer, part = tensor // 2, _PARTS[tensor % 2]
+        for layer, part, address in self._tensors(first):
             binding.bind_input(past_name(layer, part), self.device, self.device_id, self._type, shape, address)
             binding.bind_output(present_name(layer, part), self.device, self.device_id, self._type, shape, address)
+
+    def addresses(self, first: int) -> dict[str, int]:
+        """Where past and present of every layer are, by name, for places from ``first`` on."""
+        names = (past_name, present_name)
+        return {name(layer, part): address for layer, part, address in self._tensors(first) for name in names}
 
     def block_shape(self, rows: int) -> tuple[int, int, int, int]:
         """Of a block of so many rows."""
@@ -64,7 +71,7 @@ class Pool(ABC):
         both = min(rows, others)
         for first in range(0, both, _AT_ONCE):
             end = min(first + _AT_ONCE, both)
-            kept = self.read(one, first, end)
+            kept = self.read(one, first, end, self._aside[:, :, : end - first])
             self.copy(other, one, first, end)
             self.write(other, first, kept)
         if rows > both:
@@ -72,9 +79,16 @@ class Pool(ABC):
         elif others > both:
             self.copy(other, one, both, others)
 
+    def _tensors(self, first: int) -> Iterator[tuple[int, str, int]]:
+        """Layer, part and address of every tensor's places from ``first`` on."""
+        tensors, places, heads, rows, width = self._shape
+        for tensor in range(tensors):
+            address = self._address + (tensor * places + first) * heads * rows * width
+            yield self.first_layer + tensor // 2, _PARTS[tensor % 2], address
+
     @abstractmethod
-    def read(self, place: int, first: int, end: int) -> np.ndarray:
-        """A copy of a place's rows ``first`` to ``end``."""
+    def read(self, place: int, first: int, end: int, to: np.ndarray | None = None) -> np.ndarray:
+        """A copy of a place's rows ``first`` to ``end``, in ``to`` where that is given."""
 
     @abstractmethod
     def write(self, place: int, first: int, block: np.ndarray) -> None:
@@ -105,8 +119,12 @@ class HostPool(Pool):
         self._memory.fill(0)
         self._address = self._memory.ctypes.data
 
-    def read(self, place: int, first: int, end: int) -> np.ndarray:
-        return self._memory[:, place, :, first:end].copy()
+    def read(self, place: int, first: int, end: int, to: np.ndarray | None = None) -> np.ndarray:
+        rows = self._memory[:, place, :, first:end]
+        if to is None:
+            return rows.copy()
+        to[...] = rows
+        return to
 
     def write(self, place: int, first: int, block: np.ndarray) -> None:
         self._memory[:, place, :, first : first + block.shape[2]] = block
@@ -123,24 +141,27 @@ class DevicePool(Pool):
 
     device = "cuda"
 
-    def __init__(self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, device_id: int = 0) -> None:
-        self._cuda, self._held, self.device_id = cuda, Memory(cuda), device_id
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, places: int, memory: Memory, device_id: int = 0, first_layer: int = 0
+    ) -> None:
+        """memory: what is held on the device. :meth:`close` gives all of it back."""
+        self._cuda, self._held, self.device_id, self.first_layer = memory.cuda, memory, device_id, first_layer
         super().__init__(spec, max_seq_len, places)
 
     def _allocate(self, size: int) -> None:
         self._use_device()
         self._address = self._held.device(size, "caches")
 
-    def read(self, place: int, first: int, end: int) -> np.ndarray:
+    def read(self, place: int, first: int, end: int, to: np.ndarray | None = None) -> np.ndarray:
         self._use_device()
-        block = np.empty(self.block_shape(end - first), np.uint8)
+        block = np.empty(self.block_shape(end - first), np.uint8) if to is None else to
         for tensor, part in enumerate(block):
             self._transfer(_whole(part), self._at(tensor, place, first), part.shape, "cudaMemcpyDeviceToHost")
         return block
 
     def write(self, place: int, first: int, block: np.ndarray) -> None:
         self._use_device()
-        for tensor, part in enumerate(np.ascontiguousarray(block)):
+        for tensor, part in enumerate(block):
             self._transfer(self._at(tensor, place, first), _whole(part), part.shape, "cudaMemcpyHostToDevice")
         self._cuda("cudaDeviceSynchronize")
 
@@ -171,6 +192,48 @@ class DevicePool(Pool):
             self._cuda("cudaMemcpy2D", *to, *of, rows * width, heads, getattr(self._cuda.api.cudaMemcpyKind, kind))
 
 
+class SplitPool(Pool):
+    """In the memory of several GPUs, each with the layers of its stages."""
+
+    def __init__(
+        self, spec: CacheSpec, max_seq_len: int, places: int, cuda: Cuda, stages: Sequence[tuple[int, int]]
+    ) -> None:
+        """stages: the layers and the device of each."""
+        self._cuda, self._stages, self._pools = cuda, stages, list[DevicePool]()
+        super().__init__(spec, max_seq_len, places)
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        for pool in self._pools:
+            pool.bind(binding, first, count)
+
+    def read(self, place: int, first: int, end: int, to: np.ndarray | None = None) -> np.ndarray:
+        return np.concatenate([pool.read(place, first, end) for pool in self._pools], out=to)
+
+    def write(self, place: int, first: int, block: np.ndarray) -> None:
+        for pool in self._pools:
+            start = 2 * pool.first_layer
+            pool.write(place, first, block[start : start + pool.block_shape(0)[0]])
+
+    def copy(self, source: int, target: int, first: int, end: int) -> None:
+        for pool in self._pools:
+            pool.copy(source, target, first, end)
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.close()
+
+    def _allocate(self, size: int) -> None:
+        first = 0
+        try:
+            for layers, device_id in self._stages:
+                own = replace(self._spec, layers=layers)
+                self._pools.append(DevicePool(own, self.max_seq_len, self.places, Memory(self._cuda), device_id, first))
+                first += layers
+        except BaseException:
+            self.close()
+            raise
+
+
 def _whole(part: np.ndarray) -> tuple[int, int]:
-    """Address of an array [heads, rows, width] and bytes between its heads."""
+    """Address of an array [heads, rows, width], each head's rows side by side, and bytes between its heads."""
     return part.ctypes.data, part.strides[0]

@@ -101,11 +101,11 @@ def _save_graphs(folder: Path, manifest: Manifest, new: Path) -> None:
     for name, spec in manifest.graphs.items():
         (new / name).mkdir()
         _save(folder / spec.file, new / name / spec.file)
-    first, *others = (new / name / WEIGHTS for name in manifest.graphs)
-    digest = sha256_of(first)
-    for other in others:
-        if other.stat().st_size == first.stat().st_size and sha256_of(other) == digest:
-            _make_one(first, other)
+    written: dict[str, Path] = {}
+    for path in (new / name / WEIGHTS for name in manifest.graphs):
+        first = written.setdefault(sha256_of(path), path)
+        if first is not path:
+            _make_one(first, path)
 
 
 def _make_one(first: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a step graph is given for a run over one sequence: tokens, positions, write index, mask, wanted rows. No device.
+"""What a step graph is given for a run: tokens, positions, write index, mask, wanted rows. No device.
 
 Everything lives in arrays that are allocated once; a run writes what changed since the last one.
 """
@@ -19,7 +19,7 @@ from glm4runtime.contract import (
     CacheSpec,
     past_name,
 )
-from glm4runtime.contract.engine_spec import EngineSpec, Profile
+from glm4runtime.contract.engine_spec import EngineSpec
 
 INTEGERS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES, LOGIT_ROWS)  # int64; the mask is bool
 
@@ -27,20 +27,20 @@ Allocate = Callable[[str, tuple[int, ...]], np.ndarray]  # an int64 host array f
 Fill = Callable[[int, int, int, bool], None]
 
 
-def input_shapes(count: int, rows: int, max_seq: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a run's inputs, the cache apart: ``count`` tokens of one sequence, logits of ``rows`` of them."""
+def input_shapes(count: int, rows: int, max_seq: int, batch: int = 1) -> dict[str, tuple[int, ...]]:
+    """Shapes of a run's inputs, the cache apart: ``count`` tokens of each sequence, logits of ``rows`` of them."""
     return {
-        INPUT_IDS: (1, count),
-        POSITION_IDS: (1, count),
-        WRITE_INDICES: (1,),
-        ATTENTION_MASK: (1, 1, count, max_seq),
-        LOGIT_ROWS: (1, rows),
+        INPUT_IDS: (batch, count),
+        POSITION_IDS: (batch, count),
+        WRITE_INDICES: (batch,),
+        ATTENTION_MASK: (batch, 1, count, max_seq),
+        LOGIT_ROWS: (batch, rows),
     }
 
 
-def cache_shapes(spec: CacheSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of the cache's inputs for one sequence."""
-    shape = (1, spec.kv_heads, spec.max_seq_len, spec.head_dim)
+def cache_shapes(spec: CacheSpec, batch: int = 1) -> dict[str, tuple[int, ...]]:
+    """Shapes of the cache's inputs for so many sequences."""
+    shape = (batch, spec.kv_heads, spec.max_seq_len, spec.head_dim)
     return {past_name(layer, part): shape for layer in range(spec.layers) for part in ("key", "value")}
 
 
@@ -131,30 +131,41 @@ def fill_band(mask: np.ndarray) -> Fill:
 
 
 def profiles_for(spec: EngineSpec, widths: int, *, every_row: bool) -> list[int]:
-    """The engine's optimization profile for runs of 1 to ``widths`` tokens: index ``[count - 1]``.
+    """The engine's optimization profile for runs of 1 to ``widths`` tokens of one sequence: index ``[count - 1]``.
 
-    Where several serve, the one made for the shortest runs. Raises BundleError where none does.
+    Raises BundleError where none serves one of them.
     """
-    chosen = []
-    for count in range(1, widths + 1):
-        rows = count if every_row else 1
-        fitting = [(p.seq[2], index) for index, p in enumerate(spec.profiles) if _serves(p, count, rows)]
-        if not fitting:
-            raise BundleError(
-                f"{spec.file}: none of its profiles serves a run of {count} tokens of one sequence with {rows} rows of "
-                "logits; build the engine again with `glm4export build --target tensorrt`"
-            )
-        chosen.append(min(fitting)[1])
-    return chosen
+    return [profile_for(spec, count, count if every_row else 1) for count in range(1, widths + 1)]
+
+
+def profile_for(spec: EngineSpec, count: int, rows: int, batch: int = 1) -> int:
+    """The engine's optimization profile for a run of ``count`` tokens of each of ``batch`` sequences.
+
+    Where several serve, one that isn't made for larger batches, and of these the one made for the shortest runs. Raises
+    BundleError where none does.
+    """
+    fitting = [
+        (profile.batch[1] > batch, profile.seq[2], index)
+        for index, profile in enumerate(spec.profiles)
+        if _within(batch, profile.batch) and _within(count, profile.seq) and _within(rows, profile.rows)
+    ]
+    if not fitting:
+        whose = "one sequence" if batch == 1 else f"each of {batch} sequences"
+        raise BundleError(
+            f"{spec.file}: none of its profiles serves a run of {count} tokens of {whose} with {rows} rows of "
+            "logits; build the engine again with `glm4export build --target tensorrt`"
+        )
+    return min(fitting)[2]
+
+
+def most_sequences(spec: EngineSpec) -> int:
+    """The most sequences that a step of one token each may have; 0 where the engine runs none."""
+    return max((p.batch[2] for p in spec.profiles if _within(1, p.seq) and _within(1, p.rows)), default=0)
 
 
 def longest_run(spec: EngineSpec) -> int:
     """The most tokens of one sequence that a run of the engine may have; 0 where it serves none."""
     return max((p.seq[2] for p in spec.profiles if _within(1, p.batch)), default=0)
-
-
-def _serves(profile: Profile, count: int, rows: int) -> bool:
-    return _within(1, profile.batch) and _within(count, profile.seq) and _within(rows, profile.rows)
 
 
 def _within(value: int, ends: tuple[int, int, int]) -> bool:

@@ -47,6 +47,7 @@ from glm4runtime.contract.names import (
     SEQLENS_K,
     SEQUENCE_CLASSIFICATION,
     STEP,
+    STREAM,
     TARGETS,
     TASKS,
     TENSORRT,
@@ -68,6 +69,8 @@ from glm4runtime.contract.names import (
     hidden_state_name,
     past_name,
     present_name,
+    stage_name,
+    stream_name,
 )
 
 __all__ = [
@@ -107,6 +110,7 @@ __all__ = [
     "SHA256",
     "SHA256_WORDS",
     "STEP",
+    "STREAM",
     "TARGETS",
     "TASKS",
     "TENSORRT",
@@ -151,5 +155,7 @@ __all__ = [
     "refuse_pointer",
     "sha256_of",
     "shown",
+    "stage_name",
+    "stream_name",
     "wrong_task",
 ]

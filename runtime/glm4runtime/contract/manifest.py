@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,9 +27,11 @@ from glm4runtime.contract.names import (
     TASKS,
     TEXT_FILES,
     WEIGHTS,
+    GraphName,
     Target,
     TaskName,
     graph_names,
+    stage_name,
 )
 
 
@@ -101,6 +104,7 @@ class Manifest:
     files: Mapping[str, FileSpec]
     encoder: EncoderSpec | None = None
     lora: LoraSpec | None = None  # of a bundle built with --lora-slots
+    stages: tuple[int, ...] | None = None  # layers of each, of a bundle built with --stages
     format_version: int = FORMAT_VERSION
 
     @property
@@ -124,6 +128,18 @@ class Manifest:
     def engine_graph_sha256(self) -> str:
         """Its sha256."""
         return self.files[self.engine_graph.file].sha256
+
+    def parts(self, graph: GraphName) -> dict[str, range]:
+        """The graphs that compute ``graph``, one after another, and the layers of each: itself alone, or its stages."""
+        layers = 0 if self.kv_cache is None else self.kv_cache.layers
+        if self.stages is None:
+            return {graph: range(layers)}
+        ends = list(accumulate(self.stages, initial=0))
+        return {stage_name(graph, index): range(*ends[index : index + 2]) for index in range(len(self.stages))}
+
+    def first(self, graph: GraphName) -> GraphSpec:
+        """The one that takes the tokens."""
+        return self.graphs[next(iter(self.parts(graph)))]
 
     def to_json(self) -> str:
         """The file's text; the same manifest always gives the same bytes."""
@@ -162,13 +178,16 @@ class Manifest:
             kv_cache=_cache(read.child("cache")) if causal else None,
             lora=LoraSpec.read(read.child("lora")) if "lora" in read.data else None,
             encoder=None if causal else EncoderSpec.read(read.child("encoder"), task),
+            stages=read.items("stages", int) if "stages" in read.data else None,
             graphs={name: _graph(graphs.child(name)) for name in graphs.data},
             files={name: _file(name, files.child(name)) for name in files.data},
         )
         pad = manifest.tokens.pad
         if manifest.encoder is not None and pad is not None and not 0 <= pad < manifest.vocab_size:
             raise tokens.error(f"pad is {shown(pad)}, expected a token id in 0..{manifest.vocab_size - 1}")
-        for name in graph_names(manifest.target, task):
+        if manifest.stages is not None:
+            _require_stages(read, manifest)
+        for name in (part for graph in graph_names(manifest.target, task) for part in manifest.parts(graph)):
             if name not in manifest.graphs:
                 raise BundleError(f"{where}: no {name} graph; build the bundle again")
         for what, file in (
@@ -178,6 +197,12 @@ class Manifest:
             if file not in manifest.files:
                 raise BundleError(f"{where}: {what} file {shown(file)} is not among its files; build the bundle again")
         return manifest
+
+
+def _require_stages(read: FieldReader, manifest: Manifest) -> None:
+    stages, layers = manifest.stages or (), 0 if manifest.kv_cache is None else manifest.kv_cache.layers
+    if not stages or min(stages) < 1 or sum(stages) != layers:
+        raise read.error(f"stages is {shown(list(stages))}, expected the layers of each, {layers} in all")
 
 
 _LONGEST_NAME = 255  # bytes that Linux's file systems take

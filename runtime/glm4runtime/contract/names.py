@@ -37,6 +37,7 @@ TOP_IDS = "top_ids"  # int64 [batch, rows, count], their tokens,
 LOG_SUM = "log_sum_exp"  # and float32 [batch, rows], the logarithm of the sum of the whole row's exponentials
 LAST_HIDDEN_STATE = "last_hidden_state"  # float32 [batch, seq, hidden]
 HIDDEN_STATES = "hidden_states."  # outputs beside those, by option: float32 [batch, seq, hidden]
+STREAM = "stream."  # between stages
 ATTENTIONS = "attentions."  # and float32 [batch, heads, seq, total_seq]
 SENTENCE_EMBEDDING = "sentence_embedding"  # float32 [batch, hidden]
 
@@ -65,6 +66,19 @@ def graph_names(target: Target, task: TaskName = CAUSAL_LM) -> tuple[GraphName, 
     if task != CAUSAL_LM:
         return (MODEL,)
     return (STEP,) if target == TENSORRT else (PREFILL, DECODE)
+
+
+def stage_name(graph: str, stage: int) -> str:
+    """The name of one of the graphs that ``graph`` was cut into, in a bundle built with stages."""
+    return f"{graph}.{stage}"
+
+
+def stream_name(layer: int) -> str:
+    """What a stage hands to the next, whose first layer that is: the residual stream, [batch, seq, hidden].
+
+    An output of the one and an input of the other, in the dtype of activations, and scaled as those of fp16 are.
+    """
+    return f"{STREAM}{layer}"
 
 
 def past_name(layer: int, part: str) -> str:

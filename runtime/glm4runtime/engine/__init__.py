@@ -6,12 +6,13 @@
 ...         print(delta.content, end="", flush=True)
 """
 
-from glm4runtime.engine.engine import Engine, EngineClosed
+from glm4runtime.engine.engine import Engine
 from glm4runtime.engine.handle import Handle, RequestFailed
 from glm4runtime.engine.plan import QueueFull
 from glm4runtime.engine.prepare import PromptTooLong
 from glm4runtime.engine.request import Delta, Request, Result, Timing, Usage
 from glm4runtime.engine.stats import EngineStats
+from glm4runtime.engine.worker import EngineClosed
 
 __all__ = [
     "Delta",

@@ -12,6 +12,7 @@ from glm4runtime.sampling.logprobs import log_softmax
 
 if TYPE_CHECKING:
     from glm4runtime.engine.job import Answer, Job
+    from glm4runtime.engine.request import FinishReason
 
 
 class BeamGroup:
@@ -38,6 +39,13 @@ class BeamGroup:
         texts = [answers[parent].tokens for parent in parents]
         for answer, text, token in zip(answers, texts, tokens, strict=True):
             answer.tokens = [*text, token]
+
+    def cut(self, reason: FinishReason) -> None:
+        """End the search before its end, with the best texts so far."""
+        for answer, found in zip(self._job.answers, self._search.best(), strict=False):
+            answer.replay(found.tokens, cut=reason)
+        for answer in self._job.answers:
+            answer.finish(reason)
 
     def _move(self, runner: BatchRunner, parents: list[int]) -> None:
         """Rows behind the prompt, from each beam to those that continue it; all are read before any is written."""

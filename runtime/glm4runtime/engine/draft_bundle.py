@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glm4runtime.backends.batch import BatchRunner
-from glm4runtime.backends.providers import Provider, open_batch_runner
-from glm4runtime.contract import TOKENIZER, BundleError, Manifest, UserError, read_manifest, shown, wrong_task
+from glm4runtime.backends.providers import open_batch_runner
+from glm4runtime.backends.settings import Settings, require_path
+from glm4runtime.contract import TOKENIZER, WEIGHTS, BundleError, Manifest, UserError, read_manifest, wrong_task
 from glm4runtime.engine.draft import Draft
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
 
 
-def read_draft(bundle: str | Path, manifest: Manifest, text: BundleText, *, check_hashes: bool) -> Manifest:
-    """The manifest of a draft for the bundle of ``manifest`` and ``text``.
+class DraftBundle:
+    """A draft that fits its model, not opened yet: ``manifest``, and the model's it drafts for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, model: Manifest) -> None:
+        self.folder, self.manifest, self._model = folder, manifest, model
+        self._settings = Settings()
+
+    def leave_room(self, settings: Settings, slots: int) -> Settings:
+        """How the model is to be opened, so that a limit on the GPU's memory holds for both.
+
+        Each has its caches, and the rest in shares of what their weights take. Raises UserError where the caches alone
+        take more.
+        """
+        ids = settings.device_id
+        first = ids[0] if isinstance(ids, Sequence) and ids else ids  # of several
+        self._settings = replace(
+            settings, prefill_chunk=None, invariant=False, adapters=None, cuda_graphs=False, device_id=first
+        )
+        limit = settings.gpu_mem_limit
+        if limit is None or not isinstance(limit, int | float):  # what isn't a number is told where it's opened
+            return settings
+        rows = min(settings.max_seq_len or self._model.cache.max_seq_len, self._model.cache.max_seq_len)
+        own = slots * min(rows, self.manifest.cache.max_seq_len) * self.manifest.cache.bytes_per_token
+        theirs = (slots + settings.invariant) * rows * self._model.cache.bytes_per_token
+        left = limit * 1e9 - own - theirs
+        if left <= 0:
+            raise UserError(
+                f"gpu_mem_limit={limit:g} GB: the caches alone take {(own + theirs) / 1e9:.2f} GB, the draft's among "
+                f"them {own / 1e9:.2f}; give more, or open fewer slots or a smaller max_seq_len"
+            )
+        weights = [manifest.files[WEIGHTS].size for manifest in (self.manifest, self._model)]
+        share = (own + left * weights[0] / sum(weights)) / 1e9
+        self._settings = replace(self._settings, gpu_mem_limit=share)
+        return replace(settings, gpu_mem_limit=limit - share)
+
+    def open(self, model: BatchRunner, stall_seconds: float) -> Draft:
+        """Open it with the slots and the cache length of ``model``, or as many tokens as it has positions for.
+
+        Not invariant: guesses change no token. Raises what :func:`open_batch_runner` raises.
+        """
+        rows = min(model.max_seq_len, self.manifest.cache.max_seq_len)
+        settings = replace(self._settings, max_seq_len=rows, prefill_chunk=model.prefill_chunk)
+        return Draft(open_batch_runner(self.folder, self.manifest, settings, slots=model.slots), stall_seconds)
+
+
+def read_draft(bundle: str | Path, manifest: Manifest, text: BundleText, *, check_hashes: bool) -> DraftBundle:
+    """A draft for the bundle of ``manifest`` and ``text``.
 
     Raises UserError where it is no path, BundleError where it's no whole bundle, one that writes no text, or one whose
     token ids mean something else.
     """
-    if not isinstance(bundle, str | os.PathLike):
-        raise UserError(f"draft={shown(bundle)} is not the path of a folder")
+    require_path("draft", bundle)
     folder = Path(bundle)
     draft = read_manifest(folder, check_hashes=check_hashes)
     if draft.kv_cache is None:
@@ -35,37 +81,7 @@ def read_draft(bundle: str | Path, manifest: Manifest, text: BundleText, *, chec
     own = read_text_files(folder).get(TOKENIZER)
     if own is not None and text.has_tokenizer and own != text.tokenizer_json:
         _require_same_ids(folder, text.folder, own, text.tokenizer_json)
-    return draft
-
-
-def open_draft(
-    bundle: str | Path,
-    draft: Manifest,
-    model: BatchRunner,
-    *,
-    provider: Provider | None,
-    threads: int,
-    check_hashes: bool,
-    device_id: int,
-    stall_seconds: float,
-) -> Draft:
-    """Open a draft with the slots and the cache length of ``model``, or as many tokens as it has positions for.
-
-    Not invariant: guesses change no token. Raises what :func:`open_batch_runner` raises.
-    """
-    runner = open_batch_runner(
-        Path(bundle),
-        draft,
-        slots=model.slots,
-        provider=provider,
-        threads=threads,
-        max_seq_len=min(model.max_seq_len, draft.cache.max_seq_len),
-        prefill_chunk=model.prefill_chunk,
-        check_hashes=check_hashes,
-        invariant=False,
-        device_id=device_id,
-    )
-    return Draft(runner, stall_seconds)
+    return DraftBundle(folder, draft, manifest)
 
 
 def _require_same_ids(folder: Path, other: Path, own: bytes, wanted: bytes) -> None:

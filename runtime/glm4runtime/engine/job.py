@@ -65,10 +65,10 @@ class Answer:
         elif len(self.tokens) >= request.params.max_new_tokens or job.room(len(self.tokens)) <= 0:
             self.finish("length")
 
-    def replay(self, tokens: Sequence[int]) -> None:
+    def replay(self, tokens: Sequence[int], cut: FinishReason | None = None) -> None:
         """Take tokens that were chosen elsewhere, a stop token at their end perhaps, as the whole answer.
 
-        A stop string ends it nevertheless.
+        A stop string ends it nevertheless. cut: why there are no more, where they were still being chosen.
         """
         stop = tokens[-1] if tokens and tokens[-1] in self.job.stop else None
         self.tokens = []
@@ -78,7 +78,7 @@ class Answer:
             if self.parser is not None and self.parser.stopped is not None:
                 self.finish("stop", self.parser.stopped)
                 return
-        self.finish("length" if stop is None else "stop", stop)
+        self.finish(cut or ("length" if stop is None else "stop"), None if cut else stop)
 
     def _pushed(self, token: int) -> Delta:
         return Delta(self.index) if self.parser is None else self._told(self.parser.push(token))
@@ -88,10 +88,16 @@ class Answer:
         if self.finish_reason is not None:
             return
         piece = Delta(self.index) if self.parser is None else self._told(self.parser.finish(reason))
-        if reason == "stop" and (piece.tool_calls or self.whole.tool_calls):
+        if self.parser is not None and self.parser.finish_reason == "tool_calls":
             reason = "tool_calls"
         self.finish_reason = reason
         self._tell(replace(piece, finish_reason=reason, stop=stop))
+
+    def end(self, reason: FinishReason) -> None:
+        """End it from outside where it hasn't ended itself: with what there is, of beams the best."""
+        if self.finish_reason is None and self.job.beams is not None:
+            self.job.beams.cut(reason)
+        self.finish(reason)
 
     def _told(self, piece: AnswerDelta) -> Delta:
         return Delta(self.index, piece.thought, piece.content, piece.tool_calls)

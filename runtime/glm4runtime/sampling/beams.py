@@ -73,6 +73,15 @@ class BeamSearch:
         """The answers so far, the best first; as many as beams once the search is done."""
         return tuple(self._finished)
 
+    def best(self) -> tuple[Hypothesis, ...]:
+        """The answers and the texts under way, the best first, as many as beams: what a search has that is cut."""
+        under_way = [
+            Hypothesis(beam.tokens, float(self._scored(beam.score, len(beam.tokens))))
+            for beam in self._running
+            if beam.tokens
+        ]
+        return tuple(sorted([*self._finished, *under_way], key=lambda text: -text.score)[: self._beams])
+
     def step(self, log_probs: NDArray[np.float32]) -> tuple[list[int], list[int]]:
         """Take the beams one token further.
 

@@ -37,8 +37,8 @@ class AnswerParser:
       is whitespace around a thought.
 
     ``stopped`` is the stop string that was found, or None; what is pushed from then on is passed over.
-    ``finish_reason`` is None until :meth:`finish`; it is ``tool_calls``, as OpenAI's API has it, for a ``stop`` behind
-    calls that no stop string cut.
+    ``finish_reason`` is None until :meth:`finish`; it is ``tool_calls``, as OpenAI's API has it, for a ``stop`` of any
+    kind behind calls: who asked waits for their outcomes, also where a stop string ended words behind them.
     """
 
     def __init__(
@@ -90,13 +90,12 @@ class AnswerParser:
 
     def finish(self, reason: str) -> AnswerDelta:
         """The rest. reason: why the tokens ended: ``stop``, ``length``, or whatever it was."""
-        if self.stopped is not None:
-            self.finish_reason = reason
-            return AnswerDelta()
-        thought, content, calls = self._end_turn()
-        called = reason == "stop" and self._called and self.stopped is None
-        self.finish_reason = "tool_calls" if called else reason
-        return AnswerDelta(thought, content + self._stop.finish(), calls)
+        rest = AnswerDelta()
+        if self.stopped is None:
+            thought, content, calls = self._end_turn()
+            rest = AnswerDelta(thought, content + self._stop.finish(), calls)
+        self.finish_reason = "tool_calls" if reason == "stop" and self._called else reason
+        return rest
 
     def _end_turn(self) -> tuple[str, str, tuple[ToolCall, ...]]:
         if self._turn is None:

@@ -22,6 +22,7 @@ from tests.runtime.engine.conftest import LoadEngine
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 LONG = SamplingParams(max_new_tokens=200, min_new_tokens=200)
+LONG_BEAMS = SamplingParams(max_new_tokens=200)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -239,6 +240,30 @@ def test_a_timeout_ends_an_answer_with_what_there_is(load_engine: LoadEngine) ->
     assert running.result().choices[0].finish_reason in ("timeout", "length")
 
 
+def test_beams_that_are_cut_give_the_best_so_far(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_engine()
+    decode, handles = engine._worker.loop.decode, list[Any]()
+    steps = iter(range(6))
+
+    def cancelling(answers: Any) -> None:
+        decode(answers)
+        if next(steps, None) is None:
+            handles[0].cancel()
+
+    monkeypatch.setattr(engine._worker.loop, "decode", cancelling)
+    request = Request(prompt(12, 3), params=SamplingParams(max_new_tokens=200), n=2, num_beams=4)
+    with engine._worker.condition:  # so that no step comes before the handle is there
+        handles.append(engine.submit(request))
+    choices = handles[0].result().choices
+    assert [choice.finish_reason for choice in choices] == ["cancelled"] * 2
+    assert all(0 < len(choice.tokens) <= 8 for choice in choices) and choices[0].content
+    assert choices[0].tokens != choices[1].tokens
+    assert engine.stats().finished == {"cancelled": 4}
+    monkeypatch.undo()
+    late = engine.submit(Request(prompt(12, 3), params=LONG_BEAMS, num_beams=4, timeout=1e-6)).result()
+    assert late.choices[0] == Delta(finish_reason="timeout")
+
+
 def test_a_caller_who_goes_away_leaves_no_request(load_engine: LoadEngine) -> None:
     engine = load_engine(slots=1)
     handle = engine.submit(Request(prompt(5), params=LONG))
@@ -316,10 +341,10 @@ def test_a_row_that_is_no_number_fails_alone(load_engine: LoadEngine, monkeypatc
 
 def test_a_dead_thread_leaves_nobody_waiting(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
-    monkeypatch.setattr(engine._scheduler, "plan", lambda now: 1 / 0)
+    monkeypatch.setattr(engine._worker.scheduler, "plan", lambda now: 1 / 0)
     with pytest.raises(RequestFailed, match="the engine's thread died: ZeroDivisionError"):
         engine.generate(Request(prompt(5))).result(30)
-    wait_for(lambda: not engine._thread.is_alive())
+    wait_for(lambda: not engine._worker.thread.is_alive())
     assert not engine.stats().healthy
     with pytest.raises(EngineClosed, match="has died"):
         engine.submit(Request(prompt(5)))

@@ -38,7 +38,7 @@ def failing(where: Any, name: str, monkeypatch: pytest.MonkeyPatch, error: Excep
 
 def idle(engine: Engine) -> bool:
     stats = engine.stats().scheduler
-    return engine.stats().healthy and not stats.running and not stats.waiting and not engine._loop.failed
+    return engine.stats().healthy and not stats.running and not stats.waiting and not engine._worker.loop.failed
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_an_error_without_a_message_is_told(load_engine: LoadEngine, monkeypatch
     with pytest.raises(RequestFailed, match="the request failed: MemoryError: no message"):
         engine.generate(Request(prompt(9))).result(30)
     assert idle(engine)
-    failing(engine._scheduler, "plan", monkeypatch, MemoryError())
+    failing(engine._worker.scheduler, "plan", monkeypatch, MemoryError())
     with pytest.raises(RequestFailed, match="the engine's thread died: MemoryError"):
         engine.generate(Request(prompt(9))).result(30)
 
@@ -134,7 +134,7 @@ def test_a_handle_is_collected_whatever_locks_are_held(load_engine: LoadEngine) 
         handles.clear()
         gc.collect()
 
-    with engine._condition:  # as the engine's thread has it, which then wants the lock of a reader who collects
+    with engine._worker.condition:  # as the engine's thread has it, which then wants the lock of a reader who collects
         assert within(10, collect)
     assert engine.drain(30)
     assert engine.stats().finished == {"cancelled": 1}
@@ -152,14 +152,14 @@ def test_two_who_wait_in_an_event_loop_both_wake(load_engine: LoadEngine) -> Non
 
 def test_an_interrupted_submit_leaves_nothing(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
-    right = engine._scheduler.submit
+    right = engine._worker.scheduler.submit
 
     def interrupted(id: int, *given: Any, **named: Any) -> None:
         right(id, *given, **named)
         if named["parent"] is not None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._scheduler, "submit", interrupted)
+    monkeypatch.setattr(engine._worker.scheduler, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.submit(Request(prompt(9), n=3, params=FEW))
     monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_a_forked_child_is_told(load_engine: LoadEngine) -> None:
     locked, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with engine._condition:
+        with engine._worker.condition:
             locked.set()
             release.wait(30)
 
@@ -209,6 +209,24 @@ def test_a_forked_child_is_told(load_engine: LoadEngine) -> None:
     holder.join()
     assert os.waitpid(child, 0)[1] == 0
     assert engine.generate(Request(prompt(9), params=FEW)).result(30).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stall_ms": 0}, "stall_ms=0: expected a finite number of milliseconds above 0"),
+        ({"stall_ms": "5"}, "stall_ms='5': expected a finite number"),
+        ({"max_queue": -1}, "max_queue=-1 must be at least 0"),
+        ({"max_queue": 1.5}, "max_queue=1.5 is not a whole number"),
+        ({"prefix_cache_bytes": -1}, "prefix_cache_bytes=-1 must be at least 0"),
+        ({"prefix_cache": "some"}, "prefix_cache='some': expected prompt, all, off"),
+        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1 is not True or False"),
+    ],
+)
+def test_settings_are_refused_before_a_bundle_is_opened(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Engine.load("there is no such folder", **settings)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 from glm4runtime import Engine, Request, SamplingParams, UserError, load
-from glm4runtime.contract import BundleError
+from glm4runtime.backends.settings import Settings
+from glm4runtime.contract import BundleError, read_manifest
 from glm4runtime.engine import Result
+from glm4runtime.engine.draft_bundle import DraftBundle
 from glm4runtime.text.structure import Structure
 from tests.conftest import Build
 from tests.helpers import checkpoints
@@ -48,6 +51,24 @@ def stranger(build_bundle: Build) -> Path:
     return build_bundle(
         checkpoints.random_model(vocab_size=2048, max_position_embeddings=128), target="cpu", precision="fp32"
     )
+
+
+def test_a_limit_on_memory_holds_for_both(stranger: Path, demo_bundles: dict[str, Path]) -> None:
+    """Each has its caches, and the rest in shares of the weights."""
+    model, draft = read_manifest(demo_bundles["fp32"]), read_manifest(stranger)
+    bundle = DraftBundle(stranger, draft, model)
+    settings = Settings(provider="cuda", gpu_mem_limit=2.0, max_seq_len=256, invariant=True, cuda_graphs=True)
+    caches = 4 * 128 * draft.cache.bytes_per_token, 5 * 256 * model.cache.bytes_per_token  # one for fillers
+    own, theirs = (manifest.files["weights.bin"].size for manifest in (draft, model))
+    kept = bundle.leave_room(settings, slots=4)
+    share = (caches[0] + (2e9 - sum(caches)) * own / (own + theirs)) / 1e9
+    assert kept == replace(settings, gpu_mem_limit=pytest.approx(2 - share))
+    assert bundle._settings == Settings(provider="cuda", max_seq_len=256, gpu_mem_limit=pytest.approx(share))
+    told = r"gpu_mem_limit=0\.0001 GB: the caches alone take 0\.\d\d GB, the draft's among them 0\.\d\d; give more, or"
+    with pytest.raises(UserError, match=told):
+        bundle.leave_room(replace(settings, gpu_mem_limit=1e-4), slots=4)
+    with pytest.raises(UserError, match="gpu_mem_limit is for cuda, this session runs on cpu; leave it out"):
+        Engine.load(demo_bundles["fp32"], draft=stranger, gpu_mem_limit=1.0)
 
 
 @pytest.mark.parametrize("kernel", ["fp32", "int4"])
@@ -123,7 +144,7 @@ def test_a_request_outlives_its_draft(
     def fail(*_: Any) -> None:
         raise RuntimeError("the graph failed")
 
-    monkeypatch.setattr(engine._loop.draft.runner, name, fail)
+    monkeypatch.setattr(engine._worker.loop.draft.runner, name, fail)
     found = answered(engine, prompt(40), GREEDY, draft=7)
     assert found.choices == wanted.choices and found.usage.drafted_tokens == 0
     assert engine.stats().healthy

@@ -61,6 +61,19 @@ def test_the_answers_of_transformers(
     np.testing.assert_allclose([answer.score for answer in found], expected.sequences_scores, rtol=1e-5)
 
 
+def test_what_a_search_has_that_is_cut() -> None:
+    """Texts under way and answers by one measure, the best first."""
+    search, rng = BeamSearch(3, [7], max_new_tokens=9), np.random.default_rng(0)
+    assert search.best() == ()
+    rows = 1
+    for length in (1, 2, 3):
+        search.step(np.log(rng.dirichlet(np.ones(20), rows)).astype(np.float32))
+        rows, texts = 3, search.best()
+        scores = [text.score for text in texts]
+        assert len(texts) == 3 and scores == sorted(scores, reverse=True)
+        assert all(len(text.tokens) == length or text in search.hypotheses for text in texts)
+
+
 def test_misuse() -> None:
     beams = BeamSearch(2, [1], max_new_tokens=1)
     rows = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from glm4runtime import Session, load
-from glm4runtime.backends import trt
+from glm4runtime.backends import trt_choice
 from glm4runtime.contract import WEIGHTS, FileSpec, Manifest, sha256_of
 from glm4runtime.contract.engine_spec import EngineSpec, Profile, engine_stem
 from tests.conftest import Build
@@ -83,7 +83,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
         bindings = types.ModuleType("cuda.bindings")
         bindings.runtime = cuda  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-        monkeypatch.setattr(trt, "gpu_capability", lambda: "8.9")
+        monkeypatch.setattr(trt_choice, "gpu_capability", lambda: "8.9")
         return cuda, module
 
     yield put

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glm4runtime.backends.cuda import Cuda
-from glm4runtime.backends.trt import _read_engine
+from glm4runtime.backends.trt_engine import read_engine
 from glm4runtime.backends.trt_module import error_log, import_flavour, version_of
 from glm4runtime.contract import BundleError, UserError
 from tests.helpers import fake_cuda, fake_tensorrt
@@ -58,7 +58,7 @@ def test_tensorrt_rtx_tells_why_it_reads_no_engine(tmp_path: Path) -> None:
     path = tmp_path / "a.engine"
     path.write_bytes(b"x" * 1000)
     with pytest.raises(BundleError, match=r"a\.engine: deserialize_cuda_engine failed: IRuntime.*magicTag.*; build"):
-        _read_engine(module.Runtime(log), path, log)
+        read_engine(module.Runtime(log), path, log)
 
 
 def test_cuda_bindings_has_every_call_with_as_many_arguments() -> None:
