@@ -7,12 +7,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm4export.commands.slot_options import add_slot_options, answering_manifest, open_slots
+from glm4export.commands.slot_options import (
+    adapter_files,
+    add_slot_options,
+    answering_manifest,
+    check_draft,
+    open_slots,
+)
 from glm4runtime import signals
-from glm4runtime.contract import UserError
+from glm4runtime.backends.providers import default_provider
+from glm4runtime.contract import AdapterFile, UserError, read_manifest
 
 if TYPE_CHECKING:
     from glm4serve.batch import AnswersFile, Left, Progress
@@ -55,25 +63,38 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{requests}: {'not a regular file' if requests.exists() else 'no such file'}")
     if output.exists() and output.samefile(requests):
         raise UserError(f"{output}: holds the requests; name another file with -o")
+    adapters = adapter_files(arguments, {name: arguments.bundle})[name]
+    check_draft(arguments, {name: arguments.bundle})
     identity = identity_of(
-        manifest.to_json(), name, arguments.max_seq_len, None if template is None else _bytes(template)
+        manifest.to_json(),
+        name,
+        arguments.max_seq_len,
+        None if template is None else _bytes(template),
+        # Each of these changes the last bits of logits, and so perhaps a token
+        arguments.provider or default_provider(manifest),
+        arguments.no_invariant,
+        arguments.prefix_cache,
+        None if arguments.draft is None else read_manifest(arguments.draft).to_json(),
+        *(f"{adapter}\0{AdapterFile.read(file).sha256}" for adapter, file in adapters.items()),
     )
     with AnswersFile(output, identity) as answers:
         left, done = compare(requests, answers), Progress()
         start = time.monotonic()
         if left.answered < left.requests:
             with signals.undone(lambda: _tell_of(answers, left)):
-                done = _answer(arguments, name, answers, left)
+                done = _answer(arguments, name, adapters, answers, left)
         _summary(arguments, left, done, time.monotonic() - start)
         return 1 if answers.failed else 0
 
 
-def _answer(arguments: argparse.Namespace, name: str, answers: AnswersFile, left: Left) -> Progress:
+def _answer(
+    arguments: argparse.Namespace, name: str, adapters: Mapping[str, Path], answers: AnswersFile, left: Left
+) -> Progress:
     from glm4serve.batch import answer_all
     from glm4serve.models import Models
 
     with (
-        open_slots(arguments.bundle, arguments, max_queue=_MAX_QUEUE, stall_ms=_STALL_MS) as model,
+        open_slots(arguments.bundle, arguments, adapters=adapters, max_queue=_MAX_QUEUE, stall_ms=_STALL_MS) as model,
         _Line(left) as line,
     ):
         return answer_all(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4export.commands.slot_options import (
+    adapter_files,
     add_slot_options,
     answering_manifest,
+    check_draft,
     engine_settings,
     open_slots,
 )
@@ -63,6 +66,13 @@ def configure(command: argparse.ArgumentParser) -> None:
     )
     http.add_argument("--slots-page", action="store_true", help="GET /slots: who has slots and who waits, by key")
     http.add_argument("--no-page", action="store_true", help="no chat page at /")
+    http.add_argument(
+        "--otlp-endpoint",
+        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        metavar="URL",
+        help="send a span for each request to this collector, OTLP over HTTP (default: OTEL_EXPORTER_OTLP_ENDPOINT, "
+        "and where that isn't set none is made)",
+    )
     ray = command.add_argument_group("Ray")
     ray.add_argument("--ray", action="store_true", help="replicas under Ray Serve, on this machine or RAY_ADDRESS's")
     ray.add_argument("--replicas", type=int, metavar="N", help="default: 1; each has engines of its own")
@@ -76,15 +86,18 @@ def run(arguments: argparse.Namespace) -> int:
     from glm4serve import create_app, logs, server
 
     bundles = _bundles(arguments)
+    adapters = adapter_files(arguments, bundles)
+    check_draft(arguments, bundles)
     settings = _settings(arguments)
+    names = [*bundles, *(name for files in adapters.values() for name in files)]
     if arguments.certificate is not None:
         server.check_certificate(arguments.certificate, arguments.certificate_key)
 
     def ready(address: str) -> None:
         if arguments.json:
-            print(json.dumps({"url": address, "models": list(bundles)}), flush=True)
+            print(json.dumps({"url": address, "models": names}), flush=True)
         else:
-            print(f"{', '.join(bundles)} at {address}/v1 (Ctrl-C ends it)", flush=True)
+            print(f"{', '.join(names)} at {address}/v1 (Ctrl-C ends it)", flush=True)
 
     scale = _scale(arguments)
     if scale is not None:
@@ -92,20 +105,25 @@ def run(arguments: argparse.Namespace) -> int:
 
         server.bound_socket(arguments.host, arguments.port).close()  # told now, and not by Ray's log
         engine = engine_settings(arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms)
-        if arguments.chat_template is not None:
-            engine["chat_template"] = arguments.chat_template.resolve()
-        served = ray.Served({name: folder.resolve() for name, folder in bundles.items()}, engine, settings)
+        for option in ("chat_template", "draft"):
+            if engine[option] is not None:
+                engine[option] = engine[option].resolve()
+        served = ray.Served(_resolved(bundles), engine, settings, {n: _resolved(f) for n, f in adapters.items()})
         ray.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
         return 0
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in bundles.items():
             model = models[name] = open_slots(
-                folder, arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms
+                folder,
+                arguments,
+                adapters=adapters[name],
+                max_queue=arguments.max_queue,
+                stall_ms=arguments.stall_ms,
             )
             opened.callback(model.close)
         logs.configure()
-        server.serve(
+        return server.serve(
             create_app(models, settings),
             bound,
             drain=arguments.drain,
@@ -113,7 +131,11 @@ def run(arguments: argparse.Namespace) -> int:
             key=arguments.certificate_key,
             ready=ready,
         )
-    return 0
+
+
+def _resolved(paths: dict[str, Path]) -> dict[str, Path]:
+    """For processes that have another working directory."""
+    return {name: path.resolve() for name, path in paths.items()}
 
 
 def _bundles(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -138,7 +160,10 @@ def _settings(arguments: argparse.Namespace) -> Any:
     from glm4serve.keys import Keys
     from glm4serve.server import is_loopback
     from glm4serve.settings import Settings
+    from glm4serve.tracing import check_endpoint
 
+    if arguments.otlp_endpoint:
+        check_endpoint(arguments.otlp_endpoint)
     for name in ("timeout", "drain"):
         if not 0 <= getattr(arguments, name) <= 86400:
             raise UserError(f"--{name} {getattr(arguments, name)}: expected seconds from 0 to 86400")
@@ -159,6 +184,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         request_timeout=arguments.timeout or None,
         slots_page=arguments.slots_page,
         page=not arguments.no_page,
+        otlp_endpoint=arguments.otlp_endpoint or None,
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4runtime.backends.settings import PROVIDERS
-from glm4runtime.contract import UserError, read_manifest
+from glm4runtime.contract import AdapterFile, UserError, read_manifest
 
 if TYPE_CHECKING:
     from glm4runtime.contract import Manifest
@@ -40,6 +41,20 @@ def add_slot_options(command: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help="lone answers in int8 and int4 up to a fifth faster, but their bits then depend on what runs beside them",
     )
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file in place of the bundle's")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="of `glm4export adapter`: a model of that name, for a bundle built with --lora-slots; may be given again; "
+        "MODEL:NAME=FILE where several bundles are served",
+    )
+    group.add_argument(
+        "--draft",
+        type=Path,
+        metavar="BUNDLE",
+        help="a smaller model with the same tokenizer, which writes ahead: pays where one or two answers run at once",
+    )
     return group
 
 
@@ -53,8 +68,45 @@ def answering_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def open_slots(folder: Path, arguments: argparse.Namespace, *, max_queue: int, stall_ms: float) -> Engine | Encoder:
-    """Open a bundle as the options say; max_queue and stall_ms as :meth:`glm4runtime.Engine.load`'s."""
+def adapter_files(arguments: argparse.Namespace, bundles: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+    """Files by the adapters' names, of each of the bundles; no bundle is opened.
+
+    Raises UserError for an option in another form, one that names no bundle that is served, and a file that is none.
+    """
+    found: dict[str, dict[str, Path]] = {name: {} for name in bundles}
+    names = set(bundles)
+    for text in arguments.adapter:
+        given, sign, file = text.partition("=")
+        model, _, name = given.rpartition(":")
+        if not (name and sign and file):
+            raise UserError(f"--adapter {text}: expected NAME=FILE, or MODEL:NAME=FILE")
+        if not model and len(bundles) > 1:
+            raise UserError(f"--adapter {text}: of which bundle? MODEL:NAME=FILE with one of {', '.join(bundles)}")
+        model = model or next(iter(bundles))
+        if model not in bundles:
+            raise UserError(f"--adapter {text}: there is no bundle {model}; served: {', '.join(bundles)}")
+        if name in names:
+            raise UserError(f"--adapter {text}: another model is called {name}")
+        if read_manifest(bundles[model]).lora is None:
+            raise UserError(f"--adapter {text}: {bundles[model]} has no side paths; build it with --lora-slots N")
+        AdapterFile.read(Path(file))
+        names.add(name)
+        found[model][name] = Path(file)
+    return found
+
+
+def check_draft(arguments: argparse.Namespace, bundles: Mapping[str, Path]) -> None:
+    """Raises UserError where there's none of one bundle that writes text, or it is no bundle itself."""
+    if arguments.draft is not None:
+        if len(bundles) > 1 or any(read_manifest(folder).kv_cache is None for folder in bundles.values()):
+            raise UserError("--draft goes with one bundle, which writes text")
+        read_manifest(arguments.draft)
+
+
+def open_slots(
+    folder: Path, arguments: argparse.Namespace, *, adapters: Mapping[str, Path], max_queue: int, stall_ms: float
+) -> Engine | Encoder:
+    """Open a bundle as the options say. adapters: one of :func:`adapter_files`'; the others as Engine.load's."""
     from glm4runtime import load_encoder
     from glm4runtime.engine import Engine
 
@@ -62,7 +114,8 @@ def open_slots(folder: Path, arguments: argparse.Namespace, *, max_queue: int, s
         return load_encoder(
             folder, provider=arguments.provider, threads=arguments.threads, max_seq_len=arguments.max_seq_len
         )
-    return Engine.load(folder, **engine_settings(arguments, max_queue=max_queue, stall_ms=stall_ms))
+    settings = engine_settings(arguments, max_queue=max_queue, stall_ms=stall_ms)
+    return Engine.load(folder, adapters=adapters, **settings)
 
 
 def engine_settings(arguments: argparse.Namespace, *, max_queue: int, stall_ms: float) -> dict[str, Any]:
@@ -78,4 +131,5 @@ def engine_settings(arguments: argparse.Namespace, *, max_queue: int, stall_ms: 
         "prefix_cache_bytes": arguments.prefix_cache_mb << 20,
         "max_queue": max_queue,
         "stall_ms": stall_ms,
+        "draft": arguments.draft,
     }

@@ -1,9 +1,6 @@
 """From a protocol's requests to the engine and back: the seam that every protocol's module stands on.
 
-run = await submit(http, generator, [request], param="messages")
-if not body.stream:
-    return JSONResponse(form_of(await run.whole()))
-return run.stream(writer)
+A protocol's route is ``return await answered(http, body)``, where the body makes requests and the answer's form.
 """
 
 from __future__ import annotations
@@ -13,11 +10,13 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio.to_thread
 from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
 
+from glm4runtime.contract import UserError
 from glm4runtime.engine.request import Delta, Request, Result, Usage
 from glm4serve import logs
 from glm4serve.errors import ApiError, told, unavailable
@@ -29,11 +28,14 @@ if TYPE_CHECKING:
     from glm4runtime.engine.handle import Handle
 
 
-class Writer(Protocol):
-    """A protocol's form of an answer in events. Texts are whole events, see :func:`glm4serve.sse.event`."""
+class Answer(Protocol):
+    """A protocol's form of an answer, whole or in events. Texts are whole events, see :func:`glm4serve.sse.event`."""
 
-    def begin(self) -> Iterable[str]:
-        """In front of the first delta."""
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """A result for each prompt."""
+
+    def begin(self, prompt_tokens: int) -> Iterable[str]:
+        """In front of the first delta. prompt_tokens: of all prompts."""
 
     def delta(self, prompt: int, delta: Delta) -> Iterable[str]:
         """What is new in an answer to the prompt of that index."""
@@ -45,19 +47,51 @@ class Writer(Protocol):
         """In place of what would have followed."""
 
 
-async def submit(http: HttpRequest, generator: Generator, requests: Sequence[Request], *, param: str) -> Run:
-    """Have the requests, one for each prompt, answered. param: the field that holds prompts, for errors.
+class Body(Protocol):
+    """A protocol's request."""
 
-    Raises ApiError for what can't be answered; then none of them is.
-    """
+    @property
+    def model(self) -> str | None:
+        """Which one; None: the only one."""
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that holds prompts, for errors."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether events are wanted."""
+
+    def requests(self, generator: Generator) -> Sequence[Request]:
+        """One for each prompt. Raises ApiError and UserError for fields that don't go together."""
+
+    def answer(self, generator: Generator) -> Answer:
+        """Its answer's form."""
+
+
+async def answered(http: HttpRequest, body: Body) -> Response:
+    """Have a request answered. Raises ApiError for what can't be."""
+    generator = service_of(http).models.generator(body.model)
+    note(http, model=generator.name)
+    try:
+        requests = body.requests(generator)
+    except UserError as error:
+        raise told(error) from error
+    asked = requests[0].params
+    note(http, n=requests[0].n, max_tokens=asked.max_new_tokens, temperature=asked.temperature, top_p=asked.top_p)
+    run, answer = await _submit(http, generator, requests, body.prompt_field), body.answer(generator)
+    return run.stream(answer) if body.streams else JSONResponse(answer.whole(await run.whole()))
+
+
+async def _submit(http: HttpRequest, generator: Generator, requests: Sequence[Request], param: str) -> Run:
+    """Have all of them answered, or none. Raises ApiError."""
     service = service_of(http)
     settings, run = service.settings, Run(service, generator, http)
-    note(http, model=generator.name)
     try:
         for request in requests:
             asked = replace(request, key=owner_of(http), timeout=settings.request_timeout)
             # In a thread: the template runs in another process, and a grammar may take a while.
-            run.handles.append(await anyio.to_thread.run_sync(generator.engine.submit, asked))
+            run.handles.append(await anyio.to_thread.run_sync(generator.submit, asked))
     except BaseException as error:
         run.close()
         if isinstance(error, Exception):
@@ -90,12 +124,9 @@ class Run:
             await asyncio.wait({gone, work})
             self.close()
 
-    def stream(self, writer: Writer) -> EventStream:
+    def stream(self, answer: Answer) -> EventStream:
         """The response that tells of the answers as they come; an error ends it in the protocol's form."""
-        settings = self._service.settings
-        return EventStream(
-            self._events(writer), closed=self.close, ping=settings.ping, write_timeout=settings.write_timeout
-        )
+        return EventStream(self._events(answer), closed=self.close, ping=self._service.settings.ping)
 
     def cancel(self) -> None:
         """End the answers; whoever reads them is told that the server does."""
@@ -117,6 +148,8 @@ class Run:
             cached_tokens=total.cached_tokens,
             completion_tokens=total.completion_tokens,
             finish_reasons=self._reasons or ["cancelled"],
+            queue_seconds=_rounded(self.handles[0].timing.started),
+            first_token_seconds=_rounded(self.handles[0].timing.first_token),
         )
         for handle in self.handles:
             if handle.timing.finished is not None and self._reasons:
@@ -127,20 +160,21 @@ class Run:
             pass
         return [await handle.result_async() for handle in self.handles]
 
-    async def _events(self, writer: Writer) -> AsyncGenerator[str, None]:
+    async def _events(self, answer: Answer) -> AsyncGenerator[str, None]:
         try:
-            for text in writer.begin():
+            for text in answer.begin(sum(handle.usage.prompt_tokens for handle in self.handles)):
                 yield text
             async for prompt, delta in self._deltas():
-                for text in writer.delta(prompt, delta):
+                for text in answer.delta(prompt, delta):
                     yield text
             results = [await handle.result_async() for handle in self.handles]
-            for text in writer.end(results):
+            for text in answer.end(results):
                 yield text
         except Exception as error:
             if not isinstance(error, ApiError):
                 logs.failure(self._http.scope.get("glm4.id", ""), error)
-            for text in writer.error(told(error)):
+            note(self._http, error=told(error).code)
+            for text in answer.error(told(error)):
                 yield text
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -161,6 +195,10 @@ class Run:
                 if delta.finish_reason == "cancelled":
                     raise unavailable("the server is being shut down, and ended the answer before it was whole")
                 yield prompt, delta
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from glm4runtime.encoder import Encoder
-from glm4serve import health, page, tokens
+from glm4serve import health, logs, page, tokens
 from glm4serve.anthropic import messages
-from glm4serve.errors import ApiError, invalid
+from glm4serve.errors import INTERNAL, ApiError, invalid
 from glm4serve.gate import Gate
 from glm4serve.openai import chat, completions, embeddings, listing, responses
 from glm4serve.responses import respond
@@ -75,6 +75,8 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
 
 async def _api_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.code == INTERNAL:
+        logs.failure(http.scope.get("glm4.id", ""), error)
     return respond(http.url.path, error)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from glm4runtime.contract import BundleError, UserError
 from glm4runtime.engine import EngineClosed, PromptTooLong, QueueFull, RequestFailed
 
+INTERNAL = "internal_error"  # the code of a fault of ours, which the log tells more of
+
 
 class ApiError(Exception):
     """An error with its HTTP status. ``kind`` and ``code`` are OpenAI's; ``param`` is the field that is meant."""
@@ -44,10 +46,11 @@ def told(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, EngineClosed):
         return unavailable("the model takes no requests now: it is being closed, or has failed")
     if isinstance(error, RequestFailed):
-        return ApiError(500, str(error), code="request_failed")
+        ours = not isinstance(error.__cause__, UserError)  # a graph's words may hold paths
+        return ApiError(500, "the model failed on this request" if ours else str(error), code="request_failed")
     if isinstance(error, UserError) and not isinstance(error, BundleError):
         return ApiError(400, str(error), code="invalid_value", param=param)
-    return ApiError(500, "the server failed on this request; its log says more", code="internal_error")
+    return ApiError(500, "the server failed on this request; its log says more", code=INTERNAL)
 
 
 def queue_full(message: str, retry_after: float) -> ApiError:
@@ -67,7 +70,7 @@ def invalid(errors: Sequence[Any], body: Any) -> ApiError:
         return ApiError(400, f"body: not valid JSON: {errors[0]['ctx']['error']}", code="invalid_json")
     found: dict[str, list[str]] = {}
     for item in errors:
-        message = "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])
+        message = "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])[:300]  # a tag is quoted
         found.setdefault(_path(item["loc"][1:], body, item["type"] == "missing"), []).append(message)
     parts = [f"{path}: {', or: '.join(dict.fromkeys(messages))}" for path, messages in found.items()]
     more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""

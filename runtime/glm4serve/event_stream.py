@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
-
-
-class SlowReader(Exception):
-    """A client left what was sent to it unread for too long."""
 
 
 async def disconnected(receive: Receive) -> None:
@@ -23,17 +18,15 @@ async def disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """A response of events, each already in its form (:func:`glm4serve.sse.event`)."""
 
-    def __init__(
-        self, events: AsyncGenerator[str, None], *, closed: Callable[[], None], ping: float, write_timeout: float
-    ) -> None:
-        """closed: called once, however it ends. ping: seconds of silence, then a comment. write_timeout: seconds."""
+    def __init__(self, events: AsyncGenerator[str, None], *, closed: Callable[[], None], ping: float) -> None:
+        """closed: called once, however it ends. ping: seconds of silence, then a comment."""
         super().__init__(media_type="text/event-stream; charset=utf-8", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self.headers["X-Accel-Buffering"] = "no"  # nginx would hold events back
-        self._events, self._closed, self._ping, self._write_timeout = events, closed, ping, write_timeout
+        self._events, self._closed, self._ping = events, closed, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write them. Raises SlowReader."""
+        """Write them. Raises what ``send`` does."""
         gone = asyncio.ensure_future(disconnected(receive))
         pump = asyncio.ensure_future(self._pump(send))
         try:
@@ -47,34 +40,27 @@ class EventStream(Response):
             self._closed()
 
     async def _pump(self, send: Send) -> None:
-        async def write(message: Message) -> None:
-            try:
-                with anyio.fail_after(self._write_timeout):  # before Python 3.12, wait_for may swallow a cancellation
-                    await send(message)
-            except TimeoutError:
-                raise SlowReader from None
-
-        await write({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         coming: asyncio.Future[str] | None = None
         try:
             while True:
                 coming = coming or asyncio.ensure_future(anext(self._events))
                 done, _ = await asyncio.wait({coming}, timeout=self._ping)
                 if not done:
-                    await write(_body(": waiting\n\n"))
+                    await send(_body(": waiting\n\n"))
                     continue
                 try:
                     text = coming.result()
                 except StopAsyncIteration:
                     break
                 coming = None
-                await write(_body(text))
+                await send(_body(text))
         finally:
             if coming is not None:
                 coming.cancel()
                 await asyncio.wait({coming})
             await self._events.aclose()
-        await write({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _body(text: str) -> Message:

@@ -12,13 +12,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
 from glm4serve.errors import ApiError, told, unavailable
-from glm4serve.event_stream import SlowReader
 from glm4serve.responses import respond
 from glm4serve.service import Service
 
 #: Answered without a key, and while the service drains: what a balancer asks.
 OPEN = frozenset({"/health", "/ready"})
 _ID = re.compile(r"[\w.-]{1,128}")
+
+
+class SlowReader(Exception):
+    """A client left what was sent to it unread for too long."""
 
 
 class Gate:
@@ -44,7 +47,11 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = id
-            await send(message)
+            try:
+                with anyio.fail_after(self._service.settings.write_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise SlowReader from None
 
         counted = path not in OPEN
         self._service.in_flight += counted
@@ -62,18 +69,25 @@ class Gate:
                 await respond(path, told(error))(scope, receive, answer)
         finally:
             self._service.in_flight -= counted
-            route = scope.get("route")
-            name = getattr(route, "path", "(other)")
-            self._service.metrics.responses.labels(name, str(status or 499)).inc()
-            logs.request(
-                id=id,
-                method=scope["method"],
-                path=name,
-                status=status or 499,
-                seconds=round(time.monotonic() - began, 4),
-                key=scope.get("glm4.owner", ""),
-                **scope.get("glm4.log", {}),
-            )
+            self._tell(scope, headers, id, status or 499, time.monotonic() - began)
+
+    def _tell(self, scope: Scope, headers: Headers, id: str, status: int, seconds: float) -> None:
+        """Metrics, trace and log of a request that ended."""
+        name = getattr(scope.get("route"), "path", "(other)")
+        self._service.metrics.responses.labels(name, str(status)).inc()
+        fields = {
+            "id": id,
+            "method": scope["method"],
+            "path": name,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "key": scope.get("glm4.owner", ""),
+            **scope.get("glm4.log", {}),
+        }
+        traces = self._service.traces
+        if traces is not None and (trace := traces.record(headers, fields)) is not None:
+            fields["trace"] = trace
+        logs.request(**fields)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         settings, path = self._service.settings, scope["path"]

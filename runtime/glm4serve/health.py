@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from glm4serve.errors import ApiError
+from glm4serve.models import Generator
 from glm4serve.service import Service, service_of
 
 router = APIRouter()
@@ -17,14 +18,14 @@ router = APIRouter()
 
 def healthy(service: Service) -> bool:
     """Whether every engine's thread lives and comes round."""
-    return all(_state(service, name)["healthy"] for name in service.models.generators)
+    return all(_state(service, generator)["healthy"] for generator in service.models.bundles)
 
 
 @router.get("/health")
 async def health(http: Request) -> JSONResponse:
     """200 while every engine's thread lives and comes round; else 503."""
     service = service_of(http)
-    models = {name: _state(service, name) for name in service.models.generators}
+    models = {generator.name: _state(service, generator) for generator in service.models.bundles}
     well = all(state["healthy"] for state in models.values())
     return JSONResponse({"status": "ok" if well else "unhealthy", "models": models}, 200 if well else 503)
 
@@ -51,7 +52,7 @@ async def slots(http: Request) -> JSONResponse:
     if not service.settings.slots_page:
         raise ApiError(404, "/slots is off; the server's --slots-page turns it on", code="not_found")
     found = []
-    for generator in service.models.generators.values():
+    for generator in service.models.bundles:
         stats = generator.engine.stats()
         now = stats.scheduler
         found.append(
@@ -69,7 +70,18 @@ async def slots(http: Request) -> JSONResponse:
     return JSONResponse(found)
 
 
-def _state(service: Service, name: str) -> dict[str, Any]:
-    stats = service.models.generators[name].engine.stats()
-    well = stats.healthy and stats.last_step_age < service.settings.stall_limit
-    return {"healthy": well, "last_step_age": round(stats.last_step_age, 3)}
+def _state(service: Service, generator: Generator) -> dict[str, Any]:
+    stats = generator.engine.stats()
+    reason = None
+    if stats.death is not None:
+        reason = "its thread has died"  # the log says of what: everybody may ask for health
+    elif not stats.healthy:
+        reason = "its last runs failed, or it was closed"
+    elif stats.last_step_age >= service.settings.stall_limit:
+        reason = "it doesn't come round"
+    state: dict[str, Any] = {"healthy": reason is None, "last_step_age": round(stats.last_step_age, 3)}
+    if reason is not None:
+        state["reason"] = reason
+    if generator.bundle_changed:
+        state["bundle_changed"] = True  # what is served is what was opened
+    return state

@@ -34,7 +34,7 @@ def configure(level: int = logging.INFO) -> None:
     """Write our log and uvicorn's to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("glm4serve", "uvicorn", "uvicorn.error"):
+    for name in ("glm4serve", "opentelemetry", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = ([handler] if name != "uvicorn.error" else []), name == "uvicorn.error"
         logger.setLevel(level if name == "glm4serve" else logging.WARNING)
@@ -56,6 +56,8 @@ def event(name: str, **fields: Any) -> None:
 
 
 def _places(error: BaseException) -> dict[str, Any]:
+    while error.__cause__ is not None:  # an engine's thread raises elsewhere than its request's reader
+        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
     return {"error": type(error).__name__, "places": places}

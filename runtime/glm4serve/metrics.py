@@ -82,6 +82,8 @@ class _Engines(Collector):
             "prefix_cache_queries": "Prompt tokens that were looked for in the prefix cache.",
             "prefix_cache_hits": "Those found there.",
             "prefix_cache_evictions": "Blocks that others took the place of.",
+            "spec_decode_num_draft_tokens": "Tokens that a draft bundle guessed.",
+            "spec_decode_num_accepted_tokens": "Those that proved right.",
         }
         found: dict[str, Metric] = {
             name: GaugeMetricFamily(f"glm4:{name}", text, labels=_MODEL) for name, text in gauges.items()
@@ -90,7 +92,7 @@ class _Engines(Collector):
         success = CounterMetricFamily(
             "glm4:request_success", "Answers by how they ended.", labels=("model_name", "finished_reason")
         )
-        for generator in self._models.generators.values():
+        for generator in self._models.bundles:  # an adapter's numbers are its bundle's
             stats, name = generator.engine.stats(), generator.name
             kept = stats.prefixes
             values = {
@@ -104,6 +106,8 @@ class _Engines(Collector):
                 "prefix_cache_queries": 0 if kept is None else kept.query_tokens,
                 "prefix_cache_hits": 0 if kept is None else kept.hit_tokens,
                 "prefix_cache_evictions": 0 if kept is None else kept.evictions,
+                "spec_decode_num_draft_tokens": stats.drafted_tokens,
+                "spec_decode_num_accepted_tokens": stats.accepted_tokens,
             }
             for key, value in values.items():
                 found[key].add_metric([name], value)  # type: ignore[attr-defined]

@@ -1,36 +1,56 @@
-"""Which bundles are served, by name."""
+"""Which bundles are served, and which adapters of theirs, by name."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from glm4runtime.contract import UserError
+from glm4runtime.contract import MANIFEST, UserError
 from glm4runtime.encoder import Encoder
 from glm4serve.embedder import Embedder
 from glm4serve.errors import ApiError
 
 if TYPE_CHECKING:
-    from glm4runtime.contract import Manifest
-    from glm4runtime.engine import Engine
+    from glm4runtime.engine import Engine, Handle, Request
 
 _M = TypeVar("_M")
+_GUESSES = 7  # of a draft bundle per run, at most: it takes as many as pay
 
 
-@dataclass(frozen=True)
 class Generator:
-    """A model that writes text."""
+    """A model that writes text: a bundle, or an adapter that its engine has loaded."""
 
-    name: str
-    engine: Engine
+    def __init__(self, name: str, engine: Engine, base: str | None = None) -> None:
+        """base: of an adapter, the bundle's name."""
+        self.name, self.engine, self.base = name, engine, base
+        self._opened = _stamp(engine.folder)
+
+    @property
+    def adapter(self) -> str | None:
+        """What requests to the engine call it."""
+        return None if self.base is None else self.name
+
+    @property
+    def bundle_changed(self) -> bool:
+        """Whether the bundle's folder holds another one since it was opened, or none. The engine keeps the old one."""
+        return _stamp(self.engine.folder) != self._opened
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for requests that get equal answers for equal seeds: which bundle it is."""
-        return _fingerprint(self.engine.manifest)
+        """Equal for requests that get equal answers for equal seeds: which bundle and adapter it is."""
+        parts = [self.engine.manifest.to_json()]
+        if self.adapter is not None:
+            parts.append(self.engine.adapters[self.adapter])
+        return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+    def submit(self, request: Request) -> Handle:
+        """Have it answered, with the guesses of the engine's draft where it has one. Raises as Engine.submit does."""
+        draft = _GUESSES if self.engine.has_draft else 0
+        return self.engine.submit(replace(request, adapter=self.adapter, draft=draft))
 
     @property
     def most_tokens(self) -> int:
@@ -42,7 +62,10 @@ class Models:
     """The models by name. Without a name, a request means the only one of its kind."""
 
     def __init__(self, served: Mapping[str, Engine | Encoder], *, queue: int) -> None:
-        """queue: requests that may wait for an encoder. Raises UserError where nothing is served."""
+        """queue: requests that may wait for an encoder. An engine's adapters are models of their own names.
+
+        Raises UserError where nothing is served, or two models have one name.
+        """
         if not served:
             raise UserError("models: expected at least one bundle to serve")
         self.generators: dict[str, Generator] = {}
@@ -52,6 +75,16 @@ class Models:
                 self.embedders[name] = Embedder(name, model, queue)
             else:
                 self.generators[name] = Generator(name, model)
+        for base in self.bundles:
+            for name in base.engine.adapters:
+                if name in self.generators or name in self.embedders:
+                    raise UserError(f"models: an adapter and another model are both called {name}; rename one of them")
+                self.generators[name] = Generator(name, base.engine, base.name)
+
+    @property
+    def bundles(self) -> list[Generator]:
+        """Those that write text without an adapter: one for each engine."""
+        return [generator for generator in self.generators.values() if generator.base is None]
 
     def __iter__(self) -> Iterator[Generator | Embedder]:
         yield from self.generators.values()
@@ -59,6 +92,8 @@ class Models:
 
     def generator(self, name: str | None) -> Generator:
         """Raises ApiError: 404 for a name that isn't served, 400 for one that writes no text."""
+        if name is None and len(self.bundles) == 1:  # adapters are asked for by name
+            return self.bundles[0]
         return _found(name, self.generators, self.embedders, "gives embeddings, no text")
 
     def embedder(self, name: str | None) -> Embedder:
@@ -85,5 +120,10 @@ def _found(name: str | None, wanted: Mapping[str, _M], others: Mapping[str, obje
     raise ApiError(404, f"model: {found}; served: {known}", code="model_not_found", param="model")
 
 
-def _fingerprint(manifest: Manifest) -> str:
-    return "fp_" + hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12]
+def _stamp(folder: Path) -> tuple[int, int, int] | None:
+    """Which bundle is in a folder; None for none. A build never writes into a manifest that is there."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns

@@ -20,6 +20,7 @@ from glm4serve import logs
 from glm4serve.service import Service
 
 _KEEP_ALIVE = 75  # seconds; clients give up idle connections after 5 or 60, and have to be the first
+_LOOK = 0.5  # seconds between two looks at whether engines live
 _CUT = 5.0  # seconds that answers have to tell their clients that the server ends them
 
 
@@ -60,11 +61,13 @@ def serve(
     certificate: Path | None = None,
     key: Path | None = None,
     ready: Callable[[str], None],
-) -> None:
-    """Run the application until a signal ends it. ready: told the address, once it answers.
+) -> int:
+    """Run the application until a signal ends it; returns the process's exit status. ready: told the address, once it
+    answers.
 
     SIGINT, SIGTERM or SIGHUP: no more requests are taken (503), those under way have ``drain`` seconds, and are then
-    ended with an error. A second signal ends the process at once.
+    ended with an error. A second signal ends the process at once. Where an engine's thread dies it ends in the same way
+    by itself, with status 1: whoever started it can start it again.
     """
     config = uvicorn.Config(
         app,
@@ -76,7 +79,9 @@ def serve(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    _Server(config, app.state.service, bound, drain, ready).run(sockets=[bound])
+    server = _Server(config, app.state.service, bound, drain, ready)
+    server.run(sockets=[bound])
+    return server.status
 
 
 class _Server(uvicorn.Server):
@@ -91,10 +96,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._bound, self._seconds, self._ready = service, bound, drain, ready
         self._ending: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.status = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            self._watching = asyncio.ensure_future(self._watch())
             host, port = self._bound.getsockname()[:2]
             scheme = "https" if self.config.ssl_certfile else "http"
             self._ready(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
@@ -118,17 +126,28 @@ class _Server(uvicorn.Server):
         if self._ending is not None:
             logs.event("ended", by=signal.Signals(number).name, in_flight=self._service.in_flight)
             signals.leave(128 + number)
-        self._ending = asyncio.ensure_future(self._end(number))
+        self._ending = asyncio.ensure_future(self._end(signal.Signals(number).name))
 
-    async def _end(self, number: int) -> None:
+    async def _watch(self) -> None:
+        """End the server once an engine's thread has died."""
+        while self._ending is None:
+            for generator in self._service.models.bundles:
+                death = generator.engine.stats().death
+                if death is not None:
+                    logs.event("engine died", model=generator.name, reason=death)
+                    self.status = 1
+                    self._ending = asyncio.ensure_future(self._end("death"))
+            await asyncio.sleep(_LOOK)
+
+    async def _end(self, by: str) -> None:
         service, loop = self._service, asyncio.get_running_loop()
         service.draining = True
-        logs.event("draining", by=signal.Signals(number).name, in_flight=service.in_flight, seconds=self._seconds)
+        logs.event("draining", by=by, in_flight=service.in_flight, seconds=self._seconds)
         await self._idle(loop.time() + self._seconds)
         cut = service.in_flight
         service.abort()
         await self._idle(loop.time() + _CUT)
-        logs.event("ended", by=signal.Signals(number).name, cut=cut)
+        logs.event("ended", by=by, cut=cut)
         self.should_exit = True
 
     async def _idle(self, until: float) -> None:

@@ -12,6 +12,7 @@ from glm4runtime.encoder import Encoder
 from glm4serve.metrics import Metrics
 from glm4serve.models import Models
 from glm4serve.settings import Settings
+from glm4serve.tracing import Traces
 
 if TYPE_CHECKING:
     from glm4runtime.engine import Engine
@@ -28,8 +29,9 @@ class Service:
     """Models, limits and numbers of one application."""
 
     def __init__(self, served: Mapping[str, Engine | Encoder], settings: Settings) -> None:
-        """Raises UserError where nothing is served."""
+        """Raises UserError where nothing is served, or traces are wanted and OpenTelemetry isn't installed."""
         self.settings = settings
+        self.traces = None if settings.otlp_endpoint is None else Traces.over_http(settings.otlp_endpoint)
         self.models = Models(served, queue=settings.embedding_queue)
         self.metrics = Metrics(self.models)
         self.started = int(time.time())
@@ -46,6 +48,8 @@ class Service:
         """End our threads. Engines and encoders are the caller's."""
         for embedder in self.models.embedders.values():
             embedder.close()
+        if self.traces is not None:
+            self.traces.close()
 
 
 def service_of(http: HttpRequest) -> Service:

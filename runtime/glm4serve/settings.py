@@ -23,3 +23,4 @@ class Settings:
     embedding_queue: int = 64  # requests for embeddings that may wait
     slots_page: bool = False  # GET /slots
     page: bool = True  # the chat page at /
+    otlp_endpoint: str | None = None  # address of a collector that gets a span for each request

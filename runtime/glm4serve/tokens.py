@@ -8,14 +8,16 @@ from typing import Any, TypeVar
 import anyio.to_thread
 from fastapi import APIRouter
 from pydantic import Field
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from glm4runtime.contract import UserError
 from glm4serve.errors import told
 from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.openai.messages import Message, Tool, template_messages, template_tools
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 from glm4serve.service import service_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -34,24 +36,28 @@ class DetokenizeRequest(Strict):
     """Special tokens are shown."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int] = Field(max_length=1 << 17)
 
 
 class TemplateRequest(Strict):
     """As a chat's."""
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    messages: Items[Message] = Field(min_length=1)
+    tools: Items[Tool] | None = None
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, http: HttpRequest) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None)
+async def tokenize(body: TokenizeRequest, http: HttpRequest) -> Response:
     """Token ids of a text, as a prompt would have them."""
     generator = service_of(http).models.generator(body.model)
-    ids = await _in_thread(lambda: generator.engine.tokenizer.encode(body.content))
-    tokens: list[Any] = [{"id": id, "piece": _piece(generator, id)} for id in ids] if body.with_pieces else ids
-    return {"tokens": tokens, "count": len(ids), "max_model_len": generator.most_tokens}
+
+    def answer() -> bytes:
+        ids = generator.engine.tokenizer.encode(body.content)
+        tokens: list[Any] = [{"id": id, "piece": _piece(generator, id)} for id in ids] if body.with_pieces else ids
+        return to_json({"tokens": tokens, "count": len(ids), "max_model_len": generator.most_tokens})
+
+    return Response(await _in_thread(answer), media_type="application/json")
 
 
 @router.post("/detokenize")

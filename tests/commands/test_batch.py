@@ -17,6 +17,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from glm4export import cli
+from glm4export.commands import batch
 from glm4runtime.contract import UserError
 from glm4runtime.engine import EngineClosed
 from glm4runtime.engine.request import Request
@@ -25,6 +26,7 @@ from glm4serve.models import Models
 from tests.commands.conftest import Fails
 from tests.helpers.fake_engine import FakeEngine, words
 from tests.helpers.processes import GLM4EXPORT
+from tests.helpers.small_bundles import fill
 
 IDENTITY = "0123456789ab"
 
@@ -286,3 +288,23 @@ def test_a_run_that_is_ended(number: int, status: int, france: tuple[list[str], 
     assert cli.main(command) == 0
     assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert list(map(plain, read(out))) == list(map(plain, read(france[1])))
+
+
+def test_what_answers_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changes a logit's last bits: a run with other options doesn't go on with these answers."""
+    fill(tmp_path / "bundle")
+    fill(tmp_path / "draft", producer="another")
+    requests, found = write(tmp_path / "r", ask("a", "1")), dict[str, str]()
+
+    def answer(arguments: Any, name: str, adapters: Any, answers: AnswersFile, left: Any) -> Progress:
+        found[" ".join(options)] = answers.identity
+        return Progress()
+
+    monkeypatch.setattr(batch, "_answer", answer)
+    draft = str(tmp_path / "draft")
+    same = [[], ["--threads", "1"], ["--slots", "2"], ["--prefix-cache-mb", "1"], ["--provider", "cpu"]]
+    other = [["--provider", "cuda"], ["--no-invariant"], ["--prefix-cache", "all"], ["--draft", draft]]
+    for options in [*same, *other]:
+        assert cli.main(["batch", str(tmp_path / "bundle"), str(requests), "-o", str(tmp_path / "a"), *options]) == 0
+    assert len({found[" ".join(options)] for options in same}) == 1
+    assert len(set(found.values())) == 1 + len(other)

@@ -23,6 +23,13 @@ from tests.helpers.small_bundles import fill
         (["{bundle}", "--certificate", "{missing}"], "no certificate and key that TLS can use"),
         (["{bundle}", "--port", "70000"], "port 70000: can't be listened on"),
         (["{missing}"], "missing"),
+        (["{bundle}", "--adapter", "x"], "--adapter x: expected NAME=FILE, or MODEL:NAME=FILE"),
+        (["{bundle}", "--adapter", "a={missing}"], "has no side paths; build it with --lora-slots N"),
+        (["{bundle}", "--adapter", "other:a={missing}"], "there is no bundle other; served: bundle"),
+        (["{bundle}", "--adapter", "bundle={missing}"], "another model is called bundle"),
+        (["{bundle}", "--name", "b={bundle}", "--adapter", "a=x"], "a=x: of which bundle? MODEL:NAME=FILE"),
+        (["{bundle}", "--name", "b={bundle}", "--draft", "{bundle}"], "--draft goes with one bundle"),
+        (["{bundle}", "--draft", "{missing}"], "missing"),
     ],
 )
 def test_options_that_do_not_fit(

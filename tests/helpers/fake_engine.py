@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from typing import Any
 
 import glm4export
 from glm4runtime.engine import EngineClosed, EngineStats
-from glm4runtime.engine.handle import Feed, Handle
+from glm4runtime.engine.handle import Feed, Handle, RequestFailed
 from glm4runtime.engine.prefix import PrefixStats
 from glm4runtime.engine.prepare import PromptTooLong
 from glm4runtime.engine.request import Delta, Request, Result, Timing, Usage
@@ -49,8 +49,14 @@ class FakeEngine:
         pause: float = 0.0,
         max_queue: int | None = None,
         error: Exception | None = None,
+        adapters: Mapping[str, str] | None = None,
+        has_draft: bool = False,
     ) -> None:
-        """pause: seconds between deltas. max_queue: requests at once, above it QueueFull. error: ends each request."""
+        """pause: seconds between deltas. max_queue: requests at once, above it QueueFull. error: ends each request.
+        adapters, has_draft: as Engine's.
+        """
+        self.adapters, self.has_draft, self.folder = adapters or {}, has_draft, DEMO
+        self.death: str | None = None
         self.requests: list[Request] = []
         self.feeds: list[Feed] = []
         self.running = 0
@@ -82,11 +88,18 @@ class FakeEngine:
         threading.Thread(target=self._answer, args=(request, feed, ids), daemon=True).start()
         return Handle(feed)
 
+    def die(self, error: Exception) -> None:
+        """As an engine does whose thread ends in this error."""
+        failure = RequestFailed("the engine's thread died")
+        failure.__cause__ = error
+        self.healthy, self.death, self._error = False, f"{type(error).__name__}: {error}", failure
+
     def stats(self) -> EngineStats:
         """As Engine's."""
         scheduler = SchedulerStats(0, self.running, 0, {}, None, None)
         return EngineStats(
             healthy=self.healthy,
+            death=self.death,
             last_step_age=self.last_step_age,
             slots=4,
             scheduler=scheduler,

@@ -311,6 +311,13 @@ def test_regexes_and_grammars_that_are_none() -> None:
             compile_structure(Structure(**given), VOCABULARY)
 
 
+def test_a_schema_that_asks_for_nothing() -> None:
+    """Any JSON: to be empty isn't to be absent."""
+    structure = Structure(json_schema={})
+    assert structure.kind == "json_schema"
+    compile_structure(structure, VOCABULARY).consume(TOKENIZER.encode("1")[0])
+
+
 def test_what_tool_choice_means() -> None:
     assert [tool_structure(TOOLS, free) for free in (None, "auto", "none")] == [None, None, None]
     for wrong in ("any", {"type": "function"}, {"function": {"name": "get"}}, 3):

@@ -92,6 +92,14 @@ def test_pieces_come_as_early_as_they_can(data: bytes, expected: list[str]) -> N
     assert pieces(byte_ids(data)) == expected
 
 
+def test_a_long_text_is_encoded_as_short_ones_are() -> None:
+    """It goes another way, on which other threads aren't held up."""
+    text = "".join(CORPUS) * (40_000 // len("".join(CORPUS)))
+    assert TOKENIZER.encode(text) == RAW.encode(text, add_special_tokens=False).ids
+    assert TOKENIZER.encode_text(text, 100)[0] == RAW.encode(text, add_special_tokens=True).ids[:100]
+    assert TOKENIZER.longest == max(len(TOKENIZER.token_bytes(id)) for id in range(TOKENIZER.vocab_size))
+
+
 def test_special_tokens() -> None:
     user, think = TOKENIZER.token_id("<|user|>"), TOKENIZER.token_id("<think>")
     assert user is not None and think is not None and TOKENIZER.token_id("<|nothing|>") is None

@@ -114,6 +114,16 @@ def test_paths_that_there_are_not(serve: Serve) -> None:
     assert ask(app, CHAT).json()["error"]["code"] == "method_not_allowed"
 
 
+def test_a_fault_of_ours_is_in_the_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Also one that came while a request was made ready."""
+    app, engine = serve()
+    engine.submit = lambda request: [][1]  # type: ignore[assignment, method-assign]
+    with caplog.at_level(logging.ERROR, "glm4serve"):
+        assert ask(app, CHAT, ASK).json()["error"]["code"] == "internal_error"
+    [record] = [record for record in caplog.records if record.message == "failure"]
+    assert record.fields["error"] == "IndexError" and "test_gate.py" in record.fields["places"][-1]  # type: ignore[attr-defined]
+
+
 def test_the_log_has_no_texts(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "glm4serve")
     app, _ = serve(words("SECRET"))

@@ -18,9 +18,14 @@ def test_an_engine_that_does_not_come_round(serve: Serve) -> None:
     }
     engine.last_step_age = 6.0
     response = ask(app, "/health")
-    assert response.status_code == 503 and response.json()["models"]["m"] == {"healthy": False, "last_step_age": 6.0}
+    assert response.status_code == 503 and response.json()["models"]["m"] == {
+        "healthy": False,
+        "last_step_age": 6.0,
+        "reason": "it doesn't come round",
+    }
     assert ask(app, "/ready").status_code == 503
-    engine.last_step_age, engine.healthy = 0.0, False
+    engine.last_step_age, engine.healthy, engine.death = 0.0, False, "OSError: /home/me/bundle"
+    assert ask(app, "/health").json()["models"]["m"]["reason"] == "its thread has died"  # anybody may ask: no more
     assert ask(app, "/health").status_code == ask(app, "/ready").status_code == 503
 
 

@@ -276,6 +276,6 @@ def test_failures_while_it_answers(serve: Serve) -> None:
     response = ask(app, PATH, BODY)
     assert response.status_code == 500 and response.json()["error"]["type"] == "api_error"
     last = events(ask(app, PATH, {**BODY, "stream": True}))[-1]
-    assert last == {"type": "error", "error": {"type": "api_error", "message": "the request failed: a graph"}}
+    assert last == {"type": "error", "error": {"type": "api_error", "message": "the model failed on this request"}}
     app, _ = serve(words("x", reason="timeout"))
     assert ask(app, PATH, BODY).json()["error"]["type"] == "timeout_error"

@@ -185,9 +185,13 @@ def test_failures_while_it_answers(serve: Serve) -> None:
     app, _ = serve(words("x"), error=RequestFailed("the request failed: a graph"))
     assert ask(app, PATH, BODY).status_code == 500
     told, failed = events(ask(app, PATH, {**BODY, "stream": True}))[-2:]
-    assert (told["type"], told["code"], told["message"]) == ("error", "request_failed", "the request failed: a graph")
+    assert (told["type"], told["code"], told["message"]) == (
+        "error",
+        "request_failed",
+        "the model failed on this request",
+    )
     assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
-    assert failed["response"]["error"] == {"code": "server_error", "message": "the request failed: a graph"}
+    assert failed["response"]["error"] == {"code": "server_error", "message": "the model failed on this request"}
 
 
 FRANCE = "What is the capital of France?"

@@ -116,7 +116,8 @@ class Engine:
         self.manifest: Manifest = runner.manifest
         self.max_seq_len = runner.max_seq_len
         self.folder, self.runner, self._text = text.folder, runner, text
-        self._preparation = Preparation(runner, text, drafts=draft is not None)
+        self._has_draft = draft is not None
+        self._preparation = Preparation(runner, text, drafts=self._has_draft)
         scheduler = Scheduler(
             runner.slots,
             max_queue=settings.max_queue,
@@ -158,9 +159,14 @@ class Engine:
         return self.submit(request)
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that were loaded: what :attr:`Request.adapter` may be."""
-        return tuple(self.runner.adapters)
+    def adapters(self) -> Mapping[str, str]:
+        """The adapters that were loaded: sha256 of what each holds, by what :attr:`Request.adapter` may be."""
+        return self.runner.adapters
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether a draft bundle was loaded, so that :attr:`Request.draft` may be more than 0."""
+        return self._has_draft
 
     @property
     def tokenizer(self) -> Any:

@@ -16,7 +16,10 @@ _BACKLOG = 32  # deltas that wait for a slow reader; from there on they are join
 
 
 class RequestFailed(UserError):
-    """The engine could not answer: a graph failed, or gave no numbers. Other requests are not concerned."""
+    """The engine could not answer: a graph failed, or gave no numbers. Other requests are not concerned.
+
+    ``__cause__`` is what went wrong: a UserError where it's the request's or the bundle's.
+    """
 
 
 class Feed:

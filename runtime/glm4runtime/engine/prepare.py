@@ -24,12 +24,12 @@ from glm4runtime.text.turn import in_thought
 
 
 class PromptTooLong(UserError):
-    """A prompt of ``tokens`` tokens, where a slot holds ``limit``."""
+    """A prompt of ``tokens`` tokens, or at least so many, where a slot holds ``limit``."""
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(self, tokens: int, limit: int, *, at_least: bool = False) -> None:
         super().__init__(
-            f"the prompt has {tokens} tokens, a slot holds {limit}; shorten it, or open or build the bundle with a "
-            "larger max_seq_len"
+            f"the prompt has {'at least ' * at_least}{tokens} tokens, a slot holds {limit}; shorten it, or open or "
+            "build the bundle with a larger max_seq_len"
         )
         self.tokens, self.limit = tokens, limit
 
@@ -97,7 +97,13 @@ class Preparation:
             prompt = request.prompt
         else:
             return checked_ids(request.prompt, self._manifest.vocab_size), None
+        self._require_length(prompt or "")
         return checked_ids(self._text.tokenizer.encode(prompt or ""), self._manifest.vocab_size), prompt
+
+    def _require_length(self, prompt: str) -> None:
+        """Refuse a prompt that can't fit whatever its tokens are, before they are looked for: that takes long."""
+        if len(prompt) > 4 * self._limit and len(prompt) > self._limit * self._text.tokenizer.longest:
+            raise PromptTooLong(len(prompt) // self._text.tokenizer.longest, self._limit, at_least=True)
 
     def _matcher(self, request: Request, prompt: str | None) -> Matcher | None:
         structure = request.structure

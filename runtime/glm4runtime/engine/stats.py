@@ -13,6 +13,7 @@ class EngineStats:
     """Numbers of this moment, and totals since the engine was opened."""
 
     healthy: bool  # its thread lives, and runs don't fail
+    death: str | None  # what its thread died of; it answers nothing any more
     last_step_age: float  # seconds since the thread last came round; it does at least once a second
     slots: int
     scheduler: SchedulerStats

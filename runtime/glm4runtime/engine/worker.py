@@ -92,6 +92,7 @@ class Worker:
                 and not self.closing
                 and self.thread.is_alive()
                 and self.loop.failures_in_a_row < _FAILURES,
+                death=None if self._death is None else _told(self._death),
                 last_step_age=time.monotonic() - self._last_step,
                 slots=self.scheduler.slots,
                 scheduler=self.scheduler.stats(),
@@ -149,9 +150,7 @@ class Worker:
             self._death = error
         finally:
             with self.condition:
-                reason = (
-                    None if self._death is None else RequestFailed(f"the engine's thread died: {_told(self._death)}")
-                )
+                reason = None if self._death is None else _failure("the engine's thread died", self._death)
                 for job in {id(answer.job): answer.job for answer in self.answers.values()}.values():
                     _give_up(job, reason)
                 self.answers.clear()
@@ -236,7 +235,7 @@ class Worker:
             self.loop.end(answer := self.answers.pop(id))
             self.loop.failed.pop(answer, None)
             self._finished["error"] += 1
-        job.close(RequestFailed(f"the request failed: {_told(error)}"))
+        job.close(_failure("the request failed", error))
         self.condition.notify_all()
 
     def _end(self, id: int, reason: FinishReason) -> None:
@@ -273,7 +272,13 @@ def _give_up(job: Job, reason: Exception | None) -> None:
                 answer.end("cancelled")
         job.close(reason)
     except Exception as error:  # the others are to be told nevertheless
-        job.feed.end(None, RequestFailed(f"the request failed: {_told(error)}"))
+        job.feed.end(None, _failure("the request failed", error))
+
+
+def _failure(what: str, error: BaseException) -> RequestFailed:
+    failure = RequestFailed(f"{what}: {_told(error)}")
+    failure.__cause__ = error
+    return failure
 
 
 def _told(error: BaseException) -> str:

@@ -48,7 +48,7 @@ class Structure:
     parallel: bool = True  # with tools: whether several calls may be made
 
     def __post_init__(self) -> None:
-        kinds = [f.name for f in fields(self)[:5] if getattr(self, f.name) not in (None, False)]
+        kinds = self._kinds
         if len(kinds) != 1:
             known = "json_schema, json_object, regex, lark, tools"
             raise StructureError(f"structure: expected one of {known}, found {', '.join(kinds) or 'none'}")
@@ -66,6 +66,15 @@ class Structure:
             check_schema(self.json_schema, "json_schema")
         if self.tools is not None:
             called_functions(self)
+
+    @property
+    def kind(self) -> str:
+        """Which of them it is."""
+        return self._kinds[0]
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [f.name for f in fields(self)[:5] if getattr(self, f.name) not in (None, False)]
 
 
 def tool_structure(tools: Sequence[Mapping[str, Any]], choice: Any, parallel: bool = True) -> Structure | None:

@@ -123,13 +123,12 @@ def compile_structure(structure: Structure, vocabulary: Vocabulary, *, thinking:
     grammar = grammar_of(structure)
     text = library.LLMatcher.grammar_from_regex(grammar) if isinstance(grammar, str) else json.dumps(grammar)
     matcher = library.LLMatcher(vocabulary.library, text, log_level=0, limits=vocabulary.limits)
-    kind = next(name for name in ("regex", "lark", "tools", "json_schema", "json_object") if getattr(structure, name))
     if matcher.is_error():
-        raise StructureError(f"{kind}: can't be enforced: {_first_lines(matcher.get_error())}")
+        raise StructureError(f"{structure.kind}: can't be enforced: {_first_lines(matcher.get_error())}")
     if warnings := matcher.get_grammar_warnings():
-        raise StructureError(f"{kind}: can't be enforced: {'; '.join(warnings)}")
+        raise StructureError(f"{structure.kind}: can't be enforced: {'; '.join(warnings)}")
     # Models begin their answers with a blank line, as the template has it, but a regex means the whole text.
-    blank = thinking or kind not in ("regex", "lark")
+    blank = thinking or structure.kind not in ("regex", "lark")
     made = Matcher(vocabulary, matcher, blank=blank, thought=StopStrings([THINK_END]) if thinking else None)
     made.check_possible()
     return made

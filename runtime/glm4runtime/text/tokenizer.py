@@ -11,6 +11,7 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_LONG = 20_000  # characters; shorter texts take a few milliseconds
 
 # What a byte-level BPE is made of. Other parts of the package panic, or abort the process, where their settings don't
 # fit: a Precompiled normalizer asks for gigabytes, a FixedLength of 0 divides by it.
@@ -187,7 +189,19 @@ class Tokenizer:
                 else:
                     self._tokenizer.enable_truncation(most)
                 self._most = most
-            return self._tokenizer.encode(text, add_special_tokens=special)
+            if len(text) < _LONG:
+                return self._tokenizer.encode(text, add_special_tokens=special)
+            # The same, but other threads run meanwhile: a text of 4 MB would stop them for 15 seconds
+            return self._tokenizer.encode_batch([text], add_special_tokens=special)[0]
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of a text that one token may stand for: the bytes of the longest one.
+
+        Four times that where a normalizer puts characters together.
+        """
+        most = max(len(self._bytes_of(token)) for token in self._tokenizer.get_vocab())
+        return most if self._tokenizer.normalizer is None else 4 * most
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``. Ids that are no token are passed over; bytes that are no UTF-8 become U+FFFD.
@@ -218,14 +232,16 @@ class Tokenizer:
                 token = self._tokenizer.id_to_token(token_id) or ""
             except OverflowError as error:
                 raise UserError(f"token id: expected 0 to {self.vocab_size - 1}, found {token_id}") from error
-            # The ByteLevel decoder's own rule: a token with a character outside the byte alphabet, which only added
-            # tokens can have, is text as it stands.
-            if all(character in _BYTE_OF for character in token):
-                known = bytes(_BYTE_OF[character] for character in token)
-            else:
-                known = token.encode()
-            self._bytes[token_id] = known
+            known = self._bytes[token_id] = self._bytes_of(token)
         return known
+
+    @staticmethod
+    def _bytes_of(token: str) -> bytes:
+        # The ByteLevel decoder's own rule: a token with a character outside the byte alphabet, which only added tokens
+        # can have, is text as it stands.
+        if all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        return token.encode()
 
     def is_special(self, token_id: int) -> bool:
         """Whether decoding with ``skip_special_tokens`` passes over this token."""

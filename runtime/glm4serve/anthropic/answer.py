@@ -21,11 +21,11 @@ _EMPTY: dict[str, dict[str, Any]] = {
 
 
 class MessageAnswer:
-    """A :class:`~glm4serve.answering.Writer`, and the whole answer from the same parts."""
+    """A :class:`~glm4serve.answering.Answer`: whole and in events from the same parts."""
 
-    def __init__(self, generator: Generator, *, prompt_tokens: int, most: int, thoughts: bool, one_call: bool) -> None:
+    def __init__(self, generator: Generator, *, most: int, thoughts: bool, one_call: bool) -> None:
         """most: tokens that were asked for. thoughts: whether they are told. one_call: others are left out."""
-        self._prompt_tokens, self._most, self._thoughts, self._one_call = prompt_tokens, most, thoughts, one_call
+        self._most, self._thoughts, self._one_call = most, thoughts, one_call
         self._calls = 0  # given so far
         self._blocks = 0  # begun so far
         self._open: str | None = None  # the last one's type, while it goes on
@@ -46,12 +46,12 @@ class MessageAnswer:
         content += [{**_call_block(call), "input": call.arguments} for call in self._wanted(choice.tool_calls)]
         return {**self._head, "content": content, **self._ending(results[0]), "usage": _usage(results[0].usage)}
 
-    def begin(self) -> Iterator[str]:
+    def begin(self, prompt_tokens: int) -> Iterator[str]:
         """The message without content, and the tokens that are known by now."""
         ending = {"stop_reason": None, "stop_sequence": None}
         yield _event(
             "message_start",
-            message={**self._head, "content": [], **ending, "usage": _usage(Usage(self._prompt_tokens, 0, 0))},
+            message={**self._head, "content": [], **ending, "usage": _usage(Usage(prompt_tokens, 0, 0))},
         )
         yield _event("ping")
 

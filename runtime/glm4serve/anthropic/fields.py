@@ -10,7 +10,7 @@ from pydantic import Field
 
 from glm4serve.conversation import Conversation, function_tool
 from glm4serve.errors import ApiError
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 
 
 class CacheControl(Strict):
@@ -57,7 +57,7 @@ class ToolResultBlock(Cached):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] = ""
+    content: str | Items[TextBlock] = ""
     is_error: bool | None = None
 
 
@@ -65,14 +65,14 @@ class UserMessage(Strict):
     """What the user says, and what was called for."""
 
     role: Literal["user"]
-    content: str | list[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]]
+    content: str | Items[Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]]
 
 
 class AssistantMessage(Strict):
     """An earlier answer."""
 
     role: Literal["assistant"]
-    content: str | list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
+    content: str | Items[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
 
 Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
@@ -153,9 +153,9 @@ class Prompted(Cached):
     """What a prompt is made of."""
 
     model: str | None = Field(None, max_length=256)
-    messages: list[Message] = Field(min_length=1)
-    system: str | list[TextBlock] | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    messages: Items[Message] = Field(min_length=1)
+    system: str | Items[TextBlock] | None = None
+    tools: Items[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from glm4runtime.contract import UserError
 from glm4runtime.engine.request import Request
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.text.grammar import Structure, tool_structure
-from glm4serve.answering import submit
+from glm4serve.answering import answered
 from glm4serve.anthropic.answer import MessageAnswer
 from glm4serve.anthropic.errors import anthropic_shape
 from glm4serve.anthropic.fields import FreeChoice, NamedChoice, Prompted, ThinkingOn
@@ -22,7 +22,7 @@ from glm4serve.errors import ApiError, told
 from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.responses import SHAPES
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 from glm4serve.service import service_of
 
 router = APIRouter(route_class=JsonRoute)
@@ -40,12 +40,27 @@ class MessageRequest(Prompted):
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
-    stop_sequences: list[str] | None = Field(None, max_length=16)
+    stop_sequences: Items[str] | None = Field(None, max_length=16)
     temperature: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+
+    prompt_field: ClassVar[str] = "messages"
+
+    @property
+    def streams(self) -> bool:
+        """Whether events are wanted."""
+        return bool(self.stream)
+
+    def requests(self, generator: Generator) -> list[Request]:
+        """The one that the engine is given. Raises ApiError and UserError for fields that don't go together."""
+        return [_engine_request(self, generator)]
+
+    def answer(self, generator: Generator) -> MessageAnswer:
+        """Its answer's form."""
+        return MessageAnswer(generator, most=self.max_tokens, thoughts=self.shows_thoughts, one_call=_one_call(self))
 
 
 class CountRequest(Prompted):
@@ -55,22 +70,7 @@ class CountRequest(Prompted):
 @router.post("/v1/messages", response_model=None)
 async def messages(body: MessageRequest, http: HttpRequest) -> Response:
     """An answer to a conversation, whole or as events."""
-    generator = service_of(http).models.generator(body.model)
-    try:
-        request = _engine_request(body, generator)
-    except UserError as error:
-        raise told(error) from error
-    run = await submit(http, generator, [request], param="messages")
-    answer = MessageAnswer(
-        generator,
-        prompt_tokens=run.handles[0].usage.prompt_tokens,
-        most=body.max_tokens,
-        thoughts=body.shows_thoughts,
-        one_call=_one_call(body),
-    )
-    if body.stream:
-        return run.stream(answer)
-    return JSONResponse(answer.whole(await run.whole()))
+    return await answered(http, body)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -107,13 +107,12 @@ class Answerer:
         generator = self._models.generator(body.model)
         if body.streams:
             raise ApiError(400, "stream: an answer in a file has no stream", code="invalid_value", param="stream")
-        engine = generator.engine
         with ExitStack() as stack:
-            handles = [stack.enter_context(engine.submit(request)) for request in body.requests(generator)]
+            handles = [stack.enter_context(generator.submit(request)) for request in body.requests(generator)]
             try:
                 results = [handle.result() for handle in handles]
             except RequestFailed as error:
-                if not engine.stats().healthy:
+                if not generator.engine.stats().healthy:
                     raise EngineClosed(f"the engine fails, and would on the requests that follow: {error}") from error
                 raise
         if any(choice.finish_reason == "cancelled" for result in results for choice in result.choices):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Served:
     bundles: dict[str, Path]  # by the models' names
     engine: dict[str, Any]  # arguments of Engine.load
     settings: Settings
+    adapters: dict[str, dict[str, Path]] = field(default_factory=dict)  # of each bundle, by their names
 
     def open(self) -> dict[str, Engine | Encoder]:
         """Raises UserError or BundleError as Engine.load and load_encoder do."""
@@ -45,7 +46,7 @@ class Served:
                 shared = {key: self.engine[key] for key in ("provider", "threads", "max_seq_len") if key in self.engine}
                 models[name] = load_encoder(folder, **shared)
             else:
-                models[name] = Engine.load(folder, **self.engine)
+                models[name] = Engine.load(folder, adapters=self.adapters.get(name), **self.engine)
         return models
 
 

@@ -18,7 +18,7 @@ from glm4serve.sse import event
 
 
 class ChatAnswer:
-    """A :class:`~glm4serve.answering.Writer`, and the whole answer from the same parts."""
+    """A :class:`~glm4serve.answering.Answer`: whole and in events from the same parts."""
 
     def __init__(self, generator: Generator, *, n: int, usage: bool, one_call: bool) -> None:
         """n: choices. usage: a stream ends with it. one_call: calls behind an answer's first are left out."""
@@ -45,7 +45,7 @@ class ChatAnswer:
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage_object(result.usage)}
 
-    def begin(self) -> Iterator[str]:
+    def begin(self, prompt_tokens: int) -> Iterator[str]:
         """Each choice's role."""
         for index in range(self._n):
             yield self._chunk(index, {"role": "assistant", "content": ""})

@@ -14,6 +14,7 @@ from glm4serve.openai.chat_answer import ChatAnswer
 from glm4serve.openai.fields import SamplingFields
 from glm4serve.openai.messages import Message, NamedTool, Tool, template_messages, template_tools
 from glm4serve.openai.structure import ResponseFormat, StructuredOutputs, structure_of
+from glm4serve.schema import Items
 
 #: What the template is given anyway, and can't be changed by the client.
 _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
@@ -22,17 +23,17 @@ _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 class ChatRequest(SamplingFields):
     """OpenAI's, without what these models can't do, and vLLM's additions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Items[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     prompt_field: ClassVar[str] = "messages"

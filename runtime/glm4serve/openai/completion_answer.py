@@ -16,7 +16,7 @@ from glm4serve.sse import event
 
 
 class CompletionAnswer:
-    """A :class:`~glm4serve.answering.Writer`, and the whole answer from the same parts."""
+    """A :class:`~glm4serve.answering.Answer`: whole and in events from the same parts."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class CompletionAnswer:
                 choices.append(self._choice(prompt, choice, result))
         return {**self._head, "choices": choices, "usage": usage_object(self._total(results))}
 
-    def begin(self) -> Iterator[str]:
+    def begin(self, prompt_tokens: int) -> Iterator[str]:
         """The prompts, where they are wanted."""
         for prompt in range(len(self._echo or ())):
             for choice in range(self._n):

@@ -12,11 +12,12 @@ from glm4serve.models import Generator
 from glm4serve.openai.completion_answer import CompletionAnswer
 from glm4serve.openai.fields import SamplingFields
 from glm4serve.openai.structure import StructuredOutputs, structure_of
+from glm4serve.schema import Items
 
 _MAX_TOKENS = 16  # OpenAI's default
 _MOST_PROMPTS = 128
 
-Ids = Annotated[list[int], Field(min_length=1)]
+Ids = Annotated[Items[int], Field(min_length=1)]
 
 
 class CompletionRequest(SamplingFields):
@@ -25,8 +26,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         str
         | Ids
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[Items[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+        | Annotated[Items[Ids], Field(min_length=1, max_length=_MOST_PROMPTS)]
     )
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = None

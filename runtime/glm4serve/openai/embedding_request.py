@@ -9,11 +9,12 @@ from pydantic import Field
 
 from glm4serve.embedder import Embedder, Embeddings
 from glm4serve.openai.fields import PassedOver
+from glm4serve.schema import Items
 
 _MOST_INPUTS = 2048  # OpenAI's
 
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[int], Field(min_length=1)]
+Ids = Annotated[Items[int], Field(min_length=1)]
 
 
 class EmbeddingRequest(PassedOver):
@@ -23,8 +24,8 @@ class EmbeddingRequest(PassedOver):
     input: (
         Text
         | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=_MOST_INPUTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=_MOST_INPUTS)]
+        | Annotated[Items[Text], Field(min_length=1, max_length=_MOST_INPUTS)]
+        | Annotated[Items[Ids], Field(min_length=1, max_length=_MOST_INPUTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import anyio.to_thread
 from fastapi import APIRouter
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from glm4runtime.contract import UserError
 from glm4serve.errors import ApiError, told
@@ -21,11 +23,15 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/embeddings", response_model=None)
 async def embeddings(body: EmbeddingRequest, http: HttpRequest) -> Response:
     """One embedding for each text."""
-    embedder = service_of(http).models.embedder(body.model)
+    service = service_of(http)
+    embedder = service.models.embedder(body.model)
     work = asyncio.ensure_future(embedder.embed(body.texts()))
     gone = asyncio.ensure_future(disconnected(http.receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        timeout = service.settings.request_timeout
+        done, _ = await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise ApiError(504, "the request's time was over before its texts were embedded", code="timeout")
         if not work.done():
             raise ApiError(499, "the client went away", code="client_gone")
         found = work.result()
@@ -36,4 +42,6 @@ async def embeddings(body: EmbeddingRequest, http: HttpRequest) -> Response:
         gone.cancel()
         await asyncio.wait({work, gone})
     note(http, model=embedder.name, prompt_tokens=found.tokens, texts=len(found.rows))
-    return JSONResponse(body.answer(embedder, found))
+    # Rust's writer: Python's holds up the event loop for seconds where there are thousands of texts
+    content = await anyio.to_thread.run_sync(lambda: to_json(body.answer(embedder, found)))
+    return Response(content, media_type="application/json")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from glm4runtime.contract import UserError
 from glm4runtime.sampling import SamplingParams
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -38,7 +38,7 @@ class SamplingFields(PassedOver):
     n: int | None = Field(None, ge=1, le=64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[Items[StopString], Field(max_length=16)] | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
@@ -56,9 +56,9 @@ class SamplingFields(PassedOver):
     dry_multiplier: float | None = Field(None, ge=0)
     dry_base: float | None = Field(None, ge=1)
     dry_allowed_length: int | None = Field(None, ge=1)
-    dry_sequence_breakers: list[int] | None = Field(None, max_length=256)
+    dry_sequence_breakers: Items[int] | None = Field(None, max_length=256)
     min_tokens: int | None = Field(None, ge=0)
-    stop_token_ids: list[int] | None = Field(None, max_length=64)
+    stop_token_ids: Items[int] | None = Field(None, max_length=64)
     cache_salt: str | None = Field(None, max_length=256)
 
     @property

@@ -29,7 +29,7 @@ async def model(name: str, http: HttpRequest) -> dict[str, Any]:
 
 
 def _described(model: Generator | Embedder, created: int) -> dict[str, Any]:
-    return {
+    described = {
         "id": model.name,
         "object": "model",
         "created": created,
@@ -37,3 +37,6 @@ def _described(model: Generator | Embedder, created: int) -> dict[str, Any]:
         "max_model_len": model.most_tokens,
         "task": "embed" if isinstance(model, Embedder) else "generate",
     }
+    if isinstance(model, Generator) and model.base is not None:
+        described["parent"] = model.base  # vLLM's name for an adapter's base model
+    return described

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 
 
 class TextPart(Strict):
@@ -17,7 +17,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[Items[TextPart], Field(min_length=1)]
 
 
 class SystemMessage(Strict):
@@ -66,7 +66,7 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Items[Call] | None = None
     name: str | None = None
     refusal: None = None
     audio: None = None

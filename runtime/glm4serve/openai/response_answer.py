@@ -19,7 +19,7 @@ _WORDS = {"reasoning": ("rs", "reasoning_text"), "message": ("msg", "output_text
 
 
 class ResponseAnswer:
-    """A :class:`~glm4serve.answering.Writer`, and the whole answer from the same parts."""
+    """A :class:`~glm4serve.answering.Answer`: whole and in events from the same parts."""
 
     def __init__(self, generator: Generator, given: Mapping[str, Any], *, one_call: bool) -> None:
         """given: what a response repeats of its request. one_call: calls behind the first are left out."""
@@ -52,7 +52,7 @@ class ResponseAnswer:
         self._output.extend(_call_item(call) for call in self._wanted(choice.tool_calls))
         return self._ended(results[0])
 
-    def begin(self) -> Iterator[str]:
+    def begin(self, prompt_tokens: int) -> Iterator[str]:
         """The response without output."""
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from glm4serve.conversation import Conversation
-from glm4serve.schema import Strict
+from glm4serve.schema import Items, Strict
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -37,7 +37,7 @@ class MessageItem(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part]
+    content: str | Items[Part]
     id: str | None = None
     status: Status | None = None
 
@@ -58,7 +58,7 @@ class ResultItem(Strict):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Items[InputText]
     id: str | None = None
     status: Status | None = None
 
@@ -82,8 +82,8 @@ class ReasoningItem(Strict):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[SummaryText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Items[SummaryText] | None = None
+    content: Items[ReasoningText] | None = None
     encrypted_content: None = None
     status: Status | None = None
 
@@ -109,7 +109,7 @@ def _form(given: Any) -> str:
 
 #: A text is what the user says. Told apart by hand, so that errors are of what was given and not of both.
 Input = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Item], Field(min_length=1), Tag("items")], Discriminator(_form)
+    Annotated[str, Tag("text")] | Annotated[Items[Item], Field(min_length=1), Tag("items")], Discriminator(_form)
 ]
 
 

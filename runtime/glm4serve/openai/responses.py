@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from glm4runtime.contract import UserError
 from glm4runtime.engine.request import Request
 from glm4runtime.sampling import SamplingParams
 from glm4runtime.text.grammar import Structure, tool_structure
-from glm4serve.answering import submit
+from glm4serve.answering import answered
 from glm4serve.conversation import function_tool
-from glm4serve.errors import ApiError, told
+from glm4serve.errors import ApiError
 from glm4serve.json_route import JsonRoute
 from glm4serve.models import Generator
 from glm4serve.openai.fields import PassedOver
 from glm4serve.openai.response_answer import ResponseAnswer
 from glm4serve.openai.response_input import Input, template_messages
 from glm4serve.openai.structure import AnyObject, AnyText
-from glm4serve.schema import Strict
-from glm4serve.service import service_of
+from glm4serve.schema import Items, Strict
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -83,7 +81,7 @@ class ResponseRequest(PassedOver):
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    tools: list[FunctionTool] | None = Field(None, max_length=128)
+    tools: Items[FunctionTool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
@@ -95,20 +93,26 @@ class ResponseRequest(PassedOver):
     previous_response_id: None = None
     include: Annotated[list[Any], Field(max_length=0)] | None = None
 
+    prompt_field: ClassVar[str] = "input"
+
+    @property
+    def streams(self) -> bool:
+        """Whether events are wanted."""
+        return bool(self.stream)
+
+    def requests(self, generator: Generator) -> list[Request]:
+        """The one that the engine is given. Raises ApiError and UserError for fields that don't go together."""
+        return [_engine_request(self, generator)]
+
+    def answer(self, generator: Generator) -> ResponseAnswer:
+        """Its answer's form."""
+        return ResponseAnswer(generator, _given(self), one_call=self.parallel_tool_calls is False)
+
 
 @router.post("/v1/responses", response_model=None)
 async def responses(body: ResponseRequest, http: HttpRequest) -> Response:
     """An answer to a conversation, whole or as events."""
-    generator = service_of(http).models.generator(body.model)
-    try:
-        request = _engine_request(body, generator)
-    except UserError as error:
-        raise told(error) from error
-    run = await submit(http, generator, [request], param="input")
-    answer = ResponseAnswer(generator, _given(body), one_call=body.parallel_tool_calls is False)
-    if body.stream:
-        return run.stream(answer)
-    return JSONResponse(answer.whole(await run.whole()))
+    return await answered(http, body)
 
 
 def _engine_request(body: ResponseRequest, generator: Generator) -> Request:

@@ -17,6 +17,13 @@ function push(message, node) {
   main.scrollTop = main.scrollHeight;
 }
 
+/** Show more, and stay at the end where the reader is there. */
+function keepLow(show) {
+  const low = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
+  show();
+  if (low) main.scrollTop = main.scrollHeight;
+}
+
 /** Forget the turns from the one at this index on. */
 function cut(index) {
   running?.abort();
@@ -49,7 +56,7 @@ function request() {
 
 async function answer() {
   const controller = (running = new AbortController());
-  const turn = new AnswerTurn();
+  const turn = new AnswerTurn(keepLow);
   let note = "";
   let first = 0;
   let last = 0;
@@ -64,10 +71,8 @@ async function answer() {
           last = performance.now();
           first ||= last;
         }
-        const low = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
         turn.add(choice.delta);
         if (choice.finish_reason === "length") note = "cut: no more tokens; ";
-        if (low) requestAnimationFrame(() => (main.scrollTop = main.scrollHeight));
       }
       if (chunk.usage) {
         const tokens = chunk.usage.completion_tokens;

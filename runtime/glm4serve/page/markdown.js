@@ -1,14 +1,15 @@
 // Markdown as DOM nodes. Text of a model's is only ever a text node: no HTML of its own is read, and links lead to
-// http, https and mailto alone.
+// http, https and mailto alone. Whatever the text is, time grows with its length and no faster: what a pattern looks
+// ahead is bounded, and what is longer than that is no markup.
 
 const INLINE = new RegExp(
   [
-    /(?<ticks>`+)(?<code>[^]*?[^`])\k<ticks>(?!`)/,
-    /\*\*(?<bold>[^\s*](?:[^]*?[^\s])?)\*\*/,
-    /(?<![\w*])\*(?<italic>[^\s*](?:[^*]*?[^\s*])?)\*(?!\w)/,
-    /(?<!\w)_(?<under>[^\s_](?:[^_]*?[^\s_])?)_(?!\w)/,
-    /~~(?<struck>[^~]+)~~/,
-    /(?<!!)\[(?<label>[^\]]+)\]\((?<target>[^\s()]+(?:\([^\s()]*\)[^\s()]*)*)\)/,
+    /(?<!`)(?<ticks>`{1,9})(?!`)(?<code>[^]{0,1000}?[^`])\k<ticks>(?!`)/,
+    /\*\*(?<bold>[^\s*](?:[^]{0,1000}?[^\s])?)\*\*/,
+    /(?<![\w*])\*(?<italic>[^\s*](?:[^*]{0,1000}?[^\s*])?)\*(?!\w)/,
+    /(?<!\w)_(?<under>[^\s_](?:[^_]{0,1000}?[^\s_])?)_(?!\w)/,
+    /~~(?<struck>[^~]{1,1000})~~/,
+    /(?<!!)\[(?<label>[^\]]{1,500})\]\((?<target>[^\s()]{1,2000}(?:\([^\s()]{0,500}\)[^\s()]{0,500}){0,4})\)/,
     /(?<url>https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]*_])/,
   ]
     .map((pattern) => pattern.source)
@@ -34,7 +35,8 @@ const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}> ?/;
-const CELLS = /^\s*\|?[\s:|-]*-[\s:|-]*\|[\s:|-]*$/;
+const CELLS = /^[\s:|-]+$/;
+const LONG = 2000; // characters of a line that may be a heading
 
 function blocks(lines, parent, depth) {
   let at = 0;
@@ -44,17 +46,16 @@ function blocks(lines, parent, depth) {
     if (!line.trim()) {
       at += 1;
     } else if (fence) {
-      const end = lines.findIndex((other, index) => index > at && other.trim().startsWith(fence[1]) && !/[^`~\s]/.test(other));
-      const last = end < 0 ? lines.length : end;
+      const last = run(lines, at + 1, (other) => !other.trim().startsWith(fence[1]) || /[^`~\s]/.test(other));
       const code = element("code", {}, lines.slice(at + 1, last).join("\n"));
       const label = fence[2] ? `Code, ${fence[2]}` : "Code";
       parent.append(element("pre", { tabindex: "0", role: "region", "aria-label": label }, code));
       at = last + 1;
-    } else if (HEADING.test(line)) {
-      const [, marks, words] = HEADING.exec(line);
-      const heading = element(`h${Math.min(marks.length + 2, 6)}`);
-      inline(words, heading);
-      parent.append(heading);
+    } else if (heading(line)) {
+      const [, marks, words] = heading(line);
+      const made = element(`h${Math.min(marks.length + 2, 6)}`);
+      inline(words, made);
+      parent.append(made);
       at += 1;
     } else if (RULE.test(line)) {
       parent.append(element("hr"));
@@ -67,7 +68,7 @@ function blocks(lines, parent, depth) {
       at = end;
     } else if (depth < 8 && ITEM.test(line)) {
       at = list(lines, at, parent, depth);
-    } else if (line.includes("|") && CELLS.test(lines[at + 1] ?? "")) {
+    } else if (line.includes("|") && underlines(lines[at + 1] ?? "")) {
       const end = run(lines, at, (other) => other.includes("|"));
       parent.append(table(lines.slice(at, end)));
       at = end;
@@ -81,8 +82,17 @@ function blocks(lines, parent, depth) {
   }
 }
 
+function heading(line) {
+  return line.length < LONG && HEADING.exec(line);
+}
+
+/** Whether this is the line under a table's head. */
+function underlines(line) {
+  return line.includes("|") && line.includes("-") && CELLS.test(line);
+}
+
 function begins(line, depth) {
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || (depth < 8 && (QUOTE.test(line) || ITEM.test(line)));
+  return FENCE.test(line) || heading(line) || RULE.test(line) || (depth < 8 && (QUOTE.test(line) || ITEM.test(line)));
 }
 
 function run(lines, from, belongs) {

@@ -40,15 +40,18 @@ export function resultTurn(name, text) {
   return element("li", { class: "user" }, who(`Result of ${name}`), code);
 }
 
-/** The model's turn, shown while it grows. */
+/** The model's turn, shown while it grows: at most once a frame, and in a fifth of the time however long it is. */
 export class AnswerTurn {
-  constructor() {
+  /** around(show): calls show, and does what belongs to it. */
+  constructor(around) {
+    this.around = around;
+    this.rest = 0; // when it may be shown again
     this.thought = this.content = "";
     this.calls = [];
     this.words = element("div", { class: "words busy" });
     this.actions = element("div", { class: "actions" });
     this.node = element("li", { class: "assistant" }, who("Assistant"), this.words, this.actions);
-    this.frame = 0;
+    this.timer = 0;
   }
 
   /** Add a chunk's delta. */
@@ -59,12 +62,14 @@ export class AnswerTurn {
       this.calls.push({ id: call.id, type: "function", function: call.function });
       this.words.before(callNode(call.function));
     }
-    this.frame ||= requestAnimationFrame(() => this.show());
+    const draw = () => requestAnimationFrame(() => this.timer && this.around(() => this.show()));
+    this.timer ||= setTimeout(draw, Math.max(0, this.rest - performance.now()));
   }
 
   show() {
-    cancelAnimationFrame(this.frame);
-    this.frame = 0;
+    clearTimeout(this.timer);
+    this.timer = 0;
+    const began = performance.now();
     if (this.thought) {
       if (!this.thoughtNode) {
         this.summary = element("summary", {}, "Thinking…");
@@ -76,11 +81,13 @@ export class AnswerTurn {
       if (this.content || this.calls.length) this.summary.textContent = "Thought";
     }
     this.words.replaceChildren(markdown(this.content));
+    const now = performance.now();
+    this.rest = now + 4 * (now - began);
   }
 
   /** It is whole, or as whole as it will be. note: a line about it. */
   end(note) {
-    this.show();
+    this.around(() => this.show());
     if (this.summary) this.summary.textContent = "Thought";
     this.words.classList.remove("busy");
     const copy = button("Copy");

@@ -46,7 +46,7 @@ def at_once(engine: Engine, requests: list[Request]) -> list[Delta]:
 def test_in_any_company_as_alone(precision: str, adapted: AdaptedModel, load_engine: LoadEngine) -> None:
     """Tokens and log-probabilities, to the bit."""
     engine = load_engine(adapted.build(precision), adapters=adapted.files, prefix_cache="off", **SIZES)
-    assert engine.adapters == ("wide", "narrow")
+    assert list(engine.adapters) == ["wide", "narrow"]
     requests = [request(index) for index in range(8)]
     alone = [at_once(engine, [each])[0] for each in requests]
     assert at_once(engine, requests) == alone

@@ -213,6 +213,9 @@ def test_what_cannot_be_answered_is_said_at_once(load_engine: LoadEngine) -> Non
     engine = load_engine(slots=1, max_queue=1)
     with pytest.raises(PromptTooLong, match="the prompt has 257 tokens, a slot holds 256"):
         engine.submit(Request(prompt(257)))
+    longest = engine.tokenizer.longest
+    with pytest.raises(PromptTooLong, match="the prompt has at least 256 tokens, a slot holds 256"):
+        engine.submit(Request("a" * (256 * longest + 1)))  # before its tokens are looked for
     with pytest.raises(UserError, match="token"):
         engine.submit(Request([1, 999_999]))
     with pytest.raises(UserError, match="expected either prompt or messages, found neither"):
