@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from glm4export.bench.measure import _one_sequence
 from glm4export.build.options import BuildOptions
 from glm4export.passes.give_top_logits import give_top_logits
 from glm4runtime import Engine, Request, SamplingParams, Session, UserError, load
@@ -129,6 +130,16 @@ def test_held_rows_lie_apart_from_those_that_are_fetched(
         for row, whole in zip(rows, wanted, strict=True):
             assert isinstance(row, HeldRow) and np.array_equal(row.fetch(), whole)
         assert np.array_equal(runner.verify([9, 10, 11]), wanted[1:]) and not np.array_equal(host, before)
+
+
+def test_bench_steps_as_generation_does(opened: Callable[[str], Session], chosen: list[bool]) -> None:
+    session = opened("fp32")
+    session.runner.rewind()
+    session.runner.prefill([5, 6, 7])
+    step = _one_sequence(session)
+    step()
+    step()
+    assert chosen == [False, False]
 
 
 def test_the_engine_fetches_whole_rows(opened: Callable[[str], Session]) -> None:
