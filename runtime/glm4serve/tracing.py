@@ -48,12 +48,18 @@ _ATTRIBUTES = {
 def check_endpoint(endpoint: str) -> None:
     """Raises UserError where it's no address for HTTP, or OpenTelemetry isn't installed."""
     if not endpoint.startswith(("http://", "https://")):
-        raise UserError(f"--otlp-endpoint {endpoint}: expected http:// or https://, such as http://localhost:4318")
+        raise UserError(
+            f"--otlp-endpoint {endpoint}: expected http:// or https://, such as http://localhost:4318; where the "
+            "environment's OTEL_EXPORTER_OTLP_ENDPOINT is for other programs, --otlp-endpoint '' passes it over"
+        )
     try:
         import opentelemetry.exporter.otlp.proto.http
         import opentelemetry.sdk.trace  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"--otlp-endpoint: OpenTelemetry is not installed ({error}); {installing('otel')}") from None
+        raise UserError(
+            f"--otlp-endpoint {endpoint}: OpenTelemetry is not installed ({error}); {installing('otel')}, or give "
+            "--otlp-endpoint '' where OTEL_EXPORTER_OTLP_ENDPOINT is for other programs"
+        ) from None
 
 
 class Traces:

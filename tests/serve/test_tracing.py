@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from glm4export import cli
+from glm4runtime import UserError
 from glm4serve.tracing import Traces
 from tests.helpers.asgi import ASK, CHAT, ask
 from tests.helpers.fake_engine import words
@@ -104,7 +105,22 @@ def test_the_log_names_the_trace(serve: Serve, caplog: pytest.LogCaptureFixture)
     json.dumps(after)
 
 
-def test_an_address_that_is_none(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_that_is_none(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of other programs' environment, for gRPC, can be passed over."""
     fill(tmp_path / "bundle")
     assert cli.main(["serve", str(tmp_path / "bundle"), "--otlp-endpoint", "localhost:4318"]) == 2
     assert "--otlp-endpoint localhost:4318: expected http:// or https://" in capsys.readouterr().err
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    assert cli.main(["serve", str(tmp_path / "bundle")]) == 2
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT is for other programs, --otlp-endpoint '' passes it over" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr("glm4serve.server.bound_socket", refuse)
+    assert cli.main(["serve", str(tmp_path / "bundle"), "--otlp-endpoint", ""]) == 2
+    assert "gone past the options" in capsys.readouterr().err
+
+
+def refuse(*_: Any) -> Any:
+    raise UserError("gone past the options")
