@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import signal
 import subprocess
@@ -35,9 +36,16 @@ def signals_are_not_ignored() -> None:
             signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest-xdist's workers in this run: the folder that theirs lie in."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def traces_are_kept() -> Iterator[None]:
-    with kept_traces():
+def traces_are_kept(shared_folder: Path) -> Iterator[None]:
+    with kept_traces(shared_folder / "traces"):
         yield
 
 

@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Each of these changes the last bits of logits, and so perhaps a token
         arguments.provider or default_provider(manifest),
         arguments.no_invariant,
+        arguments.cuda_graphs,
         arguments.prefix_cache,
         None if arguments.draft is None else read_manifest(arguments.draft).to_json(),
         *(f"{adapter}\0{AdapterFile.read(file).sha256}" for adapter, file in adapters.items()),

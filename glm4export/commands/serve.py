@@ -205,6 +205,8 @@ def _scale(arguments: argparse.Namespace) -> Scale | None:
         raise UserError("--ray: give each replica's --threads; Ray reserves as many CPUs for it")
     if arguments.certificate is not None or arguments.slots_page or not arguments.port:
         raise UserError("--ray goes with no --certificate (a proxy in front has it), --slots-page or --port 0")
+    if arguments.device_id:
+        raise UserError("--ray goes with no --device-id: Ray gives each replica a GPU, and shows it no other")
     require_ray()
     if least is None or most is None:
         least = most = 1 if fixed is None else fixed

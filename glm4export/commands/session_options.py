@@ -23,9 +23,7 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
         "on the other four",
     )
     add_gpu_options(command)
-    command.add_argument(
-        "--cuda-graphs", action="store_true", help="launch a step as one captured graph, for cuda (never run yet)"
-    )
+    add_cuda_graphs(command)
     command.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     command.add_argument("--max-seq-len", type=int, metavar="N", help="length of the cache (default: the bundle's)")
     command.add_argument(
@@ -35,7 +33,14 @@ def add_session_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_gpu_options(command: argparse.ArgumentParser) -> None:
+def add_cuda_graphs(command: argparse._ActionsContainer) -> None:
+    """How a step is launched on a GPU."""
+    command.add_argument(
+        "--cuda-graphs", action="store_true", help="launch a step as one captured graph, for cuda (never run yet)"
+    )
+
+
+def add_gpu_options(command: argparse._ActionsContainer) -> None:
     """Which GPU, and how much of it."""
     command.add_argument(
         "--device-id",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glm4export.commands.session_options import add_cuda_graphs, add_gpu_options
 from glm4runtime.backends.settings import PROVIDERS
 from glm4runtime.contract import AdapterFile, UserError, read_manifest
 
@@ -21,6 +22,8 @@ def add_slot_options(command: argparse.ArgumentParser) -> argparse._ArgumentGrou
     command.set_defaults(opens_session=True)
     group = command.add_argument_group("each engine")
     group.add_argument("--provider", choices=PROVIDERS, help="default: the bundle's target")
+    add_gpu_options(group)
+    add_cuda_graphs(group)
     group.add_argument("--threads", type=int, default=0, metavar="N", help="default: 0, onnxruntime chooses")
     group.add_argument("--slots", type=int, default=8, metavar="N", help="answers at once (default: %(default)s)")
     group.add_argument(
@@ -112,7 +115,12 @@ def open_slots(
 
     if read_manifest(folder).kv_cache is None:
         return load_encoder(
-            folder, provider=arguments.provider, threads=arguments.threads, max_seq_len=arguments.max_seq_len
+            folder,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            max_seq_len=arguments.max_seq_len,
+            device_id=arguments.device_id,
+            gpu_mem_limit=arguments.gpu_mem_limit,
         )
     settings = engine_settings(arguments, max_queue=max_queue, stall_ms=stall_ms)
     return Engine.load(folder, adapters=adapters, **settings)
@@ -125,6 +133,9 @@ def engine_settings(arguments: argparse.Namespace, *, max_queue: int, stall_ms: 
         "provider": arguments.provider,
         "threads": arguments.threads,
         "max_seq_len": arguments.max_seq_len,
+        "device_id": arguments.device_id,
+        "gpu_mem_limit": arguments.gpu_mem_limit,
+        "cuda_graphs": arguments.cuda_graphs,
         "invariant": not arguments.no_invariant,
         "chat_template": arguments.chat_template,
         "prefix_cache": arguments.prefix_cache,

@@ -30,6 +30,9 @@ from tests.helpers.small_bundles import fill
         (["{bundle}", "--name", "b={bundle}", "--adapter", "a=x"], "a=x: of which bundle? MODEL:NAME=FILE"),
         (["{bundle}", "--name", "b={bundle}", "--draft", "{bundle}"], "--draft goes with one bundle"),
         (["{bundle}", "--draft", "{missing}"], "missing"),
+        (["{bundle}", "--port", "0", "--device-id", "1"], "device_id=1 is for cuda and tensorrt"),
+        (["{bundle}", "--port", "0", "--gpu-mem-limit", "4"], "gpu_mem_limit is for cuda"),
+        (["{bundle}", "--port", "0", "--cuda-graphs"], "cuda_graphs is for bundles for cuda"),
     ],
 )
 def test_options_that_do_not_fit(

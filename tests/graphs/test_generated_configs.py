@@ -156,7 +156,7 @@ def test_how_far_the_ropes_go() -> None:
                 sequence_limit(config, original + 1)
 
 
-def test_a_trace_is_the_same_for_every_rope() -> None:
+def test_a_trace_is_the_same_for_every_rope_and_length() -> None:
     """As tests that keep traces take it to be: tables are data."""
     one, other = (
         parse_config(config_of(**case.model.fields), "c")
@@ -165,8 +165,8 @@ def test_a_trace_is_the_same_for_every_rope() -> None:
         and case.model.fields["rope_parameters"]["rope_type"] in ("default", "yarn")
     )
     traced = [
-        trace_encoder(config, Encoding("token-classification", 3), dtype=torch.float32, max_seq_len=POSITIONS)
-        for config in (one, other)
+        trace_encoder(config, Encoding("token-classification", 3), dtype=torch.float32, max_seq_len=length)
+        for config, length in ((one, POSITIONS), (other, POSITIONS + 1))
     ]
     nodes = [[(node.op_type, [*map(str, node.attributes.values())]) for node in model.graph] for model in traced]
     assert one.rope != other.rope and nodes[0] == nodes[1]

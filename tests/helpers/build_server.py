@@ -22,7 +22,6 @@ import torch
 
 from glm4export import cli
 from glm4export.build import build
-from glm4export.build.options import BuildOptions
 from glm4export.bundle import folder as bundle_folder
 from glm4export.bundle import swap
 from glm4export.graph import trace
@@ -122,7 +121,7 @@ def amid_translation(die: Callable[[], None]) -> None:
 
 
 def trace_again() -> None:
-    build.compile_graph = build.compile_graph.__wrapped__  # type: ignore[attr-defined]
+    build.trace = trace.trace
 
 
 POINTS: dict[str, Callable[[Callable[[], None]], None]] = {
@@ -153,11 +152,12 @@ def _leave(job: Callable[..., int], arguments: dict[str, Any]) -> None:
 
 def main() -> int:
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    build.compile_graph = functools.cache(build.compile_graph)  # type: ignore[assignment]
     config = read_config(Path(sys.argv[1]) / "config.json")
-    for name in graph_names("cpu"):
-        options = BuildOptions("fp32", "cpu")
-        build.compile_graph(config, name, options, max_seq_len=config.max_position_embeddings, scales=None)
+    positions = config.max_position_embeddings
+    traces = {
+        name: trace.trace(config, name, dtype=torch.float32, max_seq_len=positions) for name in graph_names("cpu")
+    }
+    build.trace = lambda config, graph, **options: traces[graph].clone()
     print("ready", flush=True)
     for line in sys.stdin:
         children = []

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from glm4export.build import build
 from glm4export.build.build import compile_graph
 from glm4export.build.options import BuildOptions
 from glm4export.graph.skeleton import Skeleton
@@ -22,7 +23,6 @@ from glm4export.weights.recipes import Concat, Scale, Source, Transpose
 from glm4graphs.config import Glm4Config
 from glm4runtime.contract import UserError
 from tests.helpers import checkpoints
-from tests.helpers.traces import kept_trace
 
 LAYERS = 3
 
@@ -42,7 +42,7 @@ FP8 = BuildOptions("fp8", "tensorrt", calibrate=Path("unread"))
 
 def skeleton_of(config: Glm4Config, graph: str) -> Skeleton:
     """Traced in fp16 whatever the options: what passes count is the same, and one trace serves all tests."""
-    return Skeleton(kept_trace(config, graph, dtype=torch.float16, max_seq_len=32), config, 32)
+    return Skeleton(build.trace(config, graph, dtype=torch.float16, max_seq_len=32), config, 32)
 
 
 def passes_of(options: BuildOptions, graph: str) -> list[Pass]:

@@ -25,6 +25,7 @@ from tests.helpers.small_bundles import fill
         (["--ray"], "give each replica's --threads"),
         (["--ray", "--threads", "1", "--port", "0"], "--ray goes with no --certificate"),
         (["--ray", "--threads", "1", "--slots-page"], "--slots-page"),
+        (["--ray", "--threads", "1", "--device-id", "1"], "--ray goes with no --device-id"),
         (["--ray", "--threads", "1"], "Ray Serve is not installed"),
         (["--ray", "--threads", "1"], "pip install '.[ray]'"),
     ],
