@@ -17,7 +17,8 @@ from glm4export.commands.slot_options import (
     engine_settings,
     open_slots,
 )
-from glm4runtime.contract import UserError
+from glm4runtime.backends.providers import default_provider
+from glm4runtime.contract import UserError, read_manifest
 
 if TYPE_CHECKING:
     from glm4runtime.encoder import Encoder
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"{', '.join(names)} at {address}/v1 (Ctrl-C ends it)", flush=True)
 
-    scale = _scale(arguments)
+    scale = _scale(arguments, bundles)
     if scale is not None:
         from glm4serve.deploy import ray
 
@@ -188,7 +189,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _scale(arguments: argparse.Namespace) -> Scale | None:
+def _scale(arguments: argparse.Namespace, bundles: dict[str, Path]) -> Scale | None:
     """What --ray and its options ask for; None without it."""
     from glm4serve.deploy.ray import Scale, require_ray
 
@@ -210,4 +211,13 @@ def _scale(arguments: argparse.Namespace) -> Scale | None:
     require_ray()
     if least is None or most is None:
         least = most = 1 if fixed is None else fixed
-    return Scale(least, most, drain=arguments.drain, gpus=1.0 if arguments.provider == "cuda" else 0.0)
+    return Scale(least, most, drain=arguments.drain, gpus=_gpus(arguments, bundles))
+
+
+def _gpus(arguments: argparse.Namespace, bundles: dict[str, Path]) -> float:
+    """How many GPUs each replica reserves: Ray hides all others from it, and it counts these from 0."""
+    providers = {arguments.provider or default_provider(read_manifest(folder)) for folder in bundles.values()}
+    if providers == {"cpu"}:
+        return 0.0
+    ids = arguments.device_id
+    return float(1 + (max(ids) if isinstance(ids, tuple) else ids))

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio.to_thread
+from pydantic_core import to_json
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from glm4runtime.contract import UserError
 from glm4runtime.engine.request import Delta, Request, Result, Usage
@@ -80,7 +81,12 @@ async def answered(http: HttpRequest, body: Body) -> Response:
     asked = requests[0].params
     note(http, n=requests[0].n, max_tokens=asked.max_new_tokens, temperature=asked.temperature, top_p=asked.top_p)
     run, answer = await _submit(http, generator, requests, body.prompt_field), body.answer(generator)
-    return run.stream(answer) if body.streams else JSONResponse(answer.whole(await run.whole()))
+    if body.streams:
+        return run.stream(answer)
+    results = await run.whole()
+    # In a thread, by Rust's writer: with log-probabilities an answer has megabytes, and others must not wait for it
+    content = await anyio.to_thread.run_sync(lambda: to_json(answer.whole(results)))
+    return Response(content, media_type="application/json")
 
 
 async def _submit(http: HttpRequest, generator: Generator, requests: Sequence[Request], param: str) -> Run:

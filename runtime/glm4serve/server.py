@@ -37,6 +37,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+def drop_unread(bound: socket.socket, seconds: float) -> None:
+    """Have the system end connections whose client leaves what was sent unread for so long, where it can (Linux).
+
+    An answer given in whole is in a buffer of ours by then, and closing a connection waits for that to be read.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(1000 * seconds)))
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches it."""
     try:
@@ -69,6 +78,8 @@ def serve(
     ended with an error. A second signal ends the process at once. Where an engine's thread dies it ends in the same way
     by itself, with status 1: whoever started it can start it again.
     """
+    service: Service = app.state.service
+    drop_unread(bound, service.settings.write_timeout)  # connections have what their listener has
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -79,7 +90,7 @@ def serve(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    server = _Server(config, app.state.service, bound, drain, ready)
+    server = _Server(config, service, bound, drain, ready)
     server.run(sockets=[bound])
     return server.status
 

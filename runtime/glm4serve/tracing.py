@@ -24,6 +24,7 @@ _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
+_WHOSE = " (by default OTEL_EXPORTER_OTLP_ENDPOINT's)"  # which whole clusters set, and nobody remembers
 #: Attributes by the names that fields have in the log.
 _ATTRIBUTES = {
     "id": ("gen_ai.request.id",),
@@ -49,16 +50,15 @@ def check_endpoint(endpoint: str) -> None:
     """Raises UserError where it's no address for HTTP, or OpenTelemetry isn't installed."""
     if not endpoint.startswith(("http://", "https://")):
         raise UserError(
-            f"--otlp-endpoint {endpoint}: expected http:// or https://, such as http://localhost:4318; where the "
-            "environment's OTEL_EXPORTER_OTLP_ENDPOINT is for other programs, --otlp-endpoint '' passes it over"
+            f"--otlp-endpoint {endpoint}{_WHOSE}: expected http:// or https://, such as http://localhost:4318"
         )
     try:
         import opentelemetry.exporter.otlp.proto.http
         import opentelemetry.sdk.trace  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--otlp-endpoint {endpoint}: OpenTelemetry is not installed ({error}); {installing('otel')}, or give "
-            "--otlp-endpoint '' where OTEL_EXPORTER_OTLP_ENDPOINT is for other programs"
+            f"--otlp-endpoint {endpoint}{_WHOSE}: OpenTelemetry is not installed ({error}); {installing('otel')}, "
+            "or give --otlp-endpoint '' for no traces"
         ) from None
 
 
@@ -88,7 +88,8 @@ class Traces:
         return cls(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=_CLOSE))
 
     def record(self, headers: Mapping[str, str], fields: Mapping[str, Any]) -> str | None:
-        """A request that ended now, by its fields in the log; returns its trace's id. None for what asks no model.
+        """A request that ended now, by its fields in the log; returns its trace's id. None for what has none: it asks
+        no model, or OpenTelemetry is switched off.
 
         headers: the request's, of which ``traceparent`` names the caller's span.
         """
@@ -111,7 +112,8 @@ class Traces:
             if fields["status"] >= 500 or "error" in fields:
                 span.set_status(StatusCode.ERROR)
         span.end(end)
-        return f"{span.get_span_context().trace_id:032x}"
+        context = span.get_span_context()
+        return f"{context.trace_id:032x}" if context.is_valid else None  # none where OTEL_SDK_DISABLED is set
 
     def flush(self) -> None:
         """Send what is there, and wait for it."""

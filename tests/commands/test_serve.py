@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from glm4export import cli
+from glm4export.commands.serve import _gpus
+from glm4runtime.contract import MANIFEST
+from tests.helpers.edits import edit
 from tests.helpers.small_bundles import fill
 
 
@@ -44,3 +48,17 @@ def test_options_that_do_not_fit(
     argv = [word.format(bundle=bundle, missing=tmp_path / "missing") for word in options]
     assert cli.main(["serve", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_gpus_that_a_replica_of_ray_reserves(tmp_path: Path) -> None:
+    """Also where the bundle says by itself that it runs on one: without, Ray would hide them all."""
+    bundles = {name: tmp_path / name for name in ("cpu", "cuda")}
+    for name, folder in bundles.items():
+        fill(folder)
+        edit(folder / MANIFEST, target=name)
+
+    def gpus(*names: str, provider: str | None = None, device_id: int | tuple[int, ...] = 0) -> float:
+        return _gpus(Namespace(provider=provider, device_id=device_id), {name: bundles[name] for name in names})
+
+    assert (gpus("cpu"), gpus("cuda"), gpus("cpu", "cuda"), gpus("cpu", provider="cuda")) == (0, 1, 1, 1)
+    assert (gpus("cuda", provider="cpu"), gpus("cuda", device_id=(0, 1, 1))) == (0, 2)

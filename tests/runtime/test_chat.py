@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glm4runtime.contract import UserError
+from glm4runtime.text.answers import read_call
 from glm4runtime.text.chat import ChatTemplate, ToolCall, parse_tool_calls, split_thought
 from glm4runtime.text.files import read_text_files
 
@@ -381,3 +382,23 @@ def test_split_thought(text: str, opened: bool, expected: tuple[str | None, str]
 @given(st.text(), st.text())
 def test_split_thought_round_trip(thought: str, answer: str) -> None:
     assert split_thought(f"<think>\n{thought}\n</think>\n\n{answer}") == (thought.strip(), answer.strip())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"),
+    [
+        (
+            r'{"a\ude00": ["\ud83d x", "\ud83d\ud83d\ude00", "\ud83d\u0041", 1.5]}',
+            {"a\ufffd": ["\ufffd x", "\ufffd😀", "\ufffdA", 1.5]},
+        ),
+        (r'{"a": "\\ud83d"}', {"a": r"\ud83d"}),
+        ('{"a": 1e999}', None),
+        ('{"a": [-1e400]}', None),
+    ],
+)
+def test_calls_that_could_not_be_written_again(arguments: str, read: Any) -> None:
+    """Half a character is in no text that is sent: the answer would end in a fault, a stream without a word."""
+    calls = [] if read is None else [ToolCall("f", read)]
+    assert parse_tool_calls(f"f\n{arguments}") == calls
+    assert [call for call in [read_call(f"f\n{arguments}")] if call] == calls
+    json.dumps([call.arguments for call in calls], ensure_ascii=False, allow_nan=False).encode()

@@ -261,15 +261,18 @@ class Cluster:
     """As much of Ray as stages take: actors in this process, which answer at once and may be lost."""
 
     class exceptions:
-        class RayTaskError(Exception):
-            """Has ``cause``, what an actor raised."""
+        class RayError(Exception):
+            """What others are kinds of: RayTaskError has ``cause``, what an actor raised."""
 
-        class RayActorError(Exception):
+        class RayActorError(RayError):
             """An actor is no more."""
+
+        class ObjectLostError(RayError):
+            """What an actor gave went with its machine."""
 
     def __init__(self) -> None:
         self.actors: list[Any] = []
-        self.lost = False
+        self.lost: Exception | None = None
 
     def remote(self, actor: Any) -> Any:
         def made(*arguments: Any) -> Any:
@@ -284,8 +287,8 @@ class Cluster:
         return getattr(actor, name)(*arguments)
 
     def get(self, asked: Any) -> Any:
-        if self.lost:
-            raise self.exceptions.RayActorError("a page of text\nThe actor is dead")
+        if self.lost is not None:
+            raise self.lost
         return asked
 
 
@@ -300,10 +303,12 @@ def test_an_actor_for_each_stage(kind: str, bundles: Bundles, monkeypatch: pytes
         assert len(cluster.actors) == KINDS[kind][1]
         found = answers(there)  # the cache's bits are theirs
         assert found == wanted[:5] + wanted[-2:]
-        cluster.lost = True
-        with pytest.raises(
-            UserError, match=r"a stage is lost, or failed \(RayActorError: 'The actor is dead'\); load the"
+        lost = cluster.exceptions
+        for cluster.lost, told in (
+            (lost.RayActorError("a page of text\nThe actor is dead"), "RayActorError: 'The actor is dead'"),
+            (lost.ObjectLostError(""), "ObjectLostError: 'no message'"),
         ):
-            there.runner.decode(5)
+            with pytest.raises(UserError, match=rf"a stage is lost, or failed \({told}\); load the bundle again"):
+                there.runner.decode(5)
     with pytest.raises(UserError, match="has no stages; build it with --stages N, one for each machine"):
         ray_stages.load_stages(bundles(kind))

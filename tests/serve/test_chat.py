@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from glm4runtime.engine.handle import RequestFailed
 from glm4runtime.engine.request import Delta
 from glm4runtime.sampling.logprobs import TokenLogprobs
 from glm4runtime.text.answers import ToolCall
+from glm4serve.openai.chat_answer import ChatAnswer
 from tests.helpers.asgi import ASK, CHAT, ask, events
 from tests.helpers.fake_engine import words
 from tests.serve.conftest import Serve
@@ -42,6 +44,20 @@ def together(chunks: list[Any], index: int = 0) -> dict[str, Any]:
                 message["tool_calls"][call["id"]] = call["function"]
             message["finish_reason"] = choice["finish_reason"]
     return message
+
+
+def test_a_whole_answer_is_written_beside_the_event_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With log-probabilities of many tokens that takes seconds, in which others are answered."""
+    app, _ = serve(ANSWER)
+    threads, whole = [], ChatAnswer.whole
+
+    def noted(self: ChatAnswer, results: Any) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return whole(self, results)
+
+    monkeypatch.setattr(ChatAnswer, "whole", noted)
+    assert ask(app, CHAT, {**ASK, "tools": [WEATHER]}).status_code == 200
+    assert threads and threading.main_thread() not in threads  # where the test's loop is
 
 
 def test_whole_and_streamed_answers_are_the_same(serve: Serve) -> None:

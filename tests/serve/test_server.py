@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ import openai
 import pytest
 
 from glm4runtime.contract import UserError
-from glm4serve.server import bound_socket, check_certificate, is_loopback
+from glm4serve import Settings, create_app
+from glm4serve.server import bound_socket, check_certificate, drop_unread, is_loopback, serve
 from tests.helpers.asgi import ASK, CHAT
+from tests.helpers.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -102,6 +105,32 @@ def test_a_port_that_is_taken() -> None:
             bound_socket("127.0.0.1", port)
     with pytest.raises(UserError, match="port 70000: can't be listened on"):
         bound_socket("127.0.0.1", 70000)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
+def test_connections_that_nobody_reads_are_ended_by_the_system() -> None:
+    """An answer in whole is in the transport's buffer at once, where no timeout of ours sees that it stays there."""
+    with bound_socket("127.0.0.1", 0) as bound:
+        drop_unread(bound, 1.5)
+        bound.listen()
+        with socket.create_connection(bound.getsockname()):
+            accepted, _ = bound.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+
+
+def test_a_server_has_its_connections_ended() -> None:
+    started: list[int] = []
+    with bound_socket("127.0.0.1", 0) as bound, pytest.raises(RuntimeError, match="enough"):
+
+        def ready(address: str) -> None:
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                started.append(bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+            raise RuntimeError("enough")
+
+        app = create_app({"m": FakeEngine()}, Settings(write_timeout=2.0))  # type: ignore[dict-item]
+        serve(app, bound, drain=0.0, ready=ready)
+    assert started in ([2000], [])
 
 
 def test_a_certificate_that_is_none(tmp_path: Path) -> None:

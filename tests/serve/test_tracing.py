@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from glm4export import cli
-from glm4runtime import UserError
-from glm4serve.tracing import Traces
+from glm4runtime.contract import UserError
+from glm4serve.tracing import Traces, check_endpoint
 from tests.helpers.asgi import ASK, CHAT, ask
 from tests.helpers.fake_engine import words
 from tests.helpers.small_bundles import fill
@@ -105,22 +106,27 @@ def test_the_log_names_the_trace(serve: Serve, caplog: pytest.LogCaptureFixture)
     json.dumps(after)
 
 
-def test_an_address_that_is_none(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of other programs' environment, for gRPC, can be passed over."""
+def test_an_address_that_is_none(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path / "bundle")
     assert cli.main(["serve", str(tmp_path / "bundle"), "--otlp-endpoint", "localhost:4318"]) == 2
-    assert "--otlp-endpoint localhost:4318: expected http:// or https://" in capsys.readouterr().err
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
-    assert cli.main(["serve", str(tmp_path / "bundle")]) == 2
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT is for other programs, --otlp-endpoint '' passes it over" in (
-        capsys.readouterr().err
-    )
-    monkeypatch.setattr("glm4serve.server.bound_socket", refuse)
-    assert cli.main(["serve", str(tmp_path / "bundle"), "--otlp-endpoint", ""]) == 2
-    assert "gone past the options" in capsys.readouterr().err
+    told = "--otlp-endpoint localhost:4318 (by default OTEL_EXPORTER_OTLP_ENDPOINT's): expected http:// or https://"
+    assert told in capsys.readouterr().err
 
 
-def refuse(*_: Any) -> Any:
-    raise UserError("gone past the options")
+def test_an_environment_s_address_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole clusters have the variable: who is refused has to know where that comes from, and how to go on."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(UserError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT's\): OpenTelemetry is not .*-endpoint '' for no"):
+        check_endpoint("http://collector:4318")
+
+
+def test_switched_off_by_opentelemetry_s_own_variable(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    app, _ = serve(words("a"))
+    exporter = traced(app)
+    with caplog.at_level(logging.INFO, "glm4serve"):
+        ask(app, CHAT, ASK)
+    assert not spans(app, exporter)
+    assert "trace" not in caplog.records[-1].fields  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ class DraftBundle:
     def leave_room(self, settings: Settings, slots: int) -> Settings:
         """How the model is to be opened, so that a limit on the GPU's memory holds for both.
 
-        Each has its caches, and the rest in shares of what their weights take. Raises UserError where the caches alone
-        take more.
+        Each has its caches, and the rest in shares of what their weights take; of a model over several GPUs, whose
+        first one has the draft too, what is there. Raises UserError where the caches alone take more.
         """
         ids = settings.device_id
         first = ids[0] if isinstance(ids, Sequence) and ids else ids  # of several
@@ -40,15 +40,16 @@ class DraftBundle:
             return settings
         rows = min(settings.max_seq_len or self._model.cache.max_seq_len, self._model.cache.max_seq_len)
         own = slots * min(rows, self.manifest.cache.max_seq_len) * self.manifest.cache.bytes_per_token
-        theirs = (slots + settings.invariant) * rows * self._model.cache.bytes_per_token
+        part = _part_on_first(settings.device_id, self._model.stages)
+        theirs = part * (slots + settings.invariant) * rows * self._model.cache.bytes_per_token
         left = limit * 1e9 - own - theirs
         if left <= 0:
             raise UserError(
                 f"gpu_mem_limit={limit:g} GB: the caches alone take {(own + theirs) / 1e9:.2f} GB, the draft's among "
                 f"them {own / 1e9:.2f}; give more, or open fewer slots or a smaller max_seq_len"
             )
-        weights = [manifest.files[WEIGHTS].size for manifest in (self.manifest, self._model)]
-        share = (own + left * weights[0] / sum(weights)) / 1e9
+        smaller, larger = (manifest.files[WEIGHTS].size for manifest in (self.manifest, self._model))
+        share = (own + left * smaller / (smaller + part * larger)) / 1e9
         self._settings = replace(self._settings, gpu_mem_limit=share)
         return replace(settings, gpu_mem_limit=limit - share)
 
@@ -60,6 +61,13 @@ class DraftBundle:
         rows = min(model.max_seq_len, self.manifest.cache.max_seq_len)
         settings = replace(self._settings, max_seq_len=rows, prefill_chunk=model.prefill_chunk)
         return Draft(open_batch_runner(self.folder, self.manifest, settings, slots=model.slots), stall_seconds)
+
+
+def _part_on_first(device_id: Any, stages: Sequence[int] | None) -> float:
+    """Of a model's layers, the share on the first of its devices; what doesn't fit is told where it's opened."""
+    if stages is None or not isinstance(device_id, Sequence) or len(device_id) != len(stages):
+        return 1.0
+    return sum(layers for layers, at in zip(stages, device_id, strict=True) if at == device_id[0]) / sum(stages)
 
 
 def read_draft(bundle: str | Path, manifest: Manifest, text: BundleText, *, check_hashes: bool) -> DraftBundle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def parse_tool_calls(text: str) -> list[ToolCall]:
             return []
         try:
             # Read as JSON, not cut at the next marker: a marker may stand inside a string.
-            arguments, position = _JSON.raw_decode(text, head.end())
+            arguments, position = _decoded(text, head.end())
         except (ValueError, RecursionError):
             return []
         end = _CALL_END.match(text, position)
@@ -59,7 +60,28 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_JSON = json.JSONDecoder(parse_constant=_no_constant)  # refuses the NaN and Infinity that Python's reader accepts
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is beyond what a float holds, and could not be written again")
+    return number
+
+
+# Refuses the NaN and Infinity that Python's reader accepts, and those that it makes of 1e999
+_JSON = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character: with its other half it is one
+
+
+def _decoded(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value in ``text`` from ``start`` on, and where it ends; half a character is U+FFFD, as everywhere.
+
+    By itself it can be in no text that is sent, nor in a prompt. Raises ValueError, RecursionError.
+    """
+    value, end = _JSON.raw_decode(text, start)
+    if _HALF.search(text, start, end):
+        written = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        value = json.loads(written.decode("utf-16", "replace"))
+    return value, end
 
 
 def split_thought(text: str, opened: bool = False) -> tuple[str | None, str]:
@@ -125,7 +147,7 @@ def read_object_call(text: str) -> ToolCall | None:
 def _object(text: str, start: int) -> dict[str, Any] | None:
     """The JSON object that ``text`` is from ``start`` to its end."""
     try:
-        value, end = _JSON.raw_decode(text, start)
+        value, end = _decoded(text, start)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and not text[end:].strip() else None

@@ -198,11 +198,11 @@ def _wait(ray: Any, asked: Any) -> Any:
     """What an actor answers. Raises UserError where it can't, or is no more."""
     try:
         return ray.get(asked)
-    except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+    except ray.exceptions.RayError as error:  # an actor or a machine that died, memory, a stream that was lost
         cause = getattr(error, "cause", None)
         if isinstance(cause, UserError):
             raise cause from None
-        reason = shown(str(error).strip().splitlines()[-1][:200])
+        reason = shown((str(error).strip().splitlines() or ["no message"])[-1][:200])
         raise UserError(
             f"a stage is lost, or failed ({type(error).__name__}: {reason}); load the bundle again"
         ) from None

@@ -67,6 +67,12 @@ def test_a_limit_on_memory_holds_for_both(stranger: Path, demo_bundles: dict[str
     told = r"gpu_mem_limit=0\.0001 GB: the caches alone take 0\.\d\d GB, the draft's among them 0\.\d\d; give more, or"
     with pytest.raises(UserError, match=told):
         bundle.leave_room(replace(settings, gpu_mem_limit=1e-4), slots=4)
+    layers = model.cache.layers
+    split = DraftBundle(stranger, draft, replace(model, stages=(1, layers - 1)))  # with the draft: one layer alone
+    kept = split.leave_room(replace(settings, device_id=[1, 0]), slots=4)
+    theirs, caches = theirs / layers, (caches[0], caches[1] / layers)
+    share = (caches[0] + (2e9 - sum(caches)) * own / (own + theirs)) / 1e9
+    assert kept.gpu_mem_limit == pytest.approx(2 - share) and split._settings.device_id == 1
     with pytest.raises(UserError, match="gpu_mem_limit is for cuda, this session runs on cpu; leave it out"):
         Engine.load(demo_bundles["fp32"], draft=stranger, gpu_mem_limit=1.0)
 
