@@ -60,6 +60,21 @@ def test_where_only_torch_and_triton_are(tool: Any, tmp_path: Path, monkeypatch:
     assert "is not installed: only kernels are checked" in skipped["bundles"]
 
 
+def test_a_step_that_ends_early_is_told_and_the_next_one_runs(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"case": "first", "ok": True}
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(tool, "steps", lambda _: iter([("bad", broken()), ("good", iter([{"case": "second"}]))]))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "-o", str(tmp_path), "--cpu"])
+    assert tool.main() == 1
+    page = (tmp_path / "report.md").read_text()
+    assert "## bad: 1 of 2 right" in page and "the rest of bad, ok False, error RuntimeError: capture failed" in page
+    assert "## good: 1 of 1 right" in page
+
+
 def test_nothing_is_begun_when_time_is_over(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "steps", lambda _: iter([("slow", iter([{"case": "first"}, {"case": "never"}]))]))
     given = arguments(tmp_path)

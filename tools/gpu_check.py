@@ -172,6 +172,14 @@ def steps(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[st
         yield "engines", bundles.engines(arguments.model, folder)
 
 
+def to_its_end(name: str, found: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A step's results, and what ended it before its time: the report is for finding out, and others may run."""
+    try:
+        yield from found
+    except Exception as error:
+        yield {"case": f"the rest of {name}", "ok": False, "error": f"{type(error).__name__}: {error}"}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every step's results by its name, and what was skipped or not reached in time, with the reason."""
     report: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "results": {}, "skipped": {}}
@@ -185,7 +193,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"skipped  {name}: {found}", flush=True)
             continue
         results = report["results"][name] = []
-        for result in found:
+        for result in to_its_end(name, found):
             results.append(result)
             wrong = result.get("ok", True) is False
             if wrong or name != "kernels":  # there are hundreds

@@ -17,6 +17,7 @@ from glm4export.bench.report import Decode, Plan, Prefill, Report, Spread
 from glm4export.bench.workload import Workload, workload
 from glm4export.machine import describe, process_memory
 from glm4runtime.backends.cache import Buffer
+from glm4runtime.backends.held_row import HeldSteps
 from glm4runtime.backends.lengths import lengths_of
 from glm4runtime.backends.memory import memory_bytes
 from glm4runtime.backends.ort import OrtRunner
@@ -82,18 +83,22 @@ def plan(
     )
 
 
+def one_at_a_time(session: Session) -> str | None:
+    """Whose steps are measured with one sequence only; None where there may be more."""
+    runner = session.runner
+    if not isinstance(runner, OrtRunner):
+        return f"bundles for {session.manifest.target} are measured"
+    return "stages on several devices are measured" if len(runner.gpu.devices) > 1 else None
+
+
 def bench(session: Session, what: Plan, *, provider: str, threads: int) -> Report:
     """Measure a session; its cache is overwritten. provider, threads: what it was loaded with.
 
-    Raises UserError where memory is too short for the largest batch, or a step graph is to run more than one sequence.
+    Raises UserError where memory is too short for the largest batch, or where one sequence at a time is all there is.
     """
     runner, manifest = session.runner, session.manifest
-    if max(what.batches) > 1 and isinstance(runner, OrtRunner) and len(runner.gpu.devices) > 1:
-        raise UserError(f"--batch {max(what.batches)}: over several devices one sequence is measured; leave it out")
-    if max(what.batches) > 1 and not isinstance(runner, OrtRunner):
-        raise UserError(
-            f"--batch {max(what.batches)}: bundles for {manifest.target} are measured with one sequence; leave it out"
-        )
+    if max(what.batches) > 1 and (why := one_at_a_time(session)):
+        raise UserError(f"--batch {max(what.batches)}: {why} with one sequence; leave it out")
     _require_memory(manifest, max(what.batches), what.contexts[0] + what.steps)
     work = workload(session.folder, manifest, provider=provider, chunk=runner.prefill_chunk)
     ids = np.random.default_rng(0).integers(0, manifest.vocab_size, max(*what.prefill, *what.contexts)).tolist()
@@ -219,10 +224,11 @@ def _time_prefill(session: Session, ids: list[int], repeats: int) -> tuple[list[
 def _one_sequence(session: Session) -> Callable[[], None]:
     """A greedy step as the generation loop takes it."""
     runner, sampler, token = session.runner, Sampler(SamplingParams(), session.manifest.vocab_size), 0
+    steps = HeldSteps(runner) if sampler.chooses_among(runner.top_count) else runner
 
     def step() -> None:
         nonlocal token
-        token = sampler(runner.decode(token))
+        token = sampler(steps.decode(token))
 
     return step
 

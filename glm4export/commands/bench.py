@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glm4export.commands.session_options import add_session_options, load_session
 from glm4runtime.backends.providers import default_provider
-from glm4runtime.contract import TENSORRT, UserError
+from glm4runtime.contract import UserError
 
 EXAMPLE = "example: glm4export bench glm4-demo-fp16 --prefill 128,512 --plot bench.png"
 
@@ -25,7 +25,8 @@ def configure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch",
         metavar="N,N",
-        help="sequences decoded at once; beyond 1 at the shortest context (default: 1,2,4,8; for tensorrt 1)",
+        help="sequences decoded at once; beyond 1 at the shortest context (default: 1,2,4,8; for tensorrt, and "
+        "over several devices, 1)",
     )
     command.add_argument(
         "--steps", type=int, default=32, metavar="N", help="decode steps per run (default: %(default)s)"
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             session.runner.max_seq_len,
             prefill=prefill,
             contexts=contexts,
-            batches=batches or ((1,) if session.manifest.target == TENSORRT else bench.BATCHES),
+            batches=batches or ((1,) if bench.one_at_a_time(session) else bench.BATCHES),
             steps=arguments.steps,
             repeats=arguments.repeats,
         )
@@ -95,6 +96,9 @@ def _run_engine(arguments: argparse.Namespace) -> int:
         provider=arguments.provider,
         threads=arguments.threads,
         max_seq_len=arguments.max_seq_len or prompts[0] + arguments.steps,
+        device_id=arguments.device_id,
+        gpu_mem_limit=arguments.gpu_mem_limit,
+        cuda_graphs=arguments.cuda_graphs,
         invariant=arguments.invariant,
         prefix_cache="off",
     )

@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from glm4export.calibration.streamed import Text
+from glm4runtime.backends.held_row import HeldRow, whole
 from glm4runtime.backends.runner import MAX_RUN, Runner
-from glm4runtime.contract import UserError
+from glm4runtime.contract import LOG_SUM, TOP_IDS, TOP_LOGITS, BundleError, UserError
 from glm4runtime.session import Session
 
 PHASES = ("prefill", "decode", "continuation", "chat", "chunks", "long")
@@ -37,6 +38,7 @@ _FEW_STEPS = 8  # behind the prompts of chat and chunks: those of the decode pha
 # size, and three chunks of 512 would take longer than all other phases together. The long phase runs whole chunks.
 _CHUNK = 64
 _TAIL = 3  # tokens behind the second border
+_SUM_ERROR = 1e-4  # of a row's log_sum_exp: what a session allows for (docs/gpu.md)
 _AT_ONCE = 4  # chunks that one call computes; between the calls the bar moves
 
 
@@ -96,9 +98,25 @@ def _greedy(
     found = [(phases[0], len(tokens) - 1, row.copy())]
     for _ in range(min(steps, runner.max_seq_len - len(tokens))):
         tokens.append(int(found[-1][2].argmax()))
-        found.append((phases[1], len(tokens) - 1, runner.decode(tokens[-1]).copy()))
+        found.append((phases[1], len(tokens) - 1, _decoded(runner, tokens[-1])))
         bar.update()
     return Run(tokens, found, prompt, runner.cache_clipped())
+
+
+def _decoded(runner: Runner, token: int) -> np.ndarray:
+    """A step's logits. Raises BundleError where tokens that a session would choose among aren't its most probable."""
+    held = runner.step(token, hold=runner.top_count > 0)
+    row = whole(held).copy()
+    if isinstance(held, HeldRow) and np.isfinite(row).all():  # others are fetched and refused
+        least = np.partition(row, -len(held.ids))[-len(held.ids)]
+        total = row.max() + np.log(np.exp(row.astype(np.float64) - row.max()).sum())
+        named = np.array_equal(row[held.ids], held.values) and len(set(held.ids.tolist())) == len(held.ids)
+        if not (named and held.values[-1] >= least and abs(held.log_sum - total) < _SUM_ERROR):
+            raise BundleError(
+                f"{TOP_LOGITS}, {TOP_IDS} and {LOG_SUM} aren't those of the logits beside them: build without "
+                "--output-top-logits"
+            )
+    return row
 
 
 def _in_two_chunks(runner: Runner, ids: Sequence[int]) -> Iterator[tuple[str, int, np.ndarray]]:

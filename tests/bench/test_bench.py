@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ from glm4export import cli, machine
 from glm4export.bench import measure as bench
 from glm4export.bench import plot
 from glm4export.bench import report as bench_report
-from glm4runtime import load
+from glm4runtime import Session, load
+from glm4runtime.backends.gpu_options import GpuOptions
 from tests.bench.conftest import LIMITS
 from tests.helpers.processes import PREFIX, WITHOUT, python
 
@@ -140,6 +142,22 @@ def test_plot_without_limits(bundles: dict[str, Path], tmp_path: Path) -> None:
 def test_mistakes(argv: list[str], message: str, bundles: dict[str, Path], run: Callable[..., str]) -> None:
     found = run(bundles["fp32"], *argv, status=2)
     assert found.startswith(PREFIX + message) and found.count("\n") == 1
+
+
+def test_over_several_devices(
+    bundles: dict[str, Path], run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence by default, and more where they are asked for is refused."""
+
+    def load_session(arguments: argparse.Namespace) -> Session:
+        session = load(arguments.bundle, threads=1)
+        monkeypatch.setattr(session.runner, "gpu", GpuOptions(0, None, (0, 1)))
+        return session
+
+    monkeypatch.setattr("glm4export.commands.bench.load_session", load_session)
+    facts = json.loads(run(bundles["fp32"], *QUICK[:-2], "--json"))
+    assert {entry["batch"] for entry in facts["decode"]} == {1}
+    assert "--batch 3: stages on several devices are measured with one seq" in run(bundles["fp32"], *QUICK, status=2)
 
 
 def test_no_bundle(run: Callable[..., str], tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_table(bundles: dict[str, Path], run: Callable[..., str]) -> None:
         ([*QUICK, "--plot", "a.png"], "--plot doesn't go with --engine"),
         (["--engine", "--prefill", "8,16"], "all prompts have the same length"),
         (["--slots", "2"], "--slots goes with --engine"),
+        ([*QUICK, "--device-id", "1"], "device_id=1 is for cuda and tensorrt"),
+        ([*QUICK, "--gpu-mem-limit", "4"], "gpu_mem_limit is for cuda"),
+        ([*QUICK, "--cuda-graphs"], "cuda_graphs is for bundles for cuda"),
     ],
 )
 def test_mistakes(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from glm4export.bench.measure import _one_sequence
 from glm4export.build.options import BuildOptions
 from glm4export.passes.give_top_logits import give_top_logits
+from glm4export.verification.phases import _decoded
 from glm4runtime import Engine, Request, SamplingParams, Session, UserError, load
 from glm4runtime.backends import graph_check, top_rows
 from glm4runtime.backends import ort as ort_module
@@ -129,6 +133,33 @@ def test_held_rows_lie_apart_from_those_that_are_fetched(
         for row, whole in zip(rows, wanted, strict=True):
             assert isinstance(row, HeldRow) and np.array_equal(row.fetch(), whole)
         assert np.array_equal(runner.verify([9, 10, 11]), wanted[1:]) and not np.array_equal(host, before)
+
+
+def test_bench_steps_as_generation_does(opened: Callable[[str], Session], chosen: list[bool]) -> None:
+    session = opened("fp32")
+    session.runner.rewind()
+    session.runner.prefill([5, 6, 7])
+    step = _one_sequence(session)
+    step()
+    step()
+    assert chosen == [False, False]
+
+
+@pytest.mark.parametrize("change", [{"ids": [3, 3]}, {"values": [0.0, 0.0]}, {"log_sum": 1.0}])
+def test_verify_sees_wrong_ones(
+    change: dict[str, Any], opened: Callable[[str], Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else in it would: logits are right all the same."""
+    runner = opened("fp32").runner
+    runner.rewind()
+    runner.prefill([5, 6, 7])
+    right = runner.step(8, hold=True)
+    assert isinstance(right, HeldRow)
+    wrong = replace(right, **{name: np.array(value)[()] for name, value in change.items()})
+    for row, wanted in ((right, nullcontext()), (wrong, pytest.raises(BundleError, match="top_logits, top_ids and"))):
+        monkeypatch.setattr(runner, "step", lambda token, hold, row=row: row)
+        with wanted:  # type: ignore[attr-defined]
+            assert np.array_equal(_decoded(runner, 8), right.fetch())
 
 
 def test_the_engine_fetches_whole_rows(opened: Callable[[str], Session]) -> None:

@@ -133,8 +133,11 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 @pytest.mark.parametrize(
     ("provider", "message"),
     [
-        (None, "no engine in the bundle; `--provider cpu` runs the same graph in ONNX Runtime, without a GPU"),
-        ("engine", "no engine in the bundle; `--provider cpu` runs the same graph"),
+        (
+            None,
+            r"no engine in the bundle \(`glm4export engine` builds one, .*\); `--provider cpu` runs the same graph in",
+        ),
+        ("engine", r"no engine in the bundle \(.*\); `--provider cpu` runs the same graph"),
         ("cuda", r"CUDAExecutionProvider is not in the installed onnxruntime .*; pip install '\.\[gpu\]'"),
         ("tensorrt", r"TensorrtExecutionProvider is not in .*; pip install '\.\[gpu-tensorrt\]'"),
         ("tensorrt-rtx", "NvTensorRTRTXExecutionProvider (is not installed; pip install|could not be loaded: )"),

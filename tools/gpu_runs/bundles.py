@@ -15,7 +15,7 @@ from glm4export.sources.checkpoint import locate
 from glm4export.tensorrt.flavour import installed_flavours
 from glm4export.verification.verify import verify
 from glm4runtime import Engine, Request, SamplingParams, Session, load
-from glm4runtime.contract import WEIGHTS, UserError
+from glm4runtime.contract import WEIGHTS
 
 Result = dict[str, Any]
 MAX_SEQ_LEN = 2048
@@ -141,8 +141,8 @@ def engines(model: str | None, folder: Path) -> Iterator[Result]:
                 with load(bundle, provider="engine") as session:
                     found = verify(session, checkpoint=model)
                     _, speed = greedy(session, DECODED)
-            except UserError as error:
-                yield {**case, "ok": False, "error": str(error)}
+            except Exception as error:  # as above
+                yield {**case, "ok": False, "error": f"{type(error).__name__}: {error}"}
             else:
                 worst = max(phase.mean_kl for phase in found.phases)
                 yield {**case, "ok": not found.failures, "mean_kl": worst, "tokens_per_second": speed}
@@ -156,5 +156,5 @@ def engine_batch(bundle: Path, flavour: str) -> Result:
         return {"ok": False, "error": f"glm4export engine ended with status {status}"}
     try:
         return at_once(bundle, "engine", DECODED)
-    except UserError as error:
-        return {"ok": False, "error": str(error)}
+    except Exception as error:  # as above
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"}

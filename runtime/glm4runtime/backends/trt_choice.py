@@ -42,7 +42,8 @@ def choose_engine(
     """
     specs = read_engine_specs(folder)
     if not specs:
-        raise UserError(f"{folder}: no engine in the bundle; {remedy}")
+        build = "`glm4export engine` builds one, with --max-batch N for many sequences"
+        raise UserError(f"{folder}: no engine in the bundle ({build}); {remedy}")
     reasons = []
     for spec in specs:
         try:

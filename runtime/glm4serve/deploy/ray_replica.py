@@ -24,6 +24,7 @@ SCOPE = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"),
     *("query_string", "root_path", "headers", "client", "server"),
 )
+_OF_ENCODERS = ("provider", "threads", "max_seq_len", "device_id", "gpu_mem_limit")  # of Engine.load's arguments
 _LEAVE = 5.0  # seconds in which the application lets go of what a client has left
 
 
@@ -43,7 +44,7 @@ class Served:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in self.bundles.items():
             if read_manifest(folder).kv_cache is None:
-                shared = {key: self.engine[key] for key in ("provider", "threads", "max_seq_len") if key in self.engine}
+                shared = {key: self.engine[key] for key in _OF_ENCODERS if key in self.engine}
                 models[name] = load_encoder(folder, **shared)
             else:
                 models[name] = Engine.load(folder, adapters=self.adapters.get(name), **self.engine)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from glm4export import cli
 from glm4runtime.contract import UserError
 from glm4serve import Settings
-from glm4serve.deploy import ray
+from glm4serve.deploy import ray, ray_replica
 from glm4serve.keys import Keys
 from tests.helpers.small_bundles import fill
 
@@ -58,3 +60,13 @@ def test_what_replicas_are_told_travels() -> None:
     arrived = pickle.loads(sent)
     assert arrived.bundles == served.bundles and arrived.engine == served.engine
     assert arrived.settings.keys.owner(key) == "ann"
+
+
+def test_replicas_open_encoders_within_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --threads and --gpu-mem-limit say holds for them too; they have no slots."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(ray_replica, "read_manifest", lambda folder: SimpleNamespace(kv_cache=None))
+    monkeypatch.setattr(ray_replica, "load_encoder", lambda folder, **settings: told.update(settings))
+    engine = {"slots": 8, "threads": 2, "device_id": 0, "gpu_mem_limit": 4.0, "cuda_graphs": False}
+    ray.Served({"m": Path("/b")}, engine, Settings()).open()
+    assert told == {"threads": 2, "device_id": 0, "gpu_mem_limit": 4.0}
