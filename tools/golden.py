@@ -16,6 +16,7 @@ import torch
 from glm4export.build.build import compile_graph
 from glm4export.build.options import CALIBRATED, PRECISIONS_OF, BuildOptions
 from glm4export.graph.skeleton import Skeleton
+from glm4export.passes.cut_stages import cut_stages
 from glm4export.sources.checkpoint import CONFIG, Checkpoint, locate
 from glm4export.sources.config_json import read_config
 from glm4export.weights.fp16 import fp16_scales
@@ -53,20 +54,24 @@ def golden_skeletons() -> dict[str, Skeleton]:
     variants["cpu-fp32-cache-int8"] = BuildOptions("fp32", "cpu", kv_cache="int8", calibrate=Path("unread"))
     variants["cpu-fp16-lora-slots"] = BuildOptions("fp16", "cpu", lora_slots=4)
     variants["cuda-int4-top-logits"] = BuildOptions("int4", "cuda", output_top_logits=64)
+    variants["cuda-fp16-stages"] = BuildOptions("fp16", "cuda", stages=2)
     tasks: dict[str, Encoding | None] = dict.fromkeys(variants)
     for (target, precision, head), encoding in ENCODERS.items():
         variant = f"{target}-{precision}-{head}"
         options = every if head.endswith("every-option") else {}
         variants[variant], tasks[variant] = BuildOptions(precision, target, **options), encoding
-    skeletons = {}
+    skeletons: dict[str, Skeleton] = {}
     for variant, options in variants.items():
         scales = fp16_scales(config, checkpoint) if options.compute_dtype == torch.float16 else None
         encoding = tasks[variant]
-        for name in graph_names(options.target) if encoding is None else (MODEL,):
-            skeleton = compile_graph(
-                config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales, encoding=encoding
-            )
-            skeletons[str(Path(variant) / f"{name}.txt")] = skeleton
+        names = graph_names(options.target) if encoding is None else (MODEL,)
+        graphs = {
+            name: compile_graph(config, name, options, max_seq_len=_GOLDEN_SEQ_LEN, scales=scales, encoding=encoding)
+            for name in names
+        }
+        if options.stages is not None:
+            _, graphs = cut_stages(graphs, options.stages)
+        skeletons |= {str(Path(variant) / f"{name}.txt"): skeleton for name, skeleton in graphs.items()}
     return skeletons
 
 
@@ -110,8 +115,9 @@ def _operand(value: ir.Value | None) -> str:
 
 
 def main() -> None:
+    skeletons = golden_skeletons()
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    for name, skeleton in golden_skeletons().items():
+    for name, skeleton in skeletons.items():
         path = GOLDEN / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(listing(skeleton), encoding="utf-8")
