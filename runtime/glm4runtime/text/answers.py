@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +62,12 @@ def _no_constant(name: str) -> Any:
 
 
 def _finite(digits: str) -> float:
+    """1e999 is JSON, and infinity is none: the largest float stands for it."""
     number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"{digits} is beyond what a float holds, and could not be written again")
-    return number
+    return math.copysign(sys.float_info.max, number) if math.isinf(number) else number
 
 
-# Refuses the NaN and Infinity that Python's reader accepts, and those that it makes of 1e999
+# Refuses the NaN and Infinity that Python's reader accepts
 _JSON = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character: with its other half it is one
 
