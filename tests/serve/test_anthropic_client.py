@@ -122,10 +122,10 @@ def test_errors(client: anthropic.Anthropic) -> None:
 
 
 def test_a_client_that_leaves(client: anthropic.Anthropic, url: str) -> None:
-    """A forced call's city may be as long as the answer: it is left in its midst, streaming and not."""
+    """From the midst of an answer that its form makes long."""
     before = metric(url, CANCELLED)
-    choice: Any = {"type": "any"}
-    common: dict[str, Any] = {"model": "demo", "max_tokens": 400, "messages": FRANCE, "extra_body": {"temperature": 1}}
-    with client.messages.stream(tools=TOOLS, tool_choice=choice, **common) as stream:
+    schema = {"type": "array", "minItems": 900, "items": {"type": "boolean"}}
+    form: Any = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    with client.messages.stream(model="demo", max_tokens=1900, messages=FRANCE, extra_body=form) as stream:
         next(iter(stream))
     assert free(url) and metric(url, CANCELLED) == before + 1
