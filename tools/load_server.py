@@ -3,8 +3,8 @@
     python tools/load_server.py BUNDLE --clients 64 --slots 8 --seconds 600
 
 Each client asks, reads its stream to the end, and asks again; where it gets 429 it waits as long as it is told. Before
-that one client asks alone, on the same server. Exits with 1 where there was an error other than 429, where memory grew
-by 2% or more between the run's second quarter and its last one, or where a slot isn't free at the end.
+that one client asks alone, on the same server. Exits with 1 where there was an error other than 429, where the server's
+own memory grew by 2% or more between the run's second quarter and its last one, or where a slot isn't free at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,9 +72,11 @@ async def ask(server: Server, rng: random.Random, tokens: int, seen: Seen) -> fl
     return 0.0
 
 
-async def clients(server: Server, count: int, seconds: float, tokens: int, seed: int) -> tuple[Seen, float, list[int]]:
+async def clients(
+    server: Server, count: int, seconds: float, tokens: int, seed: int
+) -> tuple[Seen, float, list[tuple[int, int]]]:
     """So many of them, until the time is over; what they saw, tokens a second, and the server's memory each second."""
-    seen, memory = Seen(), list[int]()
+    seen, memory = Seen(), list[tuple[int, int]]()
     began = time.monotonic()
     end = began + seconds
 
@@ -85,7 +88,7 @@ async def clients(server: Server, count: int, seconds: float, tokens: int, seed:
 
     async def watch() -> None:
         while time.monotonic() < end:
-            memory.append(server.resident())
+            memory.append(server.memory())
             await asyncio.sleep(1.0)
 
     await asyncio.gather(watch(), *(one(index) for index in range(count)))
@@ -100,10 +103,16 @@ def milliseconds(values: list[float]) -> str:
     return f"p50 {statistics.median(values) * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms"
 
 
+def second_and_last(values: Sequence[int]) -> tuple[float, float]:
+    """Means of these two quarters."""
+    quarter = max(1, len(values) // 4)
+    return statistics.mean(values[quarter : 2 * quarter] or values), statistics.mean(values[-quarter:])
+
+
 def load(bundle: Path, arguments: argparse.Namespace) -> list[str]:
     """All of it; what was found."""
     sizes = ["--slots", arguments.slots, "--max-queue", arguments.max_queue, "--max-seq-len", 512]
-    sizes += ["--prefix-cache-mb", 64]  # full after some seconds: what grows from then on is a leak
+    sizes += ["--prefix-cache-mb", 16]  # full before the second quarter: what grows from then on is a leak
     with serving(bundle, *map(str, [*sizes, "--threads", arguments.threads])) as server:
         alone_for = min(60.0, max(2.0, arguments.seconds / 10))
         alone, one, _ = asyncio.run(clients(server, 1, alone_for, arguments.tokens, arguments.seed + 1))
@@ -112,15 +121,17 @@ def load(bundle: Path, arguments: argparse.Namespace) -> list[str]:
         )
         idle, left = server.idle(10.0), server.metric("num_requests_")
         failures = [line for line in server.log if line["event"] == "failure"]
-    quarter = max(1, len(memory) // 4)
-    early, late = (statistics.mean(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
+    own, mapped = zip(*memory, strict=True)
+    early, late = second_and_last(own)
     drift = late / early - 1
     print(f"one client, {alone_for:.0f} s: {dict(alone.ends)}, {one:.1f} tokens/s")
     print(f"  first token {milliseconds(alone.first)}; between tokens {milliseconds(alone.between)}")
     print(f"{arguments.clients} clients, {arguments.slots} slots, {arguments.seconds:.0f} s: {dict(seen.ends)}")
     print(f"  {rate:.1f} tokens/s, {rate / one:.2f} times one client's" if one else "  one client got no tokens")
     print(f"  first token {milliseconds(seen.first)}; between tokens {milliseconds(seen.between)}")
-    print(f"  memory {early / 2**20:.1f} MiB in the second quarter, {late / 2**20:.1f} in the last: {drift:+.2%}")
+    print(f"  own memory {early / 2**20:.1f} MiB in the second quarter, {late / 2**20:.1f} in the last: {drift:+.2%}")
+    early_mapped, late_mapped = second_and_last(mapped)
+    print(f"  pages of mapped files {early_mapped / 2**20:.1f} and {late_mapped / 2**20:.1f} MiB")
     print(f"  in the end {left:.0f} requests run or wait")
     findings = [f"{count} requests ended as {end}" for end, count in seen.ends.items() if end not in ("whole", "429")]
     findings += [f"one client: {end}" for end in alone.ends if end != "whole"]

@@ -100,6 +100,8 @@ async def _submit(http: HttpRequest, generator: Generator, requests: Sequence[Re
             run.handles.append(await anyio.to_thread.run_sync(generator.submit, asked))
     except BaseException as error:
         run.close()
+        if isinstance(error, UserError):  # anyio's future holds it, and its frames hold the prompt and that future
+            error.__traceback__ = None
         if isinstance(error, Exception):
             raise told(error, param) from error
         raise
@@ -160,6 +162,7 @@ class Run:
         for handle in self.handles:
             if handle.timing.finished is not None and self._reasons:
                 self._service.metrics.finished(self._generator.name, handle.timing)
+        self.handles = []  # what FastAPI keeps of a streamed request waits for the garbage collector
 
     async def _results(self) -> list[Result]:
         async for _ in self._deltas():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import signal
 import socket
@@ -113,6 +114,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            gc.collect()
+            gc.freeze()  # so that the collector's passes look at requests alone: sooner done, and made more often
             self._watching = asyncio.ensure_future(self._watch())
             host, port = self._bound.getsockname()[:2]
             scheme = "https" if self.config.ssl_certfile else "http"

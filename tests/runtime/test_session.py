@@ -16,6 +16,7 @@ from glm4export.sources.checkpoint import locate
 from glm4runtime import BundleError, SamplingParams, Session, UserError, load
 from glm4runtime.contract import MANIFEST
 from glm4runtime.text.chat import ChatTemplate
+from tests.helpers.garbage import left_to_the_collector
 
 PROMPTS: list[dict[str, Any]] = json.loads((locate(None).folder / "prompts.json").read_text(encoding="utf-8"))
 PARAMS = SamplingParams(max_new_tokens=200)
@@ -195,6 +196,15 @@ def test_a_step_graph_is_freed_too(tensorrt_bundles: Callable[[str], Path]) -> N
     assert [ref() for ref in rest] == [None, None]
     with pytest.raises(UserError, match="this session is closed"):
         session.runner.decode(5)
+
+
+def test_an_answer_that_has_ended_holds_no_memory(session: Session) -> None:
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, top_p=0.9, typical_p=0.9, repetition_penalty=1.1)
+
+    def answer() -> None:
+        session.chat(PROMPTS[0]["messages"], params, lookup=2).read()
+
+    assert left_to_the_collector(answer) == set()
 
 
 def test_a_template_that_was_closed_starts_no_process(session: Session) -> None:

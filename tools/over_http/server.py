@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -70,10 +69,15 @@ class Server:
             time.sleep(0.05)
         return not left
 
-    def resident(self) -> int:
-        """Bytes of memory that it has."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def memory(self) -> tuple[int, int]:
+        """Bytes in memory: its own, and those of mapped files.
+
+        Weights are mapped: a page of them comes when it's first read, such as a token's row of the embeddings, and the
+        system takes it back where it needs room. So of the two only the first can leak.
+        """
+        lines = (line.split() for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
+        sizes = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0].startswith("Rss")}
+        return sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"]
 
     def wait(self, seconds: float) -> int | None:
         """Its exit status, and all of its log; None where it goes on."""

@@ -133,10 +133,6 @@ class Job:
         """Tokens that still have a row behind ``chosen`` ones, of which the last has none yet."""
         return self.capacity - len(self.ids) - (chosen - 1)
 
-    @property
-    def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
-
     def note(self, **times: float) -> None:
         """Put times into the feed's timing, in seconds since submit."""
         self.feed.timing = replace(self.feed.timing, **{name: now - self.submitted for name, now in times.items()})
@@ -156,18 +152,24 @@ class Job:
         )
 
     def close(self, error: Exception | None = None) -> None:
-        """Tell the reader that no more comes."""
+        """Tell the reader that no more comes, and let go of the answers.
+
+        They hold this job: until the garbage collector came, all of it would stay, row of logits included.
+        """
         self.count()
         self.note(finished=time.monotonic())
-        if error is not None:
-            self.feed.end(None, error)
-            return
+        try:
+            self.feed.end(self._result() if error is None else None, error)
+        finally:
+            self.answers, self.beams = [], None
+
+    def _result(self) -> Result:
         chosen = self._chosen()
         if self.compares:
             for delta in chosen:
                 self.feed.put(delta)
         logprobs = None if self.request.prompt_logprobs is None else (None, *self.prompt_logprobs)
-        self.feed.end(Result(tuple(chosen), self.feed.usage, self.feed.timing, logprobs))
+        return Result(tuple(chosen), self.feed.usage, self.feed.timing, logprobs)
 
     def _chosen(self) -> list[Delta]:
         if not self.compares:

@@ -15,7 +15,7 @@ from glm4runtime.engine.beams import BeamGroup
 from glm4runtime.engine.handle import Feed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.request import Request, Usage
-from glm4runtime.sampling import Sampler
+from glm4runtime.sampling import Sampler, Scratch
 from glm4runtime.text.assistant import AnswerParser
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.stop import split_stop, stop_items
@@ -42,6 +42,7 @@ class Preparation:
         self._manifest, self._limit, self._slots = runner.manifest, runner.max_seq_len, runner.slots
         self._adapters = runner.adapters
         self._text, self._drafts = text, drafts
+        self._scratch = Scratch(self._manifest.vocab_size)  # one thread, the engine's, chooses all tokens
         self._lock = threading.Lock()
         self._made: Vocabulary | None = None
 
@@ -69,7 +70,9 @@ class Preparation:
             params = request.params
             if params.seed is not None:
                 params = replace(params, seed=params.seed + index)
-            sampler = Sampler(params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop))
+            sampler = Sampler(
+                params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop), scratch=self._scratch
+            )
             job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), matcher))
             matcher = None if matcher is None else matcher.copy()  # nothing is consumed yet
         if request.num_beams > 1:

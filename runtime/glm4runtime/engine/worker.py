@@ -230,7 +230,7 @@ class Worker:
                     answer.job.count()
 
     def _fail(self, job: Job, error: Exception) -> None:
-        for id in [id for id, answer in self.answers.items() if answer.job is job]:
+        for id in self._under_way(job):
             self.scheduler.cancel(id)
             self.loop.end(answer := self.answers.pop(id))
             self.loop.failed.pop(answer, None)
@@ -238,13 +238,16 @@ class Worker:
         job.close(_failure("the request failed", error))
         self.condition.notify_all()
 
+    def _under_way(self, job: Job) -> list[int]:
+        return [id for id, answer in self.answers.items() if answer.job is job]
+
     def _end(self, id: int, reason: FinishReason) -> None:
         answer = self.answers.pop(id)
         answer.end(reason)
         self.loop.end(answer)
         self._finished[answer.finish_reason or reason] += 1
         job = answer.job
-        if job.finished:
+        if not self._under_way(job):
             job.close()
             usage = job.feed.usage
             self._totals.update(

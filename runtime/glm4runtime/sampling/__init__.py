@@ -2,5 +2,6 @@
 
 from glm4runtime.sampling.params import SamplingParams
 from glm4runtime.sampling.sampler import Sampler
+from glm4runtime.sampling.scratch import Scratch
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "Scratch"]

@@ -20,6 +20,7 @@ from glm4runtime.sampling.penalties import (
     RepetitionPenalty,
 )
 from glm4runtime.sampling.rows import Row, token_ids
+from glm4runtime.sampling.scratch import Scratch
 
 # What each byte of a mask adds to its eight logits: 0 where the bit is set, -inf where it isn't. Adding looked-up
 # numbers takes an eighth of the time of writing -inf where unpacked bits say so: it has no branches.
@@ -28,24 +29,20 @@ _ADDENDS = np.where(_BITS, np.float32(0), np.float32(-np.inf))
 
 
 class Chain:
-    """Gives rows of logits as processors leave them, in memory of its own."""
+    """Gives rows of logits as processors leave them, in scratch memory."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, stop: Collection[int]) -> None:
+    def __init__(self, params: SamplingParams, scratch: Scratch, stop: Collection[int]) -> None:
         """Raises UserError for a token id outside the vocabulary."""
-        self._vocab_size = vocab_size
-        self._processors = _processors(params, vocab_size, stop)
-        self._scores: Row = np.empty(vocab_size if self._processors else 0, np.float32)
-        self._addends: NDArray[np.float32] = np.empty((0, 8), np.float32)
+        self._scratch = scratch
+        self._processors = _processors(params, scratch.vocab_size, stop)
 
     def __bool__(self) -> bool:
         """Whether there's anything to do besides masking."""
         return bool(self._processors)
 
     def __call__(self, logits: Row, history: History, allowed: NDArray[np.uint32] | None) -> Row:
-        """The row after all processors and the mask, good until the next call; ``logits`` stay as they are."""
-        if not self._scores.size:
-            self._scores = np.empty(self._vocab_size, np.float32)
-        scores = self._scores
+        """The row after all processors and the mask, in scratch memory; ``logits`` stay as they are."""
+        scores = self._scratch.scores
         np.copyto(scores, logits)
         with np.errstate(over="ignore", under="ignore"):
             for process in self._processors:
@@ -60,12 +57,10 @@ class Chain:
             processor.forget()
 
     def _forbid(self, scores: Row, allowed: NDArray[np.uint32]) -> None:
-        check_mask(allowed, self._vocab_size)
-        if not self._addends.size:
-            self._addends = np.empty((4 * len(allowed), 8), np.float32)
-        words = np.ascontiguousarray(allowed, "<u4")
-        np.take(_ADDENDS, words.view(np.uint8), axis=0, out=self._addends, mode="clip")
-        scores += self._addends.reshape(-1)[: self._vocab_size]
+        check_mask(allowed, scores.size)
+        addends, words = self._scratch.addends, np.ascontiguousarray(allowed, "<u4")
+        np.take(_ADDENDS, words.view(np.uint8), axis=0, out=addends, mode="clip")
+        scores += addends.reshape(-1)[: scores.size]
 
 
 def check_mask(allowed: NDArray[np.uint32], vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from glm4runtime.backends.held_row import HeldRow
 from glm4runtime.sampling.params import SamplingParams
 from glm4runtime.sampling.rows import Row, kth_largest
-from glm4runtime.sampling.select import Selector
+from glm4runtime.sampling.scratch import Scratch
 
 Weights = NDArray[np.float32]  # [n]
 Positions = NDArray[np.intp]
@@ -34,34 +34,30 @@ _LEAST_LOG = np.float32(-104.0)  # below the logarithm of the smallest float32
 
 
 class Filters:
-    """Temperature, top-k, top-p, min-p, typical and XTC, in this order; scratch memory is allocated here, once.
+    """Temperature, top-k, top-p, min-p, typical and XTC, in this order.
 
     Order and meaning are those of ``TemperatureLogitsWarper``, ``TopKLogitsWarper``, ``TopPLogitsWarper``,
     ``MinPLogitsWarper`` and ``TypicalLogitsWarper`` in transformers' ``_get_logits_processor`` (generation/utils.py,
     5.24). XTC is behind them, as in text-generation-webui and llama.cpp.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, stop: Collection[int]) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, params: SamplingParams, scratch: Scratch, stop: Collection[int]) -> None:
+        self._scratch, self._vocab_size = scratch, scratch.vocab_size
         # Within float32, so that neither 0/0 nor inf/inf can come of an extreme temperature.
         limits = np.finfo(np.float32)
         self._temperature = np.float32(min(max(params.temperature, float(limits.tiny)), float(limits.max)))
-        self._top_k = int(params.top_k) if 0 < params.top_k < vocab_size else 0
+        self._top_k = int(params.top_k) if 0 < params.top_k < self._vocab_size else 0
         self._top_p, self._min_p = float(params.top_p), np.float32(params.min_p)
         self._typical_p = float(params.typical_p)
         cuts = (
-            (self._nucleus, params.top_p < 1),
-            (self._probable, params.min_p > 0),
-            (self._typical, params.typical_p < 1),
+            (Filters._nucleus, params.top_p < 1),
+            (Filters._probable, params.min_p > 0),
+            (Filters._typical, params.typical_p < 1),
         )
-        self._cuts: list[Callable[[Weights], Mask]] = [cut for cut, on in cuts if on]
+        # Not bound to this object: it would hold itself, and go no sooner than the garbage collector comes.
+        self._cuts: list[_Cut] = [cut for cut, on in cuts if on]
         self._xtc = float(params.xtc_probability), float(params.xtc_threshold)
         self._stop = np.array(sorted(stop), np.int64)
-        self._scratch: NDArray[np.float32] = np.empty(vocab_size, np.float32)
-        self._weights: NDArray[np.float32] = np.empty(vocab_size, np.float32)
-        self._cumulative: NDArray[np.float64] = np.empty(vocab_size, np.float64)
-        self._mask: NDArray[np.bool_] = np.empty(vocab_size, np.bool_)
-        self._selector = Selector(vocab_size)
 
     def kept(self, logits: Row, top: np.float32, random: Callable[[], float]) -> tuple[Positions | None, Weights]:
         """Ids that are left, ascending (None: all), and their weights; one of weight 0 isn't left.
@@ -106,7 +102,7 @@ class Filters:
 
     def _weighed(self, scores: Row, top: np.float32) -> Weights:
         """Unnormalised probabilities, of which the largest is 1; in scratch memory."""
-        weights = self._weights[: scores.size]
+        weights = self._scratch.weights[: scores.size]
         # Subtracting the maximum first makes the largest exponent 0, so nothing overflows but towards exp(-inf) = 0.
         with np.errstate(over="ignore", under="ignore"):
             np.subtract(scores, top, out=weights)
@@ -118,12 +114,12 @@ class Filters:
         self,
         ids: Positions | None,
         weights: Weights,
-        cuts: Sequence[Callable[[Weights], Mask]],
+        cuts: Sequence[_Cut],
         random: Callable[[], float],
     ) -> tuple[Positions | None, Weights]:
         """What cuts leave of ids and weights, and XTC of that."""
         for cut in cuts:
-            stay = cut(weights)
+            stay = cut(self, weights)
             if _dense(stay):
                 weights *= stay
             else:
@@ -136,7 +132,7 @@ class Filters:
 
     def draw(self, weights: Weights, number: float) -> int:
         """A position, with probability proportional to its weight where ``number`` is uniform in 0 to 1."""
-        cumulative = np.cumsum(weights, dtype=np.float64, out=self._cumulative[: weights.size])
+        cumulative = np.cumsum(weights, dtype=np.float64, out=self._scratch.cumulative[: weights.size])
         total = cumulative[-1]
         # side="right" passes over weights of zero. Rounding may carry the product up to the total itself: then the
         # last position whose weight isn't zero is meant.
@@ -145,22 +141,22 @@ class Filters:
 
     def _largest(self, logits: Row) -> Positions:
         """Ids, ascending, of the top_k largest logits and of all that tie with the last of these."""
-        return np.flatnonzero(np.greater_equal(logits, kth_largest(logits, self._top_k), out=self._mask))
+        return np.flatnonzero(np.greater_equal(logits, kth_largest(logits, self._top_k), out=self._scratch.mask))
 
     def _nucleus(self, weights: Weights) -> Mask:
         """The fewest largest weights whose sum reaches top_p of the whole; at least one."""
         target = self._top_p * float(weights.sum(dtype=np.float64))
         among = weights
         for floor in _FLOORS:
-            mask = np.greater_equal(weights, np.float32(floor), out=self._mask[: weights.size])
+            mask = np.greater_equal(weights, np.float32(floor), out=self._scratch.mask[: weights.size])
             if _dense(mask):
                 break
             likely = weights[np.flatnonzero(mask)]
             if float(likely.sum(dtype=np.float64)) >= target:
                 among = likely
                 break
-        last, before = self._selector.reaching(among, among, target, largest_first=True)
-        stay = np.greater_equal(weights, last, out=self._mask[: weights.size])
+        last, before = self._scratch.selector.reaching(among, among, target, largest_first=True)
+        stay = np.greater_equal(weights, last, out=self._scratch.mask[: weights.size])
         # Of the tokens that tie with the last one in, the lowest ids stay: as many as it takes.
         ties = np.flatnonzero(weights == last)
         stay[ties[max(1, math.ceil((target - before) / float(max(last, _LEAST)))) :]] = False  # 0: by rounding
@@ -200,7 +196,7 @@ class Filters:
 
     def _probable(self, weights: Weights) -> Mask:
         """The weights of at least min_p times the largest, which is 1."""
-        return np.greater_equal(weights, self._min_p, out=self._mask[: weights.size])
+        return np.greater_equal(weights, self._min_p, out=self._scratch.mask[: weights.size])
 
     def _typical(self, weights: Weights) -> Mask:
         """The weights whose surprise is nearest to its mean, the entropy, as few as reach typical_p of the whole.
@@ -210,9 +206,9 @@ class Filters:
         size = weights.size
         total = float(weights.sum(dtype=np.float64))
         with np.errstate(divide="ignore", under="ignore"):
-            logs = np.log(weights, out=self._scratch[:size])
+            logs = np.log(weights, out=self._scratch.logs[:size])
             np.maximum(logs, _LEAST_LOG, out=logs)  # a weight of 0 has no part in the entropy
-            products = np.multiply(weights, logs, out=self._cumulative.view(np.float32)[:size])
+            products = np.multiply(weights, logs, out=self._scratch.cumulative.view(np.float32)[:size])
         mean = float(products.sum(dtype=np.float64)) / total
         # Surprise is log(total) - logs, entropy log(total) - mean: the total falls out of their difference.
         distances = np.subtract(logs, np.float32(mean), out=logs)
@@ -220,15 +216,15 @@ class Filters:
         target = self._typical_p * total
         among, masses = distances, weights
         for reach in _REACHES:
-            mask = np.less_equal(distances, np.float32(reach), out=self._mask[:size])
+            mask = np.less_equal(distances, np.float32(reach), out=self._scratch.mask[:size])
             if _dense(mask):
                 break
             near = np.flatnonzero(mask)
             if float(weights[near].sum(dtype=np.float64)) >= target:
                 among, masses = distances[near], weights[near]
                 break
-        last, _ = self._selector.reaching(among, masses, target)
-        return np.less_equal(distances, last, out=self._mask[:size])
+        last, _ = self._scratch.selector.reaching(among, masses, target)
+        return np.less_equal(distances, last, out=self._scratch.mask[:size])
 
     def _exclude_top(self, ids: Positions | None, weights: Weights, number: float) -> None:
         """XTC: put the weights of all that are as probable as xtc_threshold to 0, but for the least of them.
@@ -241,12 +237,15 @@ class Filters:
             return
         floor = np.float32(threshold * float(weights.sum(dtype=np.float64)))
         floor = max(floor, _LEAST)  # what isn't left can't be the one that stays
-        top = np.flatnonzero(np.greater_equal(weights, floor, out=self._mask[: weights.size]))
+        top = np.flatnonzero(np.greater_equal(weights, floor, out=self._scratch.mask[: weights.size]))
         if top.size < 2:
             return
         top = np.delete(top, int(weights[top].argmin()))
         if not _holds(top if ids is None else ids[top], self._stop):
             weights[top] = 0
+
+
+_Cut = Callable[[Filters, Weights], Mask]
 
 
 def _dense(mask: Mask) -> bool:

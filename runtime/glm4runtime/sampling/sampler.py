@@ -20,10 +20,11 @@ from glm4runtime.sampling.filters import Filters, Positions, Weights
 from glm4runtime.sampling.history import History
 from glm4runtime.sampling.params import SamplingParams
 from glm4runtime.sampling.rows import Row, most_probable, token_ids
+from glm4runtime.sampling.scratch import Scratch
 
 
 class Sampler:
-    """Draws token ids from logits. Build it once, before the loop: it owns its scratch memory and its random stream.
+    """Draws token ids from logits. Build it once, before the loop: it owns its random stream.
 
     The same parameters, seed, prompt and logits give the same tokens. One sampler serves one sequence at a time.
     """
@@ -35,17 +36,20 @@ class Sampler:
         *,
         prompt: Sequence[int] | NDArray[np.integer[Any]] = (),
         stop: Collection[int] = (),
+        scratch: Scratch | None = None,
     ) -> None:
         """prompt: what penalties count beside the answer. stop: the ids that min_new_tokens forbids and XTC spares.
+        scratch: memory shared with other samplers of the thread that this one is called in; None: its own.
 
         Raises UserError for a token id outside the vocabulary.
         """
         self.params = params
         self.vocab_size = vocab_size
         self._forced = token_ids("forced_tokens", params.forced_tokens, vocab_size).tolist()
-        self._chain = Chain(params, vocab_size, stop)
+        scratch = scratch or Scratch(vocab_size)
+        self._chain = Chain(params, scratch, stop)
         self._history = History(token_ids("prompt", prompt if self._chain else (), vocab_size))
-        self._filters = None if params.temperature == 0 else Filters(params, vocab_size, stop)
+        self._filters = None if params.temperature == 0 else Filters(params, scratch, stop)
         self._random = np.random.Generator(np.random.PCG64(None if params.seed is None else int(params.seed)))
 
     def chooses_among(self, count: int) -> bool:

@@ -37,11 +37,12 @@ class Turn:
         """opens: it may begin with ``<think>``. opened: it begins inside a thought. tools: it may be a call."""
         self._tools = tools
         self._held = ""  # text that may still turn out to be one or the other
-        self._behind_thought = self._head if tools else self._blank
-        self._state: Callable[[str], Iterator[Part]] = self._behind_thought
+        self._behind_thought = Turn._head if tools else Turn._blank
+        # States are not bound to this object: it would hold itself, and go no sooner than the garbage collector comes.
+        self._state: _State = self._behind_thought
         if opens or opened:
             self._opened = opened
-            self._state = self._opening
+            self._state = Turn._opening
         self._end = StopStrings([THINK_END])
         self._space: str | None = None  # whitespace at the thought's end so far; None in front of its first word
         self._scan = _ObjectEnd()
@@ -49,16 +50,16 @@ class Turn:
     def push(self, piece: str) -> Iterator[Part]:
         """What is certain now and wasn't before this piece."""
         text, self._held = self._held + piece, ""
-        return self._state(text) if text else iter(())
+        return self._state(self, text) if text else iter(())
 
     def finish(self) -> Iterator[Part]:
         """The rest, now that the turn is over."""
         held, self._held = self._held, ""
-        if self._state == self._thought:
+        if self._state is Turn._thought:
             yield from self._trimmed(self._end.finish())
-        elif self._state == self._opening and self._opened:
+        elif self._state is Turn._opening and self._opened:
             yield from self._trimmed(held)
-        elif self._state == self._call and (call := _call(held)) is not None:
+        elif self._state is Turn._call and (call := _call(held)) is not None:
             yield call
         elif held.strip():
             yield "words", _without_blank_lines(held)
@@ -66,11 +67,11 @@ class Turn:
     def _opening(self, text: str) -> Iterator[Part]:
         inside = text.lstrip()
         if inside.startswith(THINK):  # which some models repeat where the prompt has it
-            yield from self._go(self._thought, inside[len(THINK) :])
+            yield from self._go(Turn._thought, inside[len(THINK) :])
         elif THINK.startswith(inside):
             self._held = text
         else:
-            yield from self._go(self._thought if self._opened else self._behind_thought, text)
+            yield from self._go(Turn._thought if self._opened else self._behind_thought, text)
 
     def _thought(self, text: str) -> Iterator[Part]:
         yield from self._trimmed(self._end.push(text))
@@ -89,31 +90,34 @@ class Turn:
 
     def _head(self, text: str) -> Iterator[Part]:
         if _HEAD.match(text):
-            yield from self._go(self._call, text)
+            yield from self._go(Turn._call, text)
         elif _BEGUN.fullmatch(text):
             self._held = text
         else:
-            yield from self._go(self._blank, text)
+            yield from self._go(Turn._blank, text)
 
     def _call(self, text: str) -> Iterator[Part]:
         end = self._scan.push(text)
         if end is None or (not text[end:].strip() and _call(text) is not None):
             self._held = text
         else:
-            yield from self._go(self._blank, text)
+            yield from self._go(Turn._blank, text)
 
     def _blank(self, text: str) -> Iterator[Part]:
         if text.strip():
-            yield from self._go(self._words, _without_blank_lines(text))
+            yield from self._go(Turn._words, _without_blank_lines(text))
         else:
             self._held = text
 
     def _words(self, text: str) -> Iterator[Part]:
         yield "words", text
 
-    def _go(self, state: Callable[[str], Iterator[Part]], text: str) -> Iterator[Part]:
+    def _go(self, state: _State, text: str) -> Iterator[Part]:
         self._state = state
         return self.push(text)
+
+
+_State = Callable[[Turn, str], Iterator[Part]]
 
 
 class _ObjectEnd:

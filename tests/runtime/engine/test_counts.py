@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from glm4runtime import Request, SamplingParams
+from tests.helpers.garbage import left_to_the_collector
 from tests.runtime.engine.conftest import LoadEngine
 
 
@@ -77,3 +80,42 @@ def test_the_best_answer_is_that_with_the_most_probable_tokens_its_stop_included
         means.append(np.mean([scored.logprob for scored in scores.prompt_logprobs[30:]]))
     best = engine.generate(Request(prompt(30), params=params, best_of=4, stop=stop)).result().choices[0]
     assert best.tokens == every[int(np.argmax(means))].tokens
+
+
+@pytest.mark.parametrize(
+    "answers", [{"n": 1}, {"n": 3}, {"num_beams": 3}, {"n": 1, "best_of": 3}], ids=["one", "three", "beams", "best"]
+)
+def test_a_request_is_counted_once_whatever_it_ends_with(load_engine: LoadEngine, answers: dict[str, int]) -> None:
+    engine = load_engine()
+    greedy = {"temperature": 1.0, "seed": 3} if "num_beams" not in answers else {}
+    used = engine.generate(
+        Request(prompt(20), params=SamplingParams(max_new_tokens=8, **greedy), **answers)  # type: ignore[arg-type]
+    ).result()
+    engine.drain()
+    stats = engine.stats()
+    assert stats.prompt_tokens == used.usage.prompt_tokens == 20
+    assert stats.completion_tokens == used.usage.completion_tokens > 0
+    assert sum(stats.finished.values()) == max(answers.values())
+
+
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"params": SamplingParams(max_new_tokens=8)},
+        {"params": SamplingParams(max_new_tokens=8, temperature=1.0, top_p=0.9, min_p=0.1, typical_p=0.9), "n": 2},
+        {"params": SamplingParams(max_new_tokens=8, repetition_penalty=1.1, frequency_penalty=0.1), "logprobs": 2},
+        {"params": SamplingParams(max_new_tokens=8), "num_beams": 2},
+        {"params": SamplingParams(max_new_tokens=8), "lookup": 4},
+        {"params": SamplingParams(max_new_tokens=8), "timeout": 1e-6},
+    ],
+    ids=["greedy", "filters", "penalties", "beams", "lookup", "timeout"],
+)
+def test_a_request_that_has_ended_holds_no_memory(load_engine: LoadEngine, request_fields: dict[str, Any]) -> None:
+    """Until the collector came, each would keep its rows of logits."""
+    engine = load_engine()
+
+    def ask() -> None:
+        engine.generate(Request(prompt(20), **request_fields)).result()
+        engine.call(lambda: None)  # a step later the thread's own variables are others
+
+    assert left_to_the_collector(ask) == set()

@@ -19,7 +19,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from glm4runtime.sampling import Sampler, SamplingParams
+from glm4runtime.sampling import Sampler, SamplingParams, Scratch
 from glm4runtime.sampling.filters import Filters
 
 Logits = NDArray[np.float32]
@@ -45,7 +45,9 @@ def warped(logits: NDArray[np.floating], params: dict[str, float]) -> NDArray[np
 def kept(logits: Logits, random: float = 0.0, stop: tuple[int, ...] = (), **params: Any) -> NDArray[np.float64]:
     """What we draw from: float64 [vocab]."""
     params.setdefault("temperature", 1.0)
-    ids, weights = Filters(SamplingParams(**params), logits.size, stop).kept(logits, logits.max(), lambda: random)
+    ids, weights = Filters(SamplingParams(**params), Scratch(logits.size), stop).kept(
+        logits, logits.max(), lambda: random
+    )
     found = np.zeros(logits.size)
     found[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
     return found
@@ -113,7 +115,7 @@ def test_nucleus_of_nearly_everything() -> None:
         rng = np.random.default_rng(seed)
         logits = (rng.standard_normal(2000) * rng.choice([1, 60])).astype(np.float32)
         params = SamplingParams(temperature=1.0, top_p=0.9999999999999999)
-        ids, weights = Filters(params, 2000, ()).kept(logits, logits.max(), lambda: 0.5)
+        ids, weights = Filters(params, Scratch(2000), ()).kept(logits, logits.max(), lambda: 0.5)
         lost = np.setdiff1d(np.arange(2000), ids if ids is not None else np.flatnonzero(weights))
         assert np.exp(logits[lost] - logits.max()).sum(dtype=np.float64) < 1e-9
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from glm4runtime.contract import UserError
-from glm4runtime.sampling import Sampler, SamplingParams
+from glm4runtime.sampling import Sampler, SamplingParams, Scratch
 from glm4runtime.sampling.chain import Chain
 from glm4runtime.sampling.history import History
 
@@ -43,7 +43,9 @@ def processed(
     logits: Logits, prompt: list[int], answer: list[int], stop: tuple[int, ...] = (), **params: Any
 ) -> Logits:
     before = logits.copy()
-    scores = Chain(SamplingParams(**params), len(logits), stop)(logits, history_of(prompt, answer), None).copy()
+    scores = Chain(SamplingParams(**params), Scratch(len(logits)), stop)(
+        logits, history_of(prompt, answer), None
+    ).copy()
     assert np.array_equal(logits, before)
     return scores
 
@@ -151,7 +153,7 @@ def test_dry_by_its_definition(
     params = SamplingParams(
         dry_multiplier=multiplier, dry_base=base, dry_allowed_length=allowed, dry_sequence_breakers=breakers
     )
-    chain, history = Chain(params, VOCAB, ()), history_of(prompt, [])
+    chain, history = Chain(params, Scratch(VOCAB), ()), history_of(prompt, [])
     for at in range(len(answer) + 1):
         expected = logits.astype(np.float64)
         for token, penalty in dry_of(prompt + answer[:at], multiplier, base, allowed, breakers).items():
