@@ -55,6 +55,12 @@ def main() -> int:
                 failed += 1
             except UserError as error:
                 print(f"a killed stage: {error}")
+            try:
+                load_stages(bundle, threads=8)
+                print("a cluster that is too small: NOT TOLD")
+                failed += 1
+            except UserError as error:
+                print(f"a cluster that is too small: {error}")
         ray.shutdown()
     return int(failed > 0)
 

@@ -15,7 +15,7 @@ from glm4export.commands.slot_options import (
     adapter_files,
     add_slot_options,
     answering_manifest,
-    check_draft,
+    check_text_options,
     open_slots,
 )
 from glm4runtime import signals
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.exists() and output.samefile(requests):
         raise UserError(f"{output}: holds the requests; name another file with -o")
     adapters = adapter_files(arguments, {name: arguments.bundle})[name]
-    check_draft(arguments, {name: arguments.bundle})
+    check_text_options(arguments, {name: arguments.bundle})
     identity = identity_of(
         manifest.to_json(),
         name,

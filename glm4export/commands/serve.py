@@ -13,7 +13,7 @@ from glm4export.commands.slot_options import (
     adapter_files,
     add_slot_options,
     answering_manifest,
-    check_draft,
+    check_text_options,
     engine_settings,
     open_slots,
 )
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     bundles = _bundles(arguments)
     adapters = adapter_files(arguments, bundles)
-    check_draft(arguments, bundles)
+    check_text_options(arguments, bundles)
     settings = _settings(arguments)
     names = [*bundles, *(name for files in adapters.values() for name in files)]
     if arguments.certificate is not None:

@@ -98,11 +98,20 @@ def adapter_files(arguments: argparse.Namespace, bundles: Mapping[str, Path]) ->
     return found
 
 
-def check_draft(arguments: argparse.Namespace, bundles: Mapping[str, Path]) -> None:
-    """Raises UserError where there's none of one bundle that writes text, or it is no bundle itself."""
+def check_text_options(arguments: argparse.Namespace, bundles: Mapping[str, Path]) -> None:
+    """Raises UserError for options of engines where no bundle writes text, and a draft that is none of one bundle."""
+    if all(read_manifest(folder).kv_cache is None for folder in bundles.values()):
+        given = {
+            "--chat-template": arguments.chat_template is not None,
+            "--cuda-graphs": arguments.cuda_graphs,
+            "--draft": arguments.draft is not None,
+            "--no-invariant": arguments.no_invariant,
+        }
+        for option in (option for option, on in given.items() if on):
+            raise UserError(f"{option}: for bundles that write text, and {', '.join(bundles)} gives embeddings")
     if arguments.draft is not None:
-        if len(bundles) > 1 or any(read_manifest(folder).kv_cache is None for folder in bundles.values()):
-            raise UserError("--draft goes with one bundle, which writes text")
+        if len(bundles) > 1:
+            raise UserError(f"--draft {arguments.draft}: goes with one bundle, and {len(bundles)} are served")
         read_manifest(arguments.draft)
 
 

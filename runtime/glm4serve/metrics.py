@@ -114,7 +114,8 @@ class _Engines(Collector):
             for reason, count in stats.finished.items():
                 success.add_metric([name, reason], count)
         for embedder in self._models.embedders.values():
-            found["num_requests_running"].add_metric([embedder.name], min(embedder.pending, 1))  # type: ignore[attr-defined]
-            found["num_requests_waiting"].add_metric([embedder.name], max(embedder.pending - 1, 0))  # type: ignore[attr-defined]
+            pending = embedder.pending
+            found["num_requests_running"].add_metric([embedder.name], min(pending, 1))  # type: ignore[attr-defined]
+            found["num_requests_waiting"].add_metric([embedder.name], max(pending - 1, 0))  # type: ignore[attr-defined]
         yield from found.values()
         yield success

@@ -27,7 +27,7 @@ class Generator:
     def __init__(self, name: str, engine: Engine, base: str | None = None) -> None:
         """base: of an adapter, the bundle's name."""
         self.name, self.engine, self.base = name, engine, base
-        self._opened = _stamp(engine.folder)
+        self._opened = _manifest(engine.folder)
 
     @property
     def adapter(self) -> str | None:
@@ -37,7 +37,7 @@ class Generator:
     @property
     def bundle_changed(self) -> bool:
         """Whether the bundle's folder holds another one since it was opened, or none. The engine keeps the old one."""
-        return _stamp(self.engine.folder) != self._opened
+        return _manifest(self.engine.folder) != self._opened
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,10 +120,9 @@ def _found(name: str | None, wanted: Mapping[str, _M], others: Mapping[str, obje
     raise ApiError(404, f"model: {found}; served: {known}", code="model_not_found", param="model")
 
 
-def _stamp(folder: Path) -> tuple[int, int, int] | None:
-    """Which bundle is in a folder; None for none. A build never writes into a manifest that is there."""
+def _manifest(folder: Path) -> bytes | None:
+    """What tells a bundle from any other, by its files' hashes; None where there's none in the folder."""
     try:
-        found = (folder / MANIFEST).stat()
+        return (folder / MANIFEST).read_bytes()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns

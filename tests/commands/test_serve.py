@@ -32,7 +32,7 @@ from tests.helpers.small_bundles import fill
         (["{bundle}", "--adapter", "other:a={missing}"], "there is no bundle other; served: bundle"),
         (["{bundle}", "--adapter", "bundle={missing}"], "another model is called bundle"),
         (["{bundle}", "--name", "b={bundle}", "--adapter", "a=x"], "a=x: of which bundle? MODEL:NAME=FILE"),
-        (["{bundle}", "--name", "b={bundle}", "--draft", "{bundle}"], "--draft goes with one bundle"),
+        (["{bundle}", "--name", "b={bundle}", "--draft", "{bundle}"], "goes with one bundle, and 2 are served"),
         (["{bundle}", "--draft", "{missing}"], "missing"),
         (["{bundle}", "--port", "0", "--device-id", "1"], "device_id=1 is for cuda and tensorrt"),
         (["{bundle}", "--port", "0", "--gpu-mem-limit", "4"], "gpu_mem_limit is for cuda"),
@@ -48,6 +48,19 @@ def test_options_that_do_not_fit(
     argv = [word.format(bundle=bundle, missing=tmp_path / "missing") for word in options]
     assert cli.main(["serve", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--cuda-graphs", "--no-invariant", "--chat-template", "--draft"])
+def test_options_of_engines_are_not_passed_over_where_there_is_none(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "bundle")
+    encoder = Namespace(kv_cache=None, encoder=Namespace(pooling="mean"))
+    for place in ("serve", "slot_options"):
+        monkeypatch.setattr(f"glm4export.commands.{place}.read_manifest", lambda folder: encoder)
+    value = [str(tmp_path)] if option in ("--chat-template", "--draft") else []
+    assert cli.main(["serve", str(tmp_path / "bundle"), option, *value]) == 2
+    assert f"{option}: for bundles that write text, and bundle gives embeddings" in capsys.readouterr().err
 
 
 def test_the_gpus_that_a_replica_of_ray_reserves(tmp_path: Path) -> None:

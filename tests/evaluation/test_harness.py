@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from typing import Any
 
@@ -12,81 +11,25 @@ from glm4export.evaluation.harness import BundleLM
 from glm4runtime import SamplingParams, Session
 from glm4runtime.contract import UserError
 from tests.helpers.demo import DEMO
-
-QUESTIONS = [
-    {"question": "The capital of France is", "choices": ["Paris", "Rome", "a river"], "answer": 0},
-    {"question": "The capital of Italy is", "choices": ["Berlin", "Rome", "London"], "answer": 1},
-    {"question": "Two and two make", "choices": ["five", "a cat", "four"], "answer": 2},
-]
-
-TASKS = {
-    "choice": """
-        output_type: multiple_choice
-        doc_to_text: "{{question}}"
-        doc_to_choice: "{{choices}}"
-        doc_to_target: "{{answer}}"
-        metric_list: [{metric: acc}, {metric: acc_norm}]
-    """,
-    "rolling": """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}} {{choices[answer]}}."
-        metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
-    """,
-    "answers": """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{choices[answer]}}"
-        generation_kwargs: {until: ["."], max_gen_toks: 12, do_sample: false}
-        metric_list: [{metric: exact_match}]
-    """,
-}
+from tests.helpers.harness import TASKS, evaluated, metrics, require_alike
 
 
 @pytest.fixture(scope="module")
 def results(demo_sessions: dict[str, Session], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Both models' results on task files of ours, by model."""
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
-    data = json.dumps({"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")})
-    for name, text in TASKS.items():
-        lines = [f"task: {name}", "dataset_path: json", f"dataset_kwargs: {data}", "test_split: test"]
-        body = [line.strip() for line in text.strip().splitlines()]
-        (folder / f"{name}.yaml").write_text("\n".join([*lines, *body]), encoding="utf-8")
     ours = BundleLM(demo_sessions["fp32"].folder)
     theirs = HFLM(pretrained=str(DEMO), dtype="float32", device="cpu", prefix_token_id=ours.prefix_token_id)
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return {
-        name: lm_eval.simple_evaluate(
-            model=model, tasks=list(TASKS), task_manager=manager, log_samples=True, bootstrap_iters=0
-        )
-        for name, model in (("ours", ours), ("theirs", theirs))
-    }
-
-
-def metrics(results: dict[str, Any], task: str) -> dict[str, float]:
-    return {name: value for name, value in results["results"][task].items() if isinstance(value, float)}
+    models = {"ours": ours, "theirs": theirs}
+    return {name: evaluated(model, tmp_path_factory.mktemp(name)) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_figures_are_those_of_the_harness_s_own_model(results: dict[str, dict[str, Any]], task: str) -> None:
-    found, expected = metrics(results["ours"], task), metrics(results["theirs"], task)
-    assert found and found == pytest.approx(expected, rel=1e-4)
-
-
-def test_every_log_likelihood_and_every_answer(results: dict[str, dict[str, Any]]) -> None:
-    for task in TASKS:
-        pairs = zip(results["ours"]["samples"][task], results["theirs"]["samples"][task], strict=True)
-        for found, expected in pairs:
-            for one, other in zip(found["filtered_resps"], expected["filtered_resps"], strict=True):
-                if isinstance(one, str):
-                    assert one == other
-                else:
-                    assert one == pytest.approx(other, abs=1e-3)
+def test_figures_and_answers_are_those_of_the_harness_s_own_model(
+    results: dict[str, dict[str, Any]], task: str
+) -> None:
+    require_alike(results["ours"], results["theirs"], task)
 
 
 def test_the_embedded_model_knows_a_capital(results: dict[str, dict[str, Any]]) -> None:

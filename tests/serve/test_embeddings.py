@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import base64
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 
 from glm4runtime import Encoder, load_encoder
 from glm4serve import create_app
+from glm4serve.embedder import Embedder, Embeddings
+from glm4serve.errors import ApiError
 from tests.helpers.asgi import CHAT, ask
 from tests.helpers.checkpoints import save_with_tokenizer
 from tests.helpers.encoders import random_encoder
@@ -55,6 +59,34 @@ def test_embeddings(encoder: Encoder) -> None:
 def test_refusals(encoder: Encoder, body: dict[str, Any], message: str) -> None:
     response = ask(create_app({"e": encoder}), PATH, body)
     assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+
+
+def test_what_is_computed_for_nobody_still_has_its_place(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder, begun, go = Embedder("e", encoder, queue=0), threading.Event(), threading.Event()
+
+    def compute(texts: object) -> Embeddings:
+        begun.set()
+        go.wait(30)
+        return Embeddings(np.zeros((1, 1), np.float32), 1)
+
+    monkeypatch.setattr(embedder, "compute", compute)
+
+    async def leave() -> None:
+        asked = asyncio.ensure_future(embedder.embed(["a"]))
+        await asyncio.to_thread(begun.wait, 30)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert embedder.pending == 1
+        with pytest.raises(ApiError, match="the queue is full"):
+            await embedder.embed(["b"])
+        go.set()
+        while embedder.pending:
+            await asyncio.sleep(0.01)
+        assert (await embedder.embed(["c"])).tokens == 1
+
+    asyncio.run(leave())
+    embedder.close()
 
 
 def test_a_model_of_the_other_kind(encoder: Encoder) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4runtime.backends.gpu_options import gpu_options
 from glm4runtime.backends.graph_check import require_graphs, require_token_ids
-from glm4runtime.backends.settings import PROVIDERS, Provider, Settings, require_slots
+from glm4runtime.backends.settings import Provider, Settings, require_slots
 from glm4runtime.contract import TENSORRT, Manifest, UserError
 
 if TYPE_CHECKING:
@@ -150,8 +150,6 @@ def _adapter_files(folder: Path, manifest: Manifest, adapters: Mapping[str, str 
 def _chosen(folder: Path, manifest: Manifest, provider: str | None) -> str:
     """The provider that a bundle is run on. Raises UserError for one that doesn't fit it."""
     chosen = provider or default_provider(manifest)
-    if chosen not in PROVIDERS:
-        raise UserError(f"provider {chosen!r} is not known; known: {', '.join(PROVIDERS)}")
     if manifest.target != TENSORRT and chosen not in GRAPH_PROVIDERS:
         raise UserError(
             f"provider {chosen!r} runs bundles built with `--target tensorrt`; {folder} is for {manifest.target}: "

@@ -104,7 +104,11 @@ class Engine:
             drafting = read_draft(draft, manifest, text, check_hashes=check_hashes)
             opening = drafting.leave_room(opening, slots)
         runner = open_batch_runner(folder, manifest, opening, slots=slots)
-        opened = None if drafting is None else drafting.open(runner, stall_seconds=stall_ms / 1000)
+        try:
+            opened = None if drafting is None else drafting.open(runner, stall_seconds=stall_ms / 1000)
+        except BaseException:
+            runner.close()
+            raise
         if huge_pages:
             collapse()
         return cls(runner, text, settings, draft=opened)

@@ -48,7 +48,8 @@ def load_stages(
     ``cuda`` a GPU too. Others as :func:`glm4runtime.load`'s. A machine that is lost ends the session: what it is asked
     raises UserError from then on.
 
-    Raises UserError where Ray is missing, or settings don't fit; BundleError where the folder isn't a whole bundle.
+    Raises UserError where Ray is missing, settings don't fit, or the cluster is too small for the actors (where others
+    have its CPUs, they are waited for); BundleError where the folder isn't a whole bundle.
     """
     ray = _ray()
     Settings(provider=provider, threads=threads, max_seq_len=max_seq_len, prefill_chunk=prefill_chunk)  # checks them
@@ -63,9 +64,9 @@ def load_stages(
     require_token_ids(folder, manifest)
     names = graphs_to_open(folder, manifest)
     length = max_seq_len or manifest.cache.max_seq_len
-    actor = ray.remote(StageActor).options(
-        num_cpus=max(1, threads), num_gpus=int(chosen == "cuda"), scheduling_strategy="SPREAD"
-    )
+    cpus, gpus = max(1, threads), int(chosen == "cuda")
+    _require_room(ray, len(manifest.stages), CPU=cpus, GPU=gpus)
+    actor = ray.remote(StageActor).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")
     actors = [actor.remote(folder, names, index, chosen, threads, length) for index in range(len(manifest.stages))]
     graphs: dict[str, StagedGraph] = {}
     for name in names:
@@ -187,6 +188,17 @@ class _Binding:
 
     def get_outputs(self) -> list[_Binding]:
         return [self]
+
+
+def _require_room(ray: Any, stages: int, **each: int) -> None:
+    """Raises UserError where the cluster hasn't got what so many actors reserve: Ray would wait for it for ever."""
+    there = ray.cluster_resources()
+    for name, count in each.items():
+        if stages * count > (found := int(there.get(name, 0))):
+            raise UserError(
+                f"{stages} stages reserve {stages * count} {name}s, {count} each, and the cluster has {found}; give "
+                "fewer threads, or join a larger cluster"
+            )
 
 
 def _memory(dtype: Any, shape: Sequence[int], address: int) -> np.ndarray:

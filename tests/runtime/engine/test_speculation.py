@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from glm4runtime import Engine, Request, SamplingParams, UserError, load
+from glm4runtime.backends.ort_batch import OrtBatchRunner
 from glm4runtime.backends.settings import Settings
 from glm4runtime.contract import BundleError, read_manifest
 from glm4runtime.engine import Result
@@ -75,6 +76,22 @@ def test_a_limit_on_memory_holds_for_both(stranger: Path, demo_bundles: dict[str
     assert kept.gpu_mem_limit == pytest.approx(2 - share) and split._settings.device_id == 1
     with pytest.raises(UserError, match="gpu_mem_limit is for cuda, this session runs on cpu; leave it out"):
         Engine.load(demo_bundles["fp32"], draft=stranger, gpu_mem_limit=1.0)
+
+
+def test_a_draft_that_does_not_open_leaves_no_model_open(
+    stranger: Path, demo_bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[OrtBatchRunner] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("no")
+
+    close = OrtBatchRunner.close
+    monkeypatch.setattr(OrtBatchRunner, "close", lambda runner: (closed.append(runner), close(runner)))
+    monkeypatch.setattr(DraftBundle, "open", fail)
+    with pytest.raises(UserError, match="no"):
+        Engine.load(demo_bundles["fp32"], draft=stranger, max_seq_len=64)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("kernel", ["fp32", "int4"])
