@@ -102,16 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     scale = _scale(arguments, bundles)
     if scale is not None:
-        from glm4serve.deploy import ray
+        from glm4serve.deploy import ray_cluster
+        from glm4serve.deploy.ray import Served
 
-        server.bound_socket(arguments.host, arguments.port).close()  # told now, and not by Ray's log
         engine = engine_settings(arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms)
         for option in ("chat_template", "draft"):
             if engine[option] is not None:
                 engine[option] = engine[option].resolve()
-        served = ray.Served(_resolved(bundles), engine, settings, {n: _resolved(f) for n, f in adapters.items()})
-        ray.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
-        return 0
+        served = Served(_resolved(bundles), engine, settings, {n: _resolved(f) for n, f in adapters.items()})
+        return ray_cluster.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in bundles.items():
@@ -215,9 +214,6 @@ def _scale(arguments: argparse.Namespace, bundles: dict[str, Path]) -> Scale | N
 
 
 def _gpus(arguments: argparse.Namespace, bundles: dict[str, Path]) -> float:
-    """How many GPUs each replica reserves: Ray hides all others from it, and it counts these from 0."""
+    """How many GPUs each replica reserves: Ray hides all others from it."""
     providers = {arguments.provider or default_provider(read_manifest(folder)) for folder in bundles.values()}
-    if providers == {"cpu"}:
-        return 0.0
-    ids = arguments.device_id
-    return float(1 + (max(ids) if isinstance(ids, tuple) else ids))
+    return float(providers != {"cpu"})
