@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from http.client import HTTPConnection, HTTPException
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "glm4"  # of the application in Ray Serve
 _LOOK = 5.0  # seconds between two looks at whether the application is still there
+_LOST = 60.0  # seconds without an answer after which the cluster is taken for lost: its parts may be started again
+_END = 20.0  # seconds beyond --drain for what we leave behind to go away
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -71,14 +74,17 @@ def serve(served: Served, scale: Scale, *, host: str, port: int, ready: Callable
             if front is not None:
                 ready(f"http://{_shown(host)}:{port}")
                 if not _still_there(asked):
-                    logs.event("ended", by="the cluster: the application is there no more")
+                    logs.event("ended", by="the cluster: it, or the application on it, is there no more")
                     return 1
                 _drain(front, scale.drain)
         finally:
             _remove(first)
         return 0
     finally:
-        ray.shutdown()
+        try:
+            _beside(ray.shutdown).result(_END)
+        except Exception:  # there's nothing left to leave
+            signals.leave(1)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -120,16 +126,7 @@ def _come_up(app: Application, asked: threading.Event) -> DeploymentHandle[Any] 
     """Have the application started; its front, or None where a signal came first. Raises UserError where it can't."""
     from ray import serve as ray_serve
 
-    came: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            came.set_result(ray_serve.run(app, name=NAME, route_prefix="/"))
-        except BaseException as error:
-            came.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # it waits for machines as long as it takes, deaf to signals
-    told = ""
+    came, told = _beside(lambda: ray_serve.run(app, name=NAME, route_prefix="/")), ""
     while not came.done():
         if asked.wait(0.2):
             return None
@@ -156,19 +153,27 @@ def _still_there(asked: threading.Event) -> bool:
     """Wait for a signal; False where the application, or the cluster, is gone before."""
     from ray import serve as ray_serve
 
+    heard = time.monotonic()
     while not asked.wait(_LOOK):
-        try:
-            if NAME not in ray_serve.status().applications:
+        status = _beside(ray_serve.status)
+        while not status.done() and time.monotonic() - heard < _LOST:
+            if asked.wait(0.1):
+                return True
+        if not status.done():
+            return False
+        if status.exception() is None:
+            heard = time.monotonic()
+            if NAME not in status.result().applications:
                 return False
-        except Exception as error:  # the controller is started again where it died; without a cluster Ray ends us
-            logs.event("the cluster doesn't tell", error=type(error).__name__)
+        elif time.monotonic() - heard >= _LOST:
+            return False
     return True
 
 
 def _drain(front: DeploymentHandle[Any], seconds: float) -> None:
     logs.event("draining", seconds=seconds)
     try:
-        front.drain.remote(seconds).result()
+        _beside(lambda: front.drain.remote(seconds).result()).result(seconds + _END)
     except Exception as error:  # it died, and its connections with it: there's nobody to wait for
         logs.event("the front is lost", error=type(error).__name__)
 
@@ -177,12 +182,29 @@ def _remove(first: bool) -> None:
     """End the application; first: we started Ray Serve there, which ends too unless others came to use it."""
     from ray import serve as ray_serve
 
-    try:
+    def remove() -> None:
         ray_serve.delete(NAME)
         if first and not ray_serve.status().applications:
             ray_serve.shutdown()
+
+    try:
+        _beside(remove).result(_END)
     except Exception as error:  # the cluster is gone: then so is the application
         logs.event("not removed from the cluster", error=type(error).__name__)
+
+
+def _beside(call: Callable[[], Any]) -> Future[Any]:
+    """Run in a thread: what is asked of a cluster that is no more is never answered, and deaf to signals."""
+    came: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            came.set_result(call())
+        except BaseException as error:
+            came.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return came
 
 
 def _require_cpus(served: Served, scale: Scale, found: float) -> None:
