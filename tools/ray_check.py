@@ -274,8 +274,8 @@ def batch(bundle: Path) -> None:
         " 'arguments': '{}'}}]}\n"
         "chats = ray.data.from_items([{'messages': chat}, {'messages': [*chat, call, *chat]}])\n"
         "texts = [row['answer'] or row['error'] for row in answers(chats, **settings).take_all()]\n"
-        "print(len(rows), len({r['prompt'] for r in rows}), sum(r['answer'] > '' for r in rows), [r['error'][:40] for r in"
-        " rows if r['error']], texts)\n"
+        "errors = [row['error'][:40] for row in rows if row['error']]\n"
+        "print(len(rows), len({r['prompt'] for r in rows}), sum(r['answer'] > '' for r in rows), errors, texts)\n"
     )
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=180)
     last = (done.stdout.splitlines() or [done.stderr[-300:]])[-1]

@@ -33,9 +33,9 @@ def test_messages_as_a_column_has_them(answers: Any) -> None:
     """Ray Data gives every message the fields that any of them has."""
     user = {"role": "user", "content": "What is the capital of France?", "tool_calls": None, "name": None}
     odd = np.array([user], dtype=object)
-    found = answers({"messages": [odd, [user, "no object"], []]})
+    found = answers({"messages": [odd, [user, "no object"]]})
     assert found["answer"][0] == "The capital of France is Paris."
-    assert "expected objects, found" in found["error"][1] and found["error"][2]
+    assert "expected objects, found" in found["error"][1]
 
 
 def test_an_engine_that_died_ends_the_batch(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
