@@ -205,3 +205,28 @@ def test_faults_of_ours_are_logged_and_not_told(model: Any, monkeypatch: pytest.
     sender = ask(model, {"text_input": "a"}).wait()
     assert sender.errors() == [("INTERNAL", "the server failed on this request; its log says more")]
     assert fake_triton.Logger.errors[-1] == "glm4: RuntimeError: in /secret/place"
+
+
+def test_a_draft_and_adapters_lie_beside_the_backend(
+    demo_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the folder was moved to."""
+    bundle = demo_bundles["fp32"]
+    folder = new_model(bundle, tmp_path / "models", "glm4", {}, slots=2, draft=bundle, link=True)
+    opened: dict[str, Any] = {}
+    load = Engine.load
+
+    def look(bundle: Path, **settings: Any) -> Engine:
+        opened.update(settings)
+        return load(bundle, **settings | {"adapters": None})
+
+    monkeypatch.setattr(Engine, "load", look)
+    loader = _loader(folder.rename(tmp_path / "moved"), monkeypatch)
+    model = next(loader)(draft="draft", adapters={"polite": "adapters/0"})
+    assert opened["draft"] == tmp_path / "moved" / "1" / "draft"
+    assert opened["adapters"] == {"polite": tmp_path / "moved" / "1" / "adapters" / "0"}
+    drafted = ask(model, {"messages": json.dumps(QUESTION), "draft": 3}).wait()
+    assert drafted.texts() == ["The capital of France is Paris."]
+    ((code, message),) = ask(model, {"text_input": "a", "adapter": "rude"}).wait().errors()
+    assert code == "INVALID_ARG" and "rude" in message
+    next(loader, None)

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from glm4runtime.contract import UserError, shown
 from glm4runtime.engine import Engine, EngineClosed, Handle, Request
 from glm4runtime.sampling import SamplingParams
@@ -87,7 +89,15 @@ class _Answers:
 
 
 def _message(given: Any) -> dict[str, Any]:
-    """A row's message without the fields that only other rows' have: a column has all of them."""
+    """A row's message as it was before a column had it: without the fields that only others have, lists as lists."""
     if not isinstance(given, Mapping):
         raise UserError(f"messages: expected objects, found {shown(given)}")
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _message(value)
+    if isinstance(value, np.ndarray):
+        return [_plain(each) for each in value.tolist()]
+    return [_plain(each) for each in value] if isinstance(value, list) else value

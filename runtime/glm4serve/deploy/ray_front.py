@@ -149,6 +149,7 @@ class Front:
         """A replica's next pair; None behind the last one. Raises _Ended, _Late, or what reading it does."""
         over = asyncio.ensure_future(self._over.wait())
         pair = asyncio.ensure_future(_pair(coming))
+        pair.add_done_callback(_heard)
         try:
             left = None if until is None else max(0.0, until - asyncio.get_running_loop().time())
             await asyncio.wait({over, pair}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -162,6 +163,12 @@ class Front:
 
 async def _pair(coming: Any) -> Any:
     return await anext(coming, None)
+
+
+def _heard(pair: asyncio.Task[Any]) -> None:
+    """Nobody waits any more where the client has gone: then what it raises is no news, and asyncio logs none."""
+    if not pair.cancelled():
+        pair.exception()
 
 
 def _broken(path: str, head: Message, why: str) -> Message:
@@ -197,6 +204,7 @@ _front: list[Front] = []  # this process's: Ray makes deployment and application
 
 
 def build(ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> Front:
-    """The application of this process."""
+    """The application of this process, whose log is ours."""
+    logs.configure()
     _front[:] = [Front(ask, lost, settings)]
     return _front[0]

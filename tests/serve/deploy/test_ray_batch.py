@@ -32,9 +32,11 @@ def test_a_row_that_can_not_be_answered_ends_no_batch(answers: Any) -> None:
 def test_messages_as_a_column_has_them(answers: Any) -> None:
     """Ray Data gives every message the fields that any of them has."""
     user = {"role": "user", "content": "What is the capital of France?", "tool_calls": None, "name": None}
-    odd = np.array([user], dtype=object)
-    found = answers({"messages": [odd, [user, "no object"]]})
-    assert found["answer"][0] == "The capital of France is Paris."
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}", "strict": None}}
+    called = {"role": "assistant", "content": "", "tool_calls": np.array([call], dtype=object), "name": None}
+    chats = [np.array([user], dtype=object), [user, "no object"], np.array([user, called, user], dtype=object)]
+    found = answers({"messages": chats})
+    assert found["answer"][0] == "The capital of France is Paris." and found["error"][0] == found["error"][2] == ""
     assert "expected objects, found" in found["error"][1]
 
 

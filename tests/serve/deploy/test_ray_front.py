@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class Dead(Exception):
     pass
 
 
-WAIT, PAUSE = "for ever", "longer than a request may take"
+WAIT, PAUSE, LEFT = "for ever", "longer than a request may take", "for ever, and then with an error"
 
 
 class Replica:
@@ -42,6 +43,11 @@ class Replica:
             raise step
         if step is WAIT:
             await asyncio.Event().wait()
+        if step is LEFT:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise Dead from None
         if step is PAUSE:
             await asyncio.sleep(0.1)
             return await self.__anext__()
@@ -205,3 +211,30 @@ def test_health_while_it_drains() -> None:
 def test_bodies_that_are_too_deep_are_the_replicas_to_refuse(body: bytes) -> None:
     app, asked, _ = front([(head(JSON, 400), part(b"{}"))])
     assert ask(app, CHAT, body).status_code == 400 and asked[0][0] == ()
+
+
+def test_what_a_front_tells_is_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes it in a process of its own, where nobody else sets our log up."""
+    made: list[bool] = []
+    monkeypatch.setattr(ray_front.logs, "configure", lambda: made.append(True))
+    ray_front.build(lambda *_: Replica([]), (Dead,), Settings())
+    assert made
+
+
+def test_a_client_that_goes_away_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Ray raises where a request was cancelled."""
+    app, _, replicas = front([LEFT])
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            task = asyncio.create_task(client.post(CHAT, json=ASK))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait({task})
+        await asyncio.sleep(0)
+        gc.collect()
+
+    with caplog.at_level("ERROR", "asyncio"):
+        asyncio.run(run())
+    assert replicas[0].cancelled and not caplog.records

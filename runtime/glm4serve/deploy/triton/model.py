@@ -1,7 +1,7 @@
 """Triton's Python backend over an engine: as many requests at once as it has slots.
 
 Triton runs this file from a model's folder in its repository. Beside it lie tensors.py and the bundle; config.pbtxt's
-parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s, but for ``drain``.
+parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s, but for ``drain``. Paths begin here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ class TritonPythonModel:
         """Open the engine. args: Triton's, of which ``model_config`` is read, config.pbtxt as JSON."""
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: _setting(value["string_value"]) for name, value in parameters.items() if name.islower()}
-        self._drain = settings.pop("drain")
-        self._engine = Engine.load(Path(__file__).parent / "bundle", **settings)
+        self._drain, here = settings.pop("drain"), Path(__file__).parent
+        if "draft" in settings:
+            settings["draft"] = here / settings["draft"]
+        if "adapters" in settings:
+            settings["adapters"] = {name: here / file for name, file in settings["adapters"].items()}
+        self._engine = Engine.load(here / "bundle", **settings)
         self._numbers = _Numbers(args["model_name"])
         self._under_way: dict[int, tuple[Any, Handle]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
