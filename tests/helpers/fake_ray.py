@@ -43,7 +43,7 @@ class Cluster:
 
     def _start(self, *, http_options: dict[str, Any]) -> None:
         self.proxies = True
-        self.log.append(("start", http_options["port"]))
+        self.log.append(("start", http_options))
 
     def _run(self, app: Any, *, name: str, route_prefix: str) -> Any:
         self.log.append(("run", name))

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def serve(served: Served, scale: Scale, *, host: str, port: int, ready: Callable
     before = {number: signal.signal(number, on_signal) for number in signals.ENDING}
     try:
         if own:
-            _require_cpus(served, scale, ray.cluster_resources().get("CPU", 0))
+            _require_room(served, scale, ray.cluster_resources())
         first = own or _is_first(host, port)
         begun.set()
         ray_serve.start(http_options={"host": host, "port": port})
@@ -207,14 +207,14 @@ def _beside(call: Callable[[], Any]) -> Future[Any]:
     return came
 
 
-def _require_cpus(served: Served, scale: Scale, found: float) -> None:
+def _require_room(served: Served, scale: Scale, there: Mapping[str, float]) -> None:
     """A cluster of this machine alone never grows: Ray would wait for ever. Raises UserError."""
-    needed = scale.least * (served.engine.get("threads") or 1)
-    if needed > found:
-        raise UserError(
-            f"{scale.least} replicas of {needed // scale.least} threads take {needed} CPUs, and this machine has "
-            f"{found:.0f}; take fewer of either, or name a cluster in RAY_ADDRESS"
-        )
+    for name, each in (("CPU", served.engine.get("threads") or 1), ("GPU", scale.gpus)):
+        if scale.most * each > (found := there.get(name, 0)):
+            raise UserError(
+                f"{scale.most} replicas take {scale.most * each:g} {name}s, {each:g} each, and this machine has "
+                f"{found:g}; take fewer of either, or name a cluster in RAY_ADDRESS"
+            )
 
 
 def _shown(host: str) -> str:

@@ -79,15 +79,26 @@ def test_a_cluster_of_its_own(cluster: Cluster, monkeypatch: pytest.MonkeyPatch)
     assert serve(ready=ready) == 0 and addresses == ["http://127.0.0.1:0"]
     log = [entry for entry in cluster.log if entry[0] not in ("replica", "front")]
     assert log[0] == ("init", {"address": "local", "include_dashboard": False})
-    assert log[1:] == [("start", 0), ("run", "glm4"), ("drain", 7), ("delete", "glm4"), "serve ended", "left"]
+    assert log[1] == ("start", {"host": "127.0.0.1", "port": 0})
+    assert log[2:] == [("run", "glm4"), ("drain", 7), ("delete", "glm4"), "serve ended", "left"]
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_machine_without_so_many_cpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (Scale(2, 2), "2 replicas take 4 CPUs, 2 each, and this machine has 3"),
+        (Scale(1, 5), "5 replicas take 10 CPUs, 2 each"),  # which the queue would call for in vain
+        (Scale(1, 1, gpus=1), "1 replicas take 1 GPUs, 1 each, and this machine has 0"),
+    ],
+)
+def test_a_machine_that_is_too_small(
+    cluster: Cluster, scale: Scale, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS")
     cluster.cpus = 3
-    with pytest.raises(UserError, match=r"2 replicas of 2 threads take 4 CPUs, and this machine has 3"):
-        serve()
+    with pytest.raises(UserError, match=message):
+        ray_cluster.serve(SERVED, scale, host="127.0.0.1", port=0, ready=pytest.fail)
     assert cluster.log[-1] == "left" and ("run", "glm4") not in cluster.log
 
 
