@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,16 @@ def test_a_draft_and_adapters_lie_beside_the_backend(
     ((code, message),) = ask(model, {"text_input": "a", "adapter": "rude"}).wait().errors()
     assert code == "INVALID_ARG" and "rude" in message
     next(loader, None)
+
+
+def test_an_engine_that_died_is_told_once(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton calls the model ready all the same, so the log and a metric have to say it."""
+    model = load()
+    stats = replace(model._engine.stats(), death="IndexError", last_step_age=777.0)
+    monkeypatch.setattr(model._engine, "stats", lambda: stats)
+    before = len(fake_triton.Logger.errors)
+    for _ in range(2):
+        model._numbers.update(model._engine)
+    told = [text for text in fake_triton.Logger.errors[before:] if "died" in text]
+    assert told == ["glm4: the engine died: IndexError; unload the model and load it again"]
+    assert fake_triton.MetricFamily.values["glm4:engine_last_step_age_seconds"] == 777

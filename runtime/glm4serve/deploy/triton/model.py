@@ -132,26 +132,31 @@ class _Numbers:
     _FAMILIES = (
         ("num_requests_running", "GAUGE", "Answers that have a slot."),
         ("num_requests_waiting", "GAUGE", "Answers that wait for one."),
+        ("engine_last_step_age_seconds", "GAUGE", "Since the engine last came round; it grows where the engine died."),
         ("prompt_tokens_total", "COUNTER", "Tokens of answered prompts."),
         ("generation_tokens_total", "COUNTER", "Tokens written."),
     )
 
     def __init__(self, model: str) -> None:
         self._metrics: list[tuple[Any, Any]] = []  # each with its family, which must live as long
-        self._totals = [0, 0]
+        self._totals, self._told = [0, 0], False
         with contextlib.suppress(pb_utils.TritonModelException):  # the server was started without metrics
             for name, kind, text in self._FAMILIES:
                 family = pb_utils.MetricFamily(f"glm4:{name}", text, getattr(pb_utils.MetricFamily, kind))
                 self._metrics.append((family.Metric({"model_name": model}), family))
 
     def update(self, engine: Engine) -> None:
+        stats = engine.stats()
+        if stats.death is not None and not self._told:
+            self._told = True  # Triton goes on calling the model ready
+            pb_utils.Logger.log_error(f"glm4: the engine died: {stats.death}; unload the model and load it again")
         if not self._metrics:
             return
-        stats = engine.stats()
         totals = [stats.prompt_tokens, stats.completion_tokens]
-        (running, _), (waiting, _), *counters = self._metrics
+        (running, _), (waiting, _), (age, _), *counters = self._metrics
         running.set(stats.scheduler.running)
         waiting.set(stats.scheduler.waiting)
+        age.set(stats.last_step_age)
         for (counter, _), before, now in zip(counters, self._totals, totals, strict=True):
             counter.increment(now - before)
         self._totals = totals
