@@ -15,6 +15,7 @@ import pytest
 
 from glm4export.bundle.triton import new_model
 from glm4runtime import Engine, Request, SamplingParams
+from glm4runtime.engine import EngineClosed, RequestFailed
 from glm4serve.deploy.triton.tensors import INPUTS
 from tests.helpers import fake_triton
 from tests.helpers.fake_triton import Sender
@@ -198,14 +199,28 @@ def test_unloading(load: Callable[..., Any], drain: int) -> None:
     model.finalize = lambda: None
 
 
-def test_faults_of_ours_are_logged_and_not_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+SILENT = "the server failed on this request; its log says more"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (RuntimeError("in /secret/place"), "INTERNAL", SILENT),
+        (RequestFailed("prefill failed: no /secret/place"), "INTERNAL", SILENT),
+        (EngineClosed("the engine's thread has died: OSError: /secret/place"), "UNAVAILABLE", "it is being closed, or"),
+    ],
+)
+def test_faults_of_ours_are_logged_and_not_told(
+    model: Any, error: Exception, code: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(request: Any) -> None:
-        raise RuntimeError("in /secret/place")
+        raise error
 
     monkeypatch.setattr(model._engine, "submit", fail)
-    sender = ask(model, {"text_input": "a"}).wait()
-    assert sender.errors() == [("INTERNAL", "the server failed on this request; its log says more")]
-    assert fake_triton.Logger.errors[-1] == "glm4: RuntimeError: in /secret/place"
+    ((found, message),) = ask(model, {"text_input": "a"}).wait().errors()
+    assert found == code and told in message and "secret" not in message
+    if code == "INTERNAL":
+        assert fake_triton.Logger.errors[-1] == f"glm4: {type(error).__name__}: {error}"
 
 
 def test_a_draft_and_adapters_lie_beside_the_backend(

@@ -195,11 +195,13 @@ def _told(error: Exception) -> Any:
     kinds = pb_utils.TritonError
     if isinstance(error, _Cancelled):
         return kinds(str(error), kinds.CANCELLED)
-    if isinstance(error, QueueFull | EngineClosed):
+    if isinstance(error, QueueFull):
         return kinds(str(error), kinds.UNAVAILABLE)
-    if isinstance(error, RequestFailed):
+    if isinstance(error, EngineClosed):  # why is in the log
+        return kinds("the model takes no requests now: it is being closed, or has failed", kinds.UNAVAILABLE)
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, UserError):
         return kinds(str(error), kinds.INTERNAL)
-    if isinstance(error, UserError) and not isinstance(error, BundleError):
+    if isinstance(error, UserError) and not isinstance(error, BundleError | RequestFailed):
         return kinds(str(error), kinds.INVALID_ARG)
     pb_utils.Logger.log_error(f"glm4: {type(error).__name__}: {error}")
     return kinds("the server failed on this request; its log says more", kinds.INTERNAL)
