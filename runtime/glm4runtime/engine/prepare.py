@@ -63,7 +63,7 @@ class Preparation:
         stop = frozenset((*manifest.tokens.eos, *stop_ids))
         matcher = self._matcher(request, prompt)
         count = max(request.n, request.best_of or 0, request.num_beams)
-        feed = Feed(request.n)
+        feed = Feed()
         feed.usage = Usage(len(ids), 0, 0)
         job = Job(request, ids, stop, feed, self._limit, now, salt)
         for index in range(count):

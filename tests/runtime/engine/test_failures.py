@@ -86,6 +86,22 @@ def test_an_error_without_a_message_is_told(load_engine: LoadEngine, monkeypatch
         engine.generate(Request(prompt(9))).result(30)
 
 
+def test_who_called_is_told_of_a_fault_of_the_same_step(
+    load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine()
+    failing(engine._worker.scheduler, "plan", monkeypatch, MemoryError())
+    told: list[Exception] = []
+
+    def call() -> None:
+        try:
+            engine.call(lambda: None)
+        except RequestFailed as error:
+            told.append(error)
+
+    assert within(30, call) and "the engine's thread died: MemoryError" in str(told[0])
+
+
 def test_a_prompt_without_numbers_is_not_kept(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
     right = engine.runner.prefill
