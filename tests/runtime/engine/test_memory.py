@@ -75,18 +75,18 @@ def refused(engine: Engine) -> None:
 
 
 def given_up(engine: Engine) -> None:
-    """By those who wait in an event loop."""
+    """By who waited in an event loop."""
 
-    async def poll() -> None:
+    async def leave() -> None:
         handle = engine.submit(Request(prompt(20), params=LONG))
-        for _ in range(3):
-            reader = asyncio.ensure_future(handle.result_async())
-            await handle.__anext__()
-            reader.cancel()
+        reader = asyncio.ensure_future(handle.result_async())
+        await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.wait([reader])
         handle.cancel()
         await handle.result_async()
 
-    asyncio.run(poll())
+    asyncio.run(leave())
 
 
 def failed_call(engine: Engine) -> None:
