@@ -20,33 +20,27 @@ Every peer runs at its best settings, which the report lists, and all of them as
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from peers.machine import cpu_seconds, machine
+from peers import frame
+from peers.frame import PAUSE
 from peers.protocol import Worker, interpreters
-from peers.report import Comparison, Samples, markdown, text
+from peers.report import Samples
 
 LESS_IS_BETTER = ["load (s)", "first prompt (s)", "resident (GiB)"]
 PEERS = ("llama.cpp:Q4_0", "llama.cpp:Q4_0-pure", "openvino:int4")
-PAUSE = 0.3  # seconds between peers, for spinning threads to fall asleep
 
 
 class Opener:
     """Opens workers for one checkpoint; ``specs`` are the peers that can be had, in order."""
 
-    def __init__(self, specs: list[str], arguments: argparse.Namespace, work: Path) -> None:
-        context = max(arguments.lengths) + arguments.steps
-        self._options = ["--checkpoint", str(arguments.checkpoint.resolve()), "--work", str(work)]
-        self._options += ["--threads", str(arguments.threads), "--context", str(context)]
-        self._pythons = interpreters(arguments.python)
-        self.specs = Worker.prepare(specs, self._pythons, self._options)
+    def __init__(self, specs: list[str], pythons: dict[str, str], options: list[str]) -> None:
+        self._pythons, self._options = pythons, options
+        self.specs = Worker.prepare(specs, pythons, options)
 
     def open(self, spec: str) -> Worker | None:
         """None where it fails; it isn't tried again."""
@@ -73,11 +67,6 @@ def measure_loading(opener: Opener, prompt: list[int], rounds: int) -> Samples:
                 row.setdefault(spec, []).append(value)
         print(f"loading {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     return samples
-
-
-def vocabulary(checkpoint: Path) -> int:
-    """The checkpoint's vocab_size."""
-    return int(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
 def same_model(workers: dict[str, Worker], ids: list[int]) -> dict[str, float]:
@@ -115,27 +104,11 @@ def measure_speed(workers: dict[str, Worker], arguments: argparse.Namespace, voc
     return speeds
 
 
-def spent_elsewhere(workers: dict[str, Worker]) -> float:
-    """CPU seconds so far of everything but the peers."""
-    return cpu_seconds() - sum(cpu_seconds(worker.process.pid) for worker in workers.values())
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles built from the checkpoint")
-    parser.add_argument("--peers", nargs="*", default=PEERS, metavar="PEER", help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--work", type=Path, help="folder for peers' files (default: CHECKPOINT-peers)")
+    parser = frame.parser(__doc__, PEERS, rounds=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="default: 256 2048")
     parser.add_argument("--steps", type=int, default=32, help="decode steps at each length (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of speed (default: %(default)s)")
     parser.add_argument("--loads", type=int, default=3, help="rounds of loading (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument(
-        "--python", nargs="*", default=[], metavar="KIND=PATH", help="another interpreter for a kind of peer"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write machine, settings and tables as Markdown")
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.loads, arguments.steps, *arguments.lengths) < 1:
         parser.error("rounds, loads, steps and lengths are counts from 1 on")
@@ -144,42 +117,29 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    work = (arguments.work or arguments.checkpoint.with_name(arguments.checkpoint.name + "-peers")).resolve()
-    facts = machine(arguments.threads)
-    print(facts.describe())
+    shared = frame.Frame(arguments, context=max(arguments.lengths) + arguments.steps)
     bundles = [f"glm4export:{bundle.resolve()}" for bundle in arguments.bundle]
-    opener = Opener([*bundles, *arguments.peers], arguments, work)
+    opener = Opener([*bundles, *arguments.peers], interpreters(arguments.python), shared.options)
     if not opener.specs:
         raise SystemExit("none of the peers can run here")
-    vocab = vocabulary(arguments.checkpoint)
+    vocab = shared.vocabulary()
     first = np.random.default_rng(1).integers(0, vocab, min(arguments.lengths)).tolist()
     samples = measure_loading(opener, first, arguments.loads)
     workers = {spec: worker for spec in list(opener.specs) if (worker := opener.open(spec))}
     if not workers:
         raise SystemExit("none of the peers can be opened here")
     agreement = same_model(workers, first[:64])
-    begin, busy = time.perf_counter(), spent_elsewhere(workers)
-    samples |= measure_speed(workers, arguments, vocab)
-    cores_busy = (spent_elsewhere(workers) - busy) / (time.perf_counter() - begin)
-    found = Comparison(
-        command=shlex.join(["python", "tools/compare_peers.py", *sys.argv[1:]]),
-        machine=facts,
-        other_cores_busy=cores_busy,
-        bundles=[spec for spec in bundles if spec in workers],
-        peers={spec: worker.told | worker.ask("memory") for spec, worker in workers.items()},
+    with shared.measuring(workers):
+        samples |= measure_speed(workers, arguments, vocab)
+    shared.finish(
+        workers,
+        bundles,
+        samples,
         alike_by="logits' correlation with the first",
         alike=agreement,
         rounds=f"{arguments.loads} rounds of loading and {arguments.rounds} of speed",
         less_is_better=LESS_IS_BETTER,
-        samples={row: {spec: values[spec] for spec in workers} for row, values in samples.items()},
     )
-    for worker in workers.values():
-        worker.close()
-    print("\n" + text(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found.as_json(), indent=2), encoding="utf-8")
-    if arguments.report:
-        arguments.report.write_text(markdown(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,14 @@ counts for more than in the whole one, so everybody's has 4 bits.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-from compare_peers import PAUSE, spent_elsewhere, vocabulary
-from peers.machine import machine
+from peers import frame
+from peers.frame import PAUSE
 from peers.protocol import Worker, interpreters
-from peers.report import Comparison, Samples, markdown, text
+from peers.report import Samples
 
 PEERS = ("llama.cpp:Q4_0-pure", "openvino:int4-all")
 KINDS = ("glm4export", "glm4export-invariant")
@@ -91,11 +87,7 @@ def first_tokens_equal(workers: dict[str, Worker], arguments: argparse.Namespace
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles built from the checkpoint")
-    parser.add_argument("--peers", nargs="*", default=PEERS, metavar="PEER", help=f"default: {' '.join(PEERS)}")
-    parser.add_argument("--work", type=Path, help="folder for peers' files (default: CHECKPOINT-peers)")
+    parser = frame.parser(__doc__, PEERS, rounds=3)
     parser.add_argument("--requests", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--at-once", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--alone", type=int, default=3, help="requests one at a time (default: %(default)s)")
@@ -103,13 +95,6 @@ def parse() -> argparse.Namespace:
         "--lengths", type=int, nargs=2, default=[64, 256], metavar="N", help="of the shortest and longest prompt"
     )
     parser.add_argument("--new-tokens", type=int, default=64, help="of each answer (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument(
-        "--python", nargs="*", default=[], metavar="KIND=PATH", help="another interpreter for a kind of peer"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's numbers")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write machine, settings and tables as Markdown")
     arguments = parser.parse_args()
     counts = (arguments.requests, arguments.alone, arguments.rounds, *arguments.lengths, arguments.new_tokens - 1)
     if min(counts) < 1 or arguments.at_once < 2:
@@ -119,40 +104,25 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    work = (arguments.work or arguments.checkpoint.with_name(arguments.checkpoint.name + "-peers")).resolve()
-    facts = machine(arguments.threads)
-    print(facts.describe())
     context = max(arguments.lengths) + arguments.new_tokens
-    options = ["--checkpoint", str(arguments.checkpoint.resolve()), "--work", str(work)]
-    options += ["--threads", str(arguments.threads), "--context", str(context), "--slots", str(arguments.at_once)]
+    shared = frame.Frame(arguments, context=context, slots=arguments.at_once)
     bundles = [f"{kind}:{bundle.resolve()}" for bundle in arguments.bundle for kind in KINDS]
-    workers = Worker.open_all([*bundles, *arguments.peers], interpreters(arguments.python), options)
+    workers = Worker.open_all([*bundles, *arguments.peers], interpreters(arguments.python), shared.options)
     if not workers:
         raise SystemExit("none of the runtimes can run here")
-    prompts = requests(arguments, vocabulary(arguments.checkpoint))
+    prompts = requests(arguments, shared.vocabulary())
     equal = first_tokens_equal(workers, arguments, prompts)
-    begin, busy = time.perf_counter(), spent_elsewhere(workers)
-    samples = measure(workers, arguments, prompts)
-    cores_busy = (spent_elsewhere(workers) - busy) / (time.perf_counter() - begin)
-    found = Comparison(
-        command=shlex.join(["python", "tools/compare_serving.py", *sys.argv[1:]]),
-        machine=facts,
-        other_cores_busy=cores_busy,
-        bundles=[spec for spec in bundles if spec in workers],
-        peers={spec: worker.told | worker.ask("memory") for spec, worker in workers.items()},
+    with shared.measuring(workers):
+        samples = measure(workers, arguments, prompts)
+    shared.finish(
+        workers,
+        bundles,
+        samples,
         alike_by="first tokens equal to the first's",
         alike=equal,
         rounds=f"{arguments.rounds} rounds of {arguments.requests} requests",
         less_is_better=[row for row in samples if "token" in row],
-        samples=samples,
     )
-    for worker in workers.values():
-        worker.close()
-    print("\n" + text(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found.as_json(), indent=2), encoding="utf-8")
-    if arguments.report:
-        arguments.report.write_text(markdown(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
