@@ -118,6 +118,7 @@ FAILURES: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
     ("prefill", no_numbers, {"n": 2}),
     ("step", no_run, {"n": 3}),
     ("step", no_numbers, {"num_beams": 2}),
+    ("read_rows", no_run, {"num_beams": 3}),
     ("verify", no_run, {"lookup": 4}),
 ]
 
