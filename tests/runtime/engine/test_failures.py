@@ -199,6 +199,23 @@ def test_a_drained_engine_saves_its_prefixes_and_a_closed_one_starts_nothing(
         engine.save_prefixes(tmp_path / "again")
 
 
+def test_who_submits_while_the_engine_closes_is_told_so(
+    load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine()
+    template = engine.template
+    right = template.render
+
+    def render(*given: Any, **named: Any) -> str:
+        engine.close()
+        return right(*given, **named)
+
+    monkeypatch.setattr(template, "render", render)
+    with pytest.raises(EngineClosed, match="the engine is closed; load the bundle again"):
+        engine.submit(Request(messages=[{"role": "user", "content": "Hello"}]))
+    assert "template" not in engine._text.__dict__
+
+
 def test_a_forked_child_is_told(load_engine: LoadEngine) -> None:
     engine = load_engine()
     locked, release = threading.Event(), threading.Event()
