@@ -70,9 +70,7 @@ class Preparation:
             params = request.params
             if params.seed is not None:
                 params = replace(params, seed=params.seed + index)
-            sampler = Sampler(
-                params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop), scratch=self._scratch
-            )
+            sampler = Sampler(params, manifest.vocab_size, prompt=ids, stop=sorted(stop), scratch=self._scratch)
             job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), matcher))
             matcher = None if matcher is None else matcher.copy()  # nothing is consumed yet
         if request.num_beams > 1:
