@@ -205,8 +205,10 @@ def _scale(arguments: argparse.Namespace, bundles: dict[str, Path]) -> Scale | N
         raise UserError("--ray: give each replica's --threads; Ray reserves as many CPUs for it")
     if arguments.certificate is not None or arguments.slots_page or not arguments.port:
         raise UserError("--ray goes with no --certificate (a proxy in front has it), --slots-page or --port 0")
-    if arguments.device_id:
-        raise UserError("--ray goes with no --device-id: Ray gives each replica a GPU, and shows it no other")
+    if isinstance(arguments.device_id, int) and arguments.device_id:
+        raise UserError(
+            "--ray goes with no --device-id but N,N,... for stages: Ray gives each replica GPUs, and shows it no others"
+        )
     require_ray()
     if least is None or most is None:
         least = most = 1 if fixed is None else fixed
@@ -214,6 +216,9 @@ def _scale(arguments: argparse.Namespace, bundles: dict[str, Path]) -> Scale | N
 
 
 def _gpus(arguments: argparse.Namespace, bundles: dict[str, Path]) -> float:
-    """How many GPUs each replica reserves: Ray hides all others from it."""
+    """How many GPUs each replica reserves: Ray hides all others from it, and it counts these from 0."""
     providers = {arguments.provider or default_provider(read_manifest(folder)) for folder in bundles.values()}
-    return float(providers != {"cpu"})
+    if providers == {"cpu"}:
+        return 0.0
+    ids = arguments.device_id
+    return float(1 + max(ids)) if isinstance(ids, tuple) else 1.0
