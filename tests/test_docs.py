@@ -150,6 +150,14 @@ def test_options_that_are_named_exist(page: Path) -> None:
             assert not wrong, f"{page.name}: {match[1]} has no {', '.join(wrong)}"
 
 
+def test_nobody_is_told_to_install_the_package_from_an_index() -> None:
+    """It is on none: whoever takes its name there could give what they like."""
+    sources = [path for root in (*PACKAGES, "tools") for path in (ROOT / root).rglob("*.py")]
+    for path in [*PAGES, *sources]:
+        found = re.search(r"install (?:-\S+ )*['\"]?glm4export\b", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found and found[0]}"
+
+
 @pytest.mark.parametrize("command", [command for command in cli.COMMANDS if command != "chat"])  # for people
 def test_every_command_has_json(command: str) -> None:
     assert "--json" in options_of(command)

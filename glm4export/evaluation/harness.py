@@ -5,7 +5,7 @@ command line with that model known to it. In Python, give :class:`BundleLM` to `
 
 The harness encodes a context and its continuation together and scores the continuation's tokens
 (``lm_eval.api.model.TemplateLM``); this class computes their log-probabilities by :mod:`glm4runtime.scoring`. It needs
-``glm4export[harness]``.
+the extra ``harness``.
 """
 
 from __future__ import annotations

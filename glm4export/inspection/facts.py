@@ -89,7 +89,7 @@ def text(facts: dict[str, Any]) -> str:
 
 _PAGES = {
     "always": "in huge pages on this machine",
-    "madvise": "in huge pages on this machine, for which commands ask, and programs by load(huge_pages=True)",
+    "madvise": "in huge pages on this machine where asked for: commands do, programs with load(huge_pages=True)",
 }
 
 

@@ -154,9 +154,8 @@ def table(report: Report) -> str:
         lines += ["", f"int8 cache: {report.cache_clipped:.2%} of its values are at the ends of its range"]
     lines.append("")
     for parting in report.greedy:
-        same = f"all {parting.tokens} greedy tokens equal"
-        verdict = same if parting.parts_at is None else f"parts at token {parting.parts_at} of {parting.tokens}"
-        lines.append(f"{parting.prompt[:40]!r}: {verdict}")
+        same = "all" if parting.parts_at is None else f"the first {parting.parts_at} of"
+        lines.append(f"{parting.prompt[:40]!r}: {same} {parting.tokens} greedy tokens equal")
     lines += ["", *(f"left out: {reason}" for reason in report.left_out)] if report.left_out else []
     lines += ["", *(f"FAILED: {failure}" for failure in report.failures)]
     count = len(report.failures)

@@ -130,6 +130,7 @@ class Run:
             gone.cancel()
             work.cancel()
             await asyncio.wait({gone, work})
+            del work  # it holds its error, and the error this frame
             self.close()
 
     def stream(self, answer: Answer) -> EventStream:

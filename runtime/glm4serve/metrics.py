@@ -77,8 +77,8 @@ class _Engines(Collector):
             "prefix_cache_bytes": "Memory of kept prompts.",
         }
         counters = {
-            "prompt_tokens": "Tokens of answered prompts.",
-            "generation_tokens": "Tokens written.",
+            "prompt_tokens": "Prompt tokens of requests that got a slot and have ended.",
+            "generation_tokens": "Tokens written for them, failed ones too.",
             "prefix_cache_queries": "Prompt tokens that were looked for in the prefix cache.",
             "prefix_cache_hits": "Those found there.",
             "prefix_cache_evictions": "Blocks that others took the place of.",

@@ -98,8 +98,7 @@ def test_missing_packages_are_named_with_what_takes_them(tmp_path: Path) -> None
     lines = done.stderr.splitlines()
     gguf, openvino = tmp_path / "work" / "BF16.gguf", tmp_path / "work" / "openvino-int4"
     assert lines[0] == (
-        f"llama.cpp:BF16: skipped: torch is not installed; only writing {gguf} takes it: "
-        "pip install 'glm4export[compile]' gguf"
+        f"llama.cpp:BF16: skipped: torch is not installed; only writing {gguf} takes it: pip install '.[compile]' gguf"
     )
     assert lines[1] in (
         "openvino:int4: skipped: openvino is not installed; pip install openvino, and optimum-intel to export",

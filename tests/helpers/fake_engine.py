@@ -81,7 +81,7 @@ class FakeEngine:
         if len(ids) > self.max_seq_len:
             raise PromptTooLong(len(ids), self.max_seq_len)
         self.requests.append(request)
-        feed = Feed(request.n)
+        feed = Feed()
         feed.usage = Usage(len(ids), 0, 0)
         self.feeds.append(feed)
         self.running += 1

@@ -16,7 +16,7 @@ from glm4export.sources.checkpoint import locate
 from glm4runtime import BundleError, SamplingParams, Session, UserError, load
 from glm4runtime.contract import MANIFEST
 from glm4runtime.text.chat import ChatTemplate
-from tests.helpers.garbage import left_to_the_collector
+from tests.helpers.garbage import left_behind
 
 PROMPTS: list[dict[str, Any]] = json.loads((locate(None).folder / "prompts.json").read_text(encoding="utf-8"))
 PARAMS = SamplingParams(max_new_tokens=200)
@@ -204,7 +204,7 @@ def test_an_answer_that_has_ended_holds_no_memory(session: Session) -> None:
     def answer() -> None:
         session.chat(PROMPTS[0]["messages"], params, lookup=2).read()
 
-    assert left_to_the_collector(answer) == set()
+    assert left_behind(answer) == set()
 
 
 def test_a_template_that_was_closed_starts_no_process(session: Session) -> None:

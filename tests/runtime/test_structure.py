@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 
-from glm4runtime import Session
+from glm4runtime import Session, UserError
 from glm4runtime.sampling import Sampler, SamplingParams
 from glm4runtime.text.answers import ToolCall
 from glm4runtime.text.assistant import AnswerParser
@@ -31,6 +32,12 @@ TOKENIZER = Tokenizer.from_file(DEMO / "tokenizer.json")
 STOP = [2036, 2043, 2045]
 SIZE = 2100  # of a model whose logits are padded: the tokenizer has 2048
 VOCABULARY = Vocabulary(TOKENIZER, SIZE, STOP)
+
+
+def test_without_llguidance_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UserError, match=r"needs llguidance; pip install '\.\[structured\]' in a clone of"):
+        compile_structure(Structure(json_object=True), VOCABULARY)
 
 
 def ids(matcher: Matcher) -> list[int]:

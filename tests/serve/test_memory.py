@@ -12,10 +12,22 @@ import pytest
 
 from glm4runtime import Engine
 from glm4serve import create_app
-from tests.helpers.garbage import left_to_the_collector
+from tests.helpers.garbage import left_behind
 from tests.helpers.live import live
 
-ENGINE_TYPES = {"Request", "Handle", "Feed", "Result", "Job", "Answer", "Sampler", "Turn", "PromptTooLong"}
+FAILS = 5
+ENGINE_TYPES = {
+    "Request",
+    "Handle",
+    "Feed",
+    "Result",
+    "Job",
+    "Answer",
+    "Sampler",
+    "Turn",
+    "PromptTooLong",
+    "RequestFailed",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +43,18 @@ def engine(demo_bundles: dict[str, Path]) -> Iterator[Engine]:
         ("Hello", {"stream": True}, 200),
         ("Hello", {"stop": [""]}, 400),
         ("word " * 5000, {}, 400),
+        ("Hello", {"seed": FAILS}, 500),
+        ("Hello", {"seed": FAILS, "stream": True}, 200),
     ],
-    ids=["whole", "stream", "refused", "too long"],
+    ids=["whole", "stream", "refused", "too long", "failed", "failed stream"],
 )
 def test_a_request_that_has_ended_holds_no_memory(
-    engine: Engine, text: str, fields: dict[str, object], status: int
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str, fields: dict[str, object], status: int
 ) -> None:
+    if fields.get("seed") == FAILS:
+        monkeypatch.setattr(engine.runner, "prefill", lambda *_: 1 / 0)
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "logprobs": True, **fields}
-    app = create_app({"m": engine})
-    with live(app) as url:
+    with live(create_app({"m": engine})) as url:
 
         def ask() -> None:
             data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -51,8 +66,5 @@ def test_a_request_that_has_ended_holds_no_memory(
                 found = error.code
                 error.close()
             assert found == status
-            while app.state.service.in_flight:
-                pass
-            engine.call(lambda: None)
 
-        assert not left_to_the_collector(ask) & ENGINE_TYPES
+        assert left_behind(ask, ENGINE_TYPES) == set()

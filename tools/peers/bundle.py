@@ -9,7 +9,7 @@ import numpy as np
 
 from peers.protocol import Groups, needs
 
-with needs("pip install 'glm4export[cpu]'"):
+with needs("pip install '.[cpu]'"):
     from glm4runtime import load
     from glm4runtime.contract import DECODE, LOGITS, WEIGHTS, past_name
 

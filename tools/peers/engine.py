@@ -9,7 +9,7 @@ from pathlib import Path
 from peers.protocol import Groups, needs
 from peers.serving import Times
 
-with needs("pip install 'glm4export[cpu]'"):
+with needs("pip install '.[cpu]'"):
     from glm4runtime import Engine, Request, SamplingParams
     from glm4runtime.contract import WEIGHTS
 

@@ -53,7 +53,7 @@ def gguf_file(checkpoint: Path, work: Path, variant: str, threads: int) -> Path:
         return path
     work.mkdir(parents=True, exist_ok=True)
     if base in WRITTEN:
-        with needs(f"only writing {path} takes it: pip install 'glm4export[compile]' gguf"):
+        with needs(f"only writing {path} takes it: pip install '.[compile]' gguf"):
             from peers.gguf_writer import write_gguf
         write_gguf(checkpoint, path, WRITTEN[base])
     else:

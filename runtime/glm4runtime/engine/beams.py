@@ -54,7 +54,9 @@ class BeamGroup:
         moved = {i: parent for i, parent in enumerate(parents) if i != parent}
         if end == first or not moved:
             return
-        blocks = {parent: runner.read_rows(answers[parent].slot, first, end) for parent in set(moved.values())}
+        blocks = {}
+        for parent in set(moved.values()):  # a comprehension that fails would keep the answers (Python 3.11's closure)
+            blocks[parent] = runner.read_rows(answers[parent].slot, first, end)
         for i, parent in moved.items():
             runner.write_rows(answers[i].slot, first, blocks[parent])
 

@@ -26,7 +26,7 @@ from glm4runtime.engine.request import Request
 from glm4runtime.engine.scheduler import Scheduler
 from glm4runtime.engine.settings import EngineSettings, PrefixCache
 from glm4runtime.engine.stats import EngineStats
-from glm4runtime.engine.worker import EngineClosed, Worker
+from glm4runtime.engine.worker import Worker
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
 
@@ -147,14 +147,15 @@ class Engine:
         """
         now = time.monotonic()
         self._worker.require_open()  # before the template's process is started again
-        job = self._preparation.job(request, now)
-        deadline = None if request.timeout is None else now + request.timeout
-        handle = Handle(job.feed)  # first, so that an interrupt from here on cancels the request
         try:
+            job = self._preparation.job(request, now)
+            deadline = None if request.timeout is None else now + request.timeout
+            handle = Handle(job.feed)  # first, so that an interrupt from here on cancels the request
             self._worker.submit(job, deadline)
-        except EngineClosed:
+        except UserError:
             if self._worker.closing:
                 self._text.close()  # which preparing a conversation may have opened again
+            self._worker.require_open()  # that the template was closed meanwhile is no fault of the request's
             raise
         return handle
 

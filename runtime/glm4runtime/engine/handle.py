@@ -25,15 +25,14 @@ class RequestFailed(UserError):
 class Feed:
     """Deltas from the engine's thread to whoever reads; the engine holds this, the caller the Handle."""
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self) -> None:
         self.cancelled = False
         self.timing = Timing()
         self.usage = Usage(0, 0, 0)
         self.result: Result | None = None
-        self._choices = choices
         self._condition = threading.Condition()
         self._deltas: deque[Delta] = deque()
-        self._error: Exception | None = None
+        self._error: RequestFailed | None = None
         self._done = False
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
@@ -55,7 +54,7 @@ class Feed:
             self._deltas.append(delta)
             self._wake()
 
-    def end(self, result: Result | None, error: Exception | None = None) -> None:
+    def end(self, result: Result | None, error: RequestFailed | None = None) -> None:
         """No more comes. Without effect where it has ended."""
         with self._condition:
             if not self._done:
@@ -84,14 +83,16 @@ class Feed:
                     return self._next()
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
-                self._waiters.append((loop, future))
+                # Without those who gave up waiting
+                self._waiters = [*((at, other) for at, other in self._waiters if not other.done()), (loop, future)]
             await future
 
     def _next(self) -> Delta | None:
         if self._deltas:
             return self._deltas.popleft()
         if self._error is not None:
-            raise self._error
+            # A new one each time: its traceback holds the reader's Handle, whose finalizer holds this feed for good.
+            raise RequestFailed(str(self._error)) from self._error.__cause__
         return None
 
     @property

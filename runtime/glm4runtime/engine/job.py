@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from glm4runtime.engine.beams import BeamGroup
-from glm4runtime.engine.handle import Feed
+from glm4runtime.engine.handle import Feed, RequestFailed
 from glm4runtime.engine.request import Delta, FinishReason, Request, Result
 from glm4runtime.sampling import Sampler
 from glm4runtime.sampling.logprobs import TokenLogprobs, log_probabilities
@@ -151,17 +151,21 @@ class Job:
             accepted_tokens=accepted,
         )
 
-    def close(self, error: Exception | None = None) -> None:
-        """Tell the reader that no more comes, and let go of the answers.
-
-        They hold this job: until the garbage collector came, all of it would stay, row of logits included.
-        """
+    def close(self, error: RequestFailed | None = None) -> None:
+        """Tell the reader that no more comes, and let go of the answers."""
         self.count()
         self.note(finished=time.monotonic())
         try:
             self.feed.end(self._result() if error is None else None, error)
         finally:
-            self.answers, self.beams = [], None
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the answers.
+
+        They hold this job: until the garbage collector came, all of it would stay, row of logits included.
+        """
+        self.answers, self.beams = [], None
 
     def _result(self) -> Result:
         chosen = self._chosen()

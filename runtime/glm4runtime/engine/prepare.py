@@ -63,16 +63,14 @@ class Preparation:
         stop = frozenset((*manifest.tokens.eos, *stop_ids))
         matcher = self._matcher(request, prompt)
         count = max(request.n, request.best_of or 0, request.num_beams)
-        feed = Feed(request.n)
+        feed = Feed()
         feed.usage = Usage(len(ids), 0, 0)
         job = Job(request, ids, stop, feed, self._limit, now, salt)
         for index in range(count):
             params = request.params
             if params.seed is not None:
                 params = replace(params, seed=params.seed + index)
-            sampler = Sampler(
-                params, manifest.vocab_size, prompt=ids.tolist(), stop=sorted(stop), scratch=self._scratch
-            )
+            sampler = Sampler(params, manifest.vocab_size, prompt=ids, stop=sorted(stop), scratch=self._scratch)
             job.answers.append(Answer(job, index, sampler, self._parser(request, prompt, strings), matcher))
             matcher = None if matcher is None else matcher.copy()  # nothing is consumed yet
         if request.num_beams > 1:

@@ -17,7 +17,7 @@ class EngineStats:
     last_step_age: float  # seconds since the thread last came round; it does at least once a second
     slots: int
     scheduler: SchedulerStats
-    prompt_tokens: int
+    prompt_tokens: int  # this and the next four: of requests that got a slot, once they have ended, failed ones too
     cached_tokens: int  # of these: found in the prefix cache
     completion_tokens: int
     drafted_tokens: int  # guesses of prompt lookup and the draft bundle

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from glm4runtime.contract import UserError
+from glm4runtime.engine.failure import failure, told
 from glm4runtime.engine.handle import RequestFailed
 from glm4runtime.engine.job import Answer, Job
 from glm4runtime.engine.loop import Loop
@@ -57,8 +58,8 @@ class Worker:
         key, tokens, limit = job.request.key, len(job.ids), job.request.params.max_new_tokens
         ids: list[int] = []
         with self.condition:
-            self._require_open()
             try:
+                self._require_open()
                 for answer in job.answers:
                     id, parent = next(self._ids), ids[0] if ids else None
                     together = job.beams is not None and parent is not None
@@ -69,6 +70,7 @@ class Worker:
                 for id in ids:
                     self.scheduler.cancel(id)
                     self.answers.pop(id, None)
+                job.release()
                 raise
             self.condition.notify_all()
 
@@ -81,7 +83,10 @@ class Worker:
             self._require_thread()
             self._calls.append((function, future))
             self.condition.notify_all()
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            del future  # the error holds this frame, and the future the error
 
     def stats(self) -> EngineStats:
         """The numbers of this moment."""
@@ -92,7 +97,7 @@ class Worker:
                 and not self.closing
                 and self.thread.is_alive()
                 and self.loop.failures_in_a_row < _FAILURES,
-                death=None if self._death is None else _told(self._death),
+                death=None if self._death is None else told(self._death),
                 last_step_age=time.monotonic() - self._last_step,
                 slots=self.scheduler.slots,
                 scheduler=self.scheduler.stats(),
@@ -131,7 +136,7 @@ class Worker:
 
     def _require_thread(self) -> None:
         if self._death is not None:
-            raise EngineClosed(f"the engine's thread has died: {_told(self._death)}; load the bundle again")
+            raise EngineClosed(f"the engine's thread has died: {told(self._death)}; load the bundle again")
         if self.closing:
             raise EngineClosed("the engine is closed; load the bundle again")
 
@@ -150,18 +155,25 @@ class Worker:
             self._death = error
         finally:
             with self.condition:
-                reason = None if self._death is None else _failure("the engine's thread died", self._death)
-                for job in {id(answer.job): answer.job for answer in self.answers.values()}.values():
-                    _give_up(job, reason)
-                self.answers.clear()
-                for _, future in self._calls:
-                    future.set_exception(reason or EngineClosed("the engine was closed"))
-                self._calls.clear()
+                self._end_all()
                 self.condition.notify_all()
             self.loop.close()
 
+    def _end_all(self) -> None:
+        """Tell everybody who waits that the engine has ended."""
+        reason = None if self._death is None else failure("the engine's thread died", self._death)
+        for job in {id(answer.job): answer.job for answer in self.answers.values()}.values():
+            _give_up(job, reason)
+        self.answers.clear()
+        for _, future in self._calls:
+            future.set_exception(reason or EngineClosed("the engine was closed"))
+        self._calls.clear()
+
     def _step(self) -> bool:
-        """One step; False at the engine's end."""
+        """One step; False at the engine's end.
+
+        No variable here holds an answer: what a run raises keeps this frame.
+        """
         with self.condition:
             while not (self.answers or self._calls or self.closing):
                 self._last_step = time.monotonic()
@@ -169,7 +181,6 @@ class Worker:
             self._last_step = now = time.monotonic()
             if self.closing:
                 return False
-            calls, self._calls = self._calls, []
             gone = [id for id, answer in self.answers.items() if answer.job.feed.cancelled]
             for id in gone:
                 self.scheduler.cancel(id)
@@ -177,15 +188,13 @@ class Worker:
             plan = self.scheduler.plan(now)
             for id in plan.expired:
                 self._end(id, "timeout")
+            calls, self._calls = self._calls, []  # last: where a fault ends the thread before, they're told
         ran = dict.fromkeys([*plan.decode, *(id for id, _ in plan.admit)])
-        for function, future in calls:
-            _answer_call(function, future)
+        while calls:
+            _answer_call(*calls.pop(0))
         shared = {id for _, id in plan.copies}
         for id, slot in plan.admit:
-            answer = self.answers[id]
-            if answer.job.feed.timing.started is None:
-                answer.job.note(started=now)
-            self._admit(id, answer, slot, shared=id in shared)
+            self._admit(id, slot, now, shared=id in shared)
         for source, id in plan.copies:
             self.loop.share(self.answers[source], self.answers[id])
             ran[id] = None
@@ -200,7 +209,10 @@ class Worker:
         self._settle(ran)
         return True
 
-    def _admit(self, id: int, answer: Answer, slot: int, *, shared: bool) -> None:
+    def _admit(self, id: int, slot: int, now: float, *, shared: bool) -> None:
+        answer = self.answers[id]
+        if answer.job.feed.timing.started is None:
+            answer.job.note(started=now)
         rows = self.loop.admit(answer, slot, shared=shared)
         with self.condition:
             if rows:
@@ -235,7 +247,7 @@ class Worker:
             self.loop.end(answer := self.answers.pop(id))
             self.loop.failed.pop(answer, None)
             self._finished["error"] += 1
-        job.close(_failure("the request failed", error))
+        self._close(job, failure("the request failed", error))
         self.condition.notify_all()
 
     def _under_way(self, job: Job) -> list[int]:
@@ -246,9 +258,14 @@ class Worker:
         answer.end(reason)
         self.loop.end(answer)
         self._finished[answer.finish_reason or reason] += 1
-        job = answer.job
-        if not self._under_way(job):
-            job.close()
+        if not self._under_way(answer.job):
+            self._close(answer.job)
+        self.condition.notify_all()
+
+    def _close(self, job: Job, error: RequestFailed | None = None) -> None:
+        """Tell a job's reader, and count its tokens; those of a prompt that nothing was computed of are none."""
+        job.close(error)
+        if job.feed.timing.started is not None:
             usage = job.feed.usage
             self._totals.update(
                 prompt=usage.prompt_tokens,
@@ -257,7 +274,6 @@ class Worker:
                 drafted=usage.drafted_tokens,
                 accepted=usage.accepted_tokens,
             )
-        self.condition.notify_all()
 
 
 def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
@@ -265,9 +281,11 @@ def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
+    finally:
+        del function, future  # the error holds this frame, and the future the error
 
 
-def _give_up(job: Job, reason: Exception | None) -> None:
+def _give_up(job: Job, reason: RequestFailed | None) -> None:
     """Tell a job's reader that the engine has ended."""
     try:
         if reason is None:
@@ -275,17 +293,4 @@ def _give_up(job: Job, reason: Exception | None) -> None:
                 answer.end("cancelled")
         job.close(reason)
     except Exception as error:  # the others are to be told nevertheless
-        job.feed.end(None, _failure("the request failed", error))
-
-
-def _failure(what: str, error: BaseException) -> RequestFailed:
-    failure = RequestFailed(f"{what}: {_told(error)}")
-    failure.__cause__ = error
-    return failure
-
-
-def _told(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    lines = str(error).splitlines() or ["no message"]  # MemoryError has none
-    return f"{type(error).__name__}: {lines[0]:.300}"
+        job.feed.end(None, failure("the request failed", error))

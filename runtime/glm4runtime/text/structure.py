@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm4runtime.contract import UserError
+from glm4runtime.contract import UserError, installing
 from glm4runtime.text.grammar import Structure, StructureError, grammar_of, tool_structure
 from glm4runtime.text.stop import StopStrings
 from glm4runtime.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise UserError("structured output needs llguidance; install glm4export[structured]") from error
+        raise UserError(f"structured output needs llguidance; {installing('structured')}") from error
     return llguidance
 
 

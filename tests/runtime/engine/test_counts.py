@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from glm4runtime import Request, SamplingParams
-from tests.helpers.garbage import left_to_the_collector
+from glm4runtime.engine import RequestFailed
 from tests.runtime.engine.conftest import LoadEngine
 
 
@@ -98,24 +96,20 @@ def test_a_request_is_counted_once_whatever_it_ends_with(load_engine: LoadEngine
     assert sum(stats.finished.values()) == max(answers.values())
 
 
-@pytest.mark.parametrize(
-    "request_fields",
-    [
-        {"params": SamplingParams(max_new_tokens=8)},
-        {"params": SamplingParams(max_new_tokens=8, temperature=1.0, top_p=0.9, min_p=0.1, typical_p=0.9), "n": 2},
-        {"params": SamplingParams(max_new_tokens=8, repetition_penalty=1.1, frequency_penalty=0.1), "logprobs": 2},
-        {"params": SamplingParams(max_new_tokens=8), "num_beams": 2},
-        {"params": SamplingParams(max_new_tokens=8), "lookup": 4},
-        {"params": SamplingParams(max_new_tokens=8), "timeout": 1e-6},
-    ],
-    ids=["greedy", "filters", "penalties", "beams", "lookup", "timeout"],
-)
-def test_a_request_that_has_ended_holds_no_memory(load_engine: LoadEngine, request_fields: dict[str, Any]) -> None:
-    """Until the collector came, each would keep its rows of logits."""
-    engine = load_engine()
-
-    def ask() -> None:
-        engine.generate(Request(prompt(20), **request_fields)).result()
-        engine.call(lambda: None)  # a step later the thread's own variables are others
-
-    assert left_to_the_collector(ask) == set()
+def test_what_fails_is_counted_and_what_was_never_begun_is_not(
+    load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(slots=1)
+    long = SamplingParams(max_new_tokens=200, min_new_tokens=200)
+    running, waiting = (engine.submit(Request(prompt(length), params=long)) for length in (20, 30))
+    next(running)
+    waiting.cancel()
+    assert waiting.result().usage.prompt_tokens == 30
+    engine.call(lambda: None)
+    assert engine.stats().prompt_tokens == 0
+    monkeypatch.setattr(engine.runner, "step", lambda *_: 1 / 0)
+    with pytest.raises(RequestFailed):
+        running.result()
+    stats = engine.stats()
+    assert stats.prompt_tokens == 20 and stats.completion_tokens == running.usage.completion_tokens > 0
+    assert stats.finished == {"cancelled": 1, "error": 1}

@@ -86,6 +86,22 @@ def test_an_error_without_a_message_is_told(load_engine: LoadEngine, monkeypatch
         engine.generate(Request(prompt(9))).result(30)
 
 
+def test_who_called_is_told_of_a_fault_of_the_same_step(
+    load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine()
+    failing(engine._worker.scheduler, "plan", monkeypatch, MemoryError())
+    told: list[Exception] = []
+
+    def call() -> None:
+        try:
+            engine.call(lambda: None)
+        except RequestFailed as error:
+            told.append(error)
+
+    assert within(30, call) and "the engine's thread died: MemoryError" in str(told[0])
+
+
 def test_a_prompt_without_numbers_is_not_kept(load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_engine()
     right = engine.runner.prefill
@@ -181,6 +197,23 @@ def test_a_drained_engine_saves_its_prefixes_and_a_closed_one_starts_nothing(
     assert "template" not in engine._text.__dict__
     with pytest.raises(EngineClosed, match="the engine is closed"):
         engine.save_prefixes(tmp_path / "again")
+
+
+def test_who_submits_while_the_engine_closes_is_told_so(
+    load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine()
+    template = engine.template
+    right = template.render
+
+    def render(*given: Any, **named: Any) -> str:
+        engine.close()
+        return right(*given, **named)
+
+    monkeypatch.setattr(template, "render", render)
+    with pytest.raises(EngineClosed, match="the engine is closed; load the bundle again"):
+        engine.submit(Request(messages=[{"role": "user", "content": "Hello"}]))
+    assert "template" not in engine._text.__dict__
 
 
 def test_a_forked_child_is_told(load_engine: LoadEngine) -> None:
