@@ -80,8 +80,8 @@ def serve(
     by itself, with status 1: whoever started it can start it again.
     """
     service: Service = app.state.service
-    # Connections have what their listener has. Later than the service's own cut, which the log tells of and which begins
-    # later, too: once a stream has filled the buffers.
+    # Connections have what their listener has. It is behind the service's own cut, which the log tells of and which
+    # begins later, too: once a stream has filled the buffers.
     drop_unread(bound, 2 * service.settings.write_timeout)
     config = uvicorn.Config(
         app,
