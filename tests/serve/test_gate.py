@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from glm4runtime.contract import UserError
+from glm4runtime.engine import RequestFailed
 from glm4serve import Settings, logs
 from glm4serve.keys import Keys
 from tests.helpers.asgi import ASK, CHAT, ask
@@ -217,7 +218,9 @@ def test_the_log_has_no_texts(serve: Serve, caplog: pytest.LogCaptureFixture) ->
     response = ask(app, CHAT, {"messages": messages}, headers={"x-request-id": "abc-1"})
     assert response.headers["x-request-id"] == "abc-1"
     ask(app, CHAT, {"messages": messages, "SECRET": 1}, headers={"x-request-id": "no spaces"})
-    app, _ = serve(words("SECRET"), error=ValueError("SECRET"))
+    failed = RequestFailed("the request failed: ValueError: SECRET")
+    failed.__cause__ = ValueError("SECRET")
+    app, _ = serve(words("SECRET"), error=failed)
     ask(app, CHAT, {"messages": messages})
     lines = [json.loads(logs.JsonLines().format(record)) for record in caplog.records if record.name == "glm4serve"]
     assert "SECRET" not in str(lines)
