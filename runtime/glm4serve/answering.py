@@ -20,7 +20,7 @@ from starlette.responses import Response
 from glm4runtime.contract import UserError
 from glm4runtime.engine.request import Delta, Request, Result, Usage
 from glm4serve import logs
-from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.errors import ApiError, timed_out, told, unavailable
 from glm4serve.event_stream import EventStream, disconnected
 from glm4serve.models import Generator
 from glm4serve.service import Service, note, owner_of, service_of
@@ -201,7 +201,7 @@ class Run:
                 if delta.finish_reason is not None:
                     self._reasons.append(delta.finish_reason)
                 if delta.finish_reason == "timeout":
-                    raise ApiError(504, "the request's time was over before its answer was whole", code="timeout")
+                    raise timed_out("the request's time was over before its answer was whole")
                 if delta.finish_reason == "cancelled":
                     raise unavailable("the server is being shut down, and ended the answer before it was whole")
                 yield prompt, delta

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from glm4runtime.encoder import Encoder
 from glm4serve import health, logs, page, tokens
@@ -36,6 +37,13 @@ ROUTERS = (
     messages.router,
     tokens.router,
     health.router,
+)
+#: Those without a name in them.
+PATHS = frozenset(
+    route.path
+    for router in (*ROUTERS, page.router)
+    for route in router.routes
+    if isinstance(route, Route) and not route.param_convertors
 )
 
 
@@ -62,7 +70,7 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
     app.add_exception_handler(HTTPException, _http_error)
     if service.settings.page:
         app.include_router(page.router)
-    app.add_middleware(Gate, service=service, keyless=page.PATHS if service.settings.page else frozenset())
+    app.add_middleware(Gate, service=service, paths=PATHS, keyless=page.PATHS if service.settings.page else frozenset())
     if service.settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors(service.settings))
     return app
@@ -70,7 +78,12 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
 
 def cors(settings: Settings) -> dict[str, Any]:
     """CORSMiddleware's arguments."""
-    return {"allow_origins": list(settings.cors_origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+    return {
+        "allow_origins": list(settings.cors_origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "request-id", "retry-after"],
+    }
 
 
 async def _api_error(http: Request, error: Exception) -> JSONResponse:
@@ -88,5 +101,5 @@ async def _invalid(http: Request, error: Exception) -> JSONResponse:
 async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{http.method} {http.url.path[:200]}: {error.detail}"
+    message = f"{http.method[:20]} {http.url.path[:200]}: {error.detail}"
     return respond(http.url.path, ApiError(error.status_code, message, code=code, headers=error.headers))

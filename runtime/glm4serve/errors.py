@@ -40,7 +40,9 @@ def told(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong):
-        return ApiError(400, str(error), code="context_length_exceeded", param=param)
+        # Anthropic's words in front: clients that shorten a conversation by themselves know it by them, OpenAI's too
+        message = f"prompt is too long: {error.tokens} tokens > {error.limit} maximum ({error})"
+        return ApiError(400, message, code="context_length_exceeded", param=param)
     if isinstance(error, QueueFull):
         return queue_full(str(error), error.retry_after)
     if isinstance(error, EngineClosed):
@@ -57,6 +59,11 @@ def queue_full(message: str, retry_after: float) -> ApiError:
     """429, with the seconds after which to try again."""
     headers = {"Retry-After": str(max(1, round(retry_after)))}
     return ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
+
+
+def timed_out(message: str) -> ApiError:
+    """504, and no other try: the official clients would make two more by themselves, each for as long."""
+    return ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
 
 
 def unavailable(message: str) -> ApiError:

@@ -11,14 +11,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
-from glm4serve.errors import ApiError, told, unavailable
+from glm4serve.errors import ApiError, queue_full, told, unavailable
 from glm4serve.responses import respond
 from glm4serve.service import Service
 from glm4serve.settings import Settings
 
 #: Answered without a key, and while the service drains: what a balancer asks.
 OPEN = frozenset({"/health", "/ready"})
-_ID = re.compile(r"[\w.-]{1,128}")
+_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 class SlowReader(Exception):
@@ -28,9 +28,18 @@ class SlowReader(Exception):
 class Gate:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, service: Service, keyless: frozenset[str] = frozenset()) -> None:
-        """keyless: paths beside :data:`OPEN` that need no key, such as a page that asks for one itself."""
-        self._app, self._service, self._keyless = app, service, keyless
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        paths: frozenset[str] = frozenset(),
+        keyless: frozenset[str] = frozenset(),
+    ) -> None:
+        """paths: what there is, told in the log and metrics by name also where the request is refused here.
+        keyless: paths beside :data:`OPEN` that need no key, such as a page that asks for one itself.
+        """
+        self._app, self._service, self._paths, self._keyless = app, service, paths, keyless
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -41,13 +50,19 @@ class Gate:
         given = headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else secrets.token_hex(12)
         scope["glm4.id"] = id
+        head = scope["method"] == "HEAD"
+        if head:  # GET's answer without its body; in a copy, as the server below looks at the method, too
+            scope = {**scope, "method": "GET", "glm4.method": "HEAD"}
         began, status = time.monotonic(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = id
+                found = MutableHeaders(scope=message)
+                found["x-request-id"] = found["request-id"] = id  # OpenAI's name and Anthropic's
+            elif head:
+                message = {**message, "body": b""}
             try:
                 with anyio.fail_after(self._service.settings.write_timeout):
                     await send(message)
@@ -73,15 +88,16 @@ class Gate:
                 await respond(path, told(error))(scope, receive, answer)
         finally:
             self._service.in_flight -= counted
+            self._held -= scope.get("glm4.held", 0)
             self._tell(scope, headers, id, status or 499, time.monotonic() - began)
 
     def _tell(self, scope: Scope, headers: Headers, id: str, status: int, seconds: float) -> None:
         """Metrics, trace and log of a request that ended."""
-        name = getattr(scope.get("route"), "path", "(other)")
+        name = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._paths else "(other)")
         self._service.metrics.responses.labels(name, str(status)).inc()
         fields = {
             "id": id,
-            "method": scope["method"],
+            "method": scope.get("glm4.method", scope["method"])[:20],
             "path": name,
             "status": status,
             "seconds": round(seconds, 4),
@@ -89,13 +105,17 @@ class Gate:
             **scope.get("glm4.log", {}),
         }
         traces = self._service.traces
-        if traces is not None and (trace := traces.record(headers, fields)) is not None:
+        if traces is not None and "route" in scope and (trace := traces.record(headers, fields)) is not None:
             fields["trace"] = trace
         logs.request(**fields)
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """The whole body, read here within its limits, in front of what else comes."""
         limit = self._service.settings.body_limit
+        coding = headers.get("content-encoding", "")
+        if coding.lower() not in ("", "identity"):
+            refusal = f"content-encoding: expected none, found {coding[:100]!r}; send the body as it is"
+            raise ApiError(415, refusal, code="unsupported_media_type", headers=_CLOSE)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise _too_large(limit)
@@ -103,7 +123,7 @@ class Gate:
             return receive
         try:
             with anyio.fail_after(self._service.settings.body_timeout):
-                body = await read_body(receive, limit)
+                body = await read_body(lambda: self._hold(scope, receive), limit)
         except TimeoutError:
             raise ApiError(408, "body: it didn't come in time", code="timeout", headers=_CLOSE) from None
         message: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -116,6 +136,19 @@ class Gate:
             return first
 
         return replay
+
+    async def _hold(self, scope: Scope, receive: Receive) -> Message:
+        """The body's next part. Raises ApiError (429) where there is no room for it beside the others' bodies."""
+        message = await receive()
+        size = len(message.get("body", b""))
+        scope["glm4.held"] = scope.get("glm4.held", 0) + size
+        self._held += size
+        most = self._service.settings.bodies_limit
+        if self._held > most:
+            error = queue_full(f"body: with those of other requests it is more than {most} bytes", 1)
+            error.headers.update(_CLOSE)
+            raise error
+        return message
 
 
 def admitted(settings: Settings, keyless: frozenset[str], scope: Scope) -> str | None:

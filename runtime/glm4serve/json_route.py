@@ -1,4 +1,4 @@
-"""Routes whose bodies are read once, and strictly."""
+"""Routes whose bodies are JSON, read once, and strictly."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from glm4serve.errors import ApiError
 from glm4serve.schema import read_json
 
 
@@ -30,6 +31,15 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def with_our_json(request: Request) -> Response:
+            _check_type(request.headers.get("content-type", ""))
             return await handle(_JsonRequest(request.scope, request.receive))
 
         return with_our_json
+
+
+def _check_type(given: str) -> None:
+    """Raises ApiError. Forms and plain text are what pages elsewhere may send without asking first."""
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        message = f"content-type: expected application/json, found {kind[:100] or 'none'}"
+        raise ApiError(415, message, code="unsupported_media_type", param="content-type")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
 T = TypeVar("T")
@@ -15,9 +15,20 @@ _MOST_PARTS = 50_000  # objects, lists, and keys of objects in one body; ids and
 
 
 class Strict(BaseModel):
-    """A JSON object with these fields and no others; no value is converted into another type."""
+    """A JSON object with these fields and no others; no value is converted into another type.
+
+    Others may be null: many clients write that of every field that they know and nobody has set.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or None not in given.values():
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {key: value for key, value in given.items() if value is not None or key in known}
 
 
 def read_json(data: bytes) -> Any:

@@ -80,9 +80,13 @@ def serve(
     by itself, with status 1: whoever started it can start it again.
     """
     service: Service = app.state.service
-    drop_unread(bound, service.settings.write_timeout)  # connections have what their listener has
+    # Connections have what their listener has. It is behind the service's own cut, which the log tells of and which
+    # begins later, too: once a stream has filled the buffers.
+    drop_unread(bound, 2 * service.settings.write_timeout)
     config = uvicorn.Config(
         app,
+        http="h11",  # httptools, where it is installed, has no limit of headers, and chunks for HTTP/1.0
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

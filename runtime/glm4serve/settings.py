@@ -15,6 +15,7 @@ class Settings:
     hosts: tuple[str, ...] = ()  # names that a Host header may have; (): any. A page elsewhere can't then pose as ours
     cors_origins: tuple[str, ...] = ()  # pages elsewhere that browsers let read answers
     body_limit: int = 4 << 20  # bytes
+    bodies_limit: int = 256 << 20  # bytes of all bodies under way: each is in memory until its answer's end
     body_timeout: float = 30.0  # seconds in which a body must be there
     request_timeout: float | None = 600.0  # seconds from its arrival to an answer's end
     write_timeout: float = 30.0  # seconds that a client may leave what is sent to it unread

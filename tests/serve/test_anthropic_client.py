@@ -87,6 +87,42 @@ def test_a_round_with_a_tool(client: anthropic.Anthropic) -> None:
     assert text(second) == "It is sunny in Paris, 21 degrees." and second.stop_reason == "end_turn"
 
 
+def test_its_tool_runner(client: anthropic.Anthropic) -> None:
+    """It asks the server to remember the conversation, and goes on by itself where that is refused in its words."""
+    [tool] = TOOLS
+
+    def get_weather(city: str) -> str:
+        return json.dumps({"city": city, "condition": "sunny", "temperature": 21})
+
+    runner = client.beta.messages.tool_runner(
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[anthropic.beta_tool(get_weather, **tool)],
+        **COMMON,
+    )
+    called, answered = list(runner)
+    assert called.stop_reason == "tool_use" and answered.stop_reason == "end_turn"
+    assert [block.text for block in answered.content if block.type == "text"] == ["It is sunny in Paris, 21 degrees."]
+
+
+def test_what_the_client_has_read_goes_back(client: anthropic.Anthropic) -> None:
+    """With fields of its own, of which some are null."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tools: list[Any] = [{"name": "choose", "input_schema": schema}]
+    with client.messages.stream(messages=FRANCE, tools=tools, tool_choice={"type": "any"}, **COMMON) as stream:
+        content = stream.get_final_message().content
+    calls = [block.id for block in content if block.type == "tool_use"]
+    results: list[Any] = [{"type": "tool_result", "tool_use_id": id, "content": "x"} for id in calls]
+    assert results
+    for given in (content, [block.model_dump() for block in content]):
+        messages: list[Any] = [*FRANCE, {"role": "assistant", "content": given}, {"role": "user", "content": results}]
+        assert client.messages.create(messages=messages, tools=tools, **COMMON).stop_reason
+
+
 def test_a_call_that_must_come(client: anthropic.Anthropic) -> None:
     choice: Any = {"type": "tool", "name": "get_weather"}
     message = client.messages.create(messages=FRANCE, tools=TOOLS, tool_choice=choice, **COMMON)

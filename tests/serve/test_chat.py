@@ -257,5 +257,6 @@ def test_failures_of_the_engine(serve: Serve) -> None:
 
 def test_answers_that_ran_out_of_time(serve: Serve) -> None:
     app, _ = serve(words("x", reason="timeout"))
-    assert ask(app, CHAT, ASK).status_code == 504
+    late = ask(app, CHAT, ASK)
+    assert late.status_code == 504 and late.headers["x-should-retry"] == "false"  # the official clients' header
     assert events(ask(app, CHAT, {**ASK, "stream": True}))[-1]["error"]["code"] == "timeout"

@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from glm4runtime.contract import UserError
+from glm4runtime.engine import RequestFailed
 from glm4serve import Settings, logs
 from glm4serve.keys import Keys
 from tests.helpers.asgi import ASK, CHAT, ask
@@ -68,9 +70,92 @@ def test_bodies(serve: Serve) -> None:
     for body in bad:
         response = ask(app, CHAT, body, headers=JSON, method="POST")
         assert response.status_code == 400 and response.json()["error"]["message"], body
-    text = ask(app, CHAT, json.dumps(ASK).encode(), headers={"content-type": "text/plain"})
-    assert text.status_code == 400  # what a page elsewhere may send without asking
     assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({"content-type": "text/plain"}, "content-type: expected application/json, found text/plain"),
+        ({"content-type": "application/x-www-form-urlencoded"}, "found application/x-www-form-urlencoded"),  # curl -d
+        ({}, "content-type: expected application/json, found none"),
+        ({**JSON, "content-encoding": "gzip"}, "content-encoding: expected none, found 'gzip'"),
+    ],
+)
+def test_bodies_that_are_told_to_be_something_else(serve: Serve, headers: dict[str, str], told: str) -> None:
+    """A page elsewhere may send forms and plain text without asking first."""
+    app, engine = serve(words("x"))
+    for path in (CHAT, "/v1/messages", "/tokenize"):
+        response = ask(app, path, json.dumps(ASK).encode(), headers=headers)
+        assert response.status_code == 415 and told in response.json()["error"]["message"]
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
+        assert ask(app, CHAT, json.dumps(ASK).encode(), headers={"content-type": kind}).status_code == 200
+    assert len(engine.requests) == 3
+
+
+def test_heads_are_gets_without_a_body(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Balancers and Claude Code ask so whether anybody is there."""
+    caplog.set_level(logging.INFO, "glm4serve")
+    app, _ = serve()
+    for path in ("/", "/health", "/ready", "/v1/models", "/v1/nothing", CHAT):
+        whole, head = ask(app, path), ask(app, path, method="HEAD")
+        assert head.status_code == whole.status_code and head.content == b""
+        if path != "/health":  # which tells a time
+            assert head.headers["content-length"] == whole.headers["content-length"]
+    assert [record.fields["method"] for record in caplog.records] == ["GET", "HEAD"] * 6  # type: ignore[attr-defined]
+
+
+def test_ids_of_requests(serve: Serve) -> None:
+    """A client's own where it's harmless; by OpenAI's name and by Anthropic's."""
+    app, _ = serve()
+    for given, taken in (("a-1.B_2", True), ("caf\xe9", False), ("a b", False), ("a" * 129, False), ("", False)):
+        headers = ask(app, "/health", headers={"x-request-id": given.encode("latin-1")}).headers
+        assert headers["request-id"] == headers["x-request-id"]
+        assert (headers["request-id"] == given) == taken and headers["request-id"].isascii()
+
+
+def test_what_is_refused_in_front_of_its_route_is_told_by_its_path(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log and in metrics; whatever else is asked for is one path there."""
+    caplog.set_level(logging.INFO, "glm4serve")
+    app, _ = serve((), Settings(keys=keys(tmp_path, "a" * 20), body_limit=10))
+    ask(app, CHAT, ASK)
+    ask(app, CHAT, ASK, headers={"x-api-key": "a" * 20})
+    ask(app, "/v1/messages/count_tokens", ASK)
+    ask(app, "/v1/models/secret", headers={"x-api-key": "b" * 20})
+    ask(app, "/a-path-of-my-own", ASK)
+    told = [(record.fields["path"], record.fields["status"]) for record in caplog.records]  # type: ignore[attr-defined]
+    counted, other = "/v1/messages/count_tokens", "(other)"
+    assert told == [(CHAT, 401), (CHAT, 413), (counted, 401), (other, 401), (other, 401)]
+    metrics = ask(app, "/metrics", headers={"x-api-key": "a" * 20}).text
+    assert f'glm4:http_responses_total{{path="{CHAT}",status="413"}} 1.0' in metrics and "my-own" not in metrics
+
+
+def test_bodies_of_all_requests_together(serve: Serve) -> None:
+    """Each stays in memory until its answer's end, so they have a limit; what has ended makes room."""
+    app, engine = serve(words("x"), Settings(bodies_limit=1500))
+    body = json.dumps({**ASK, "user": "a" * 900}).encode()
+
+    async def both() -> tuple[httpx.Response, httpx.Response]:
+        waits, ends = asyncio.Event(), asyncio.Event()
+
+        async def first() -> Any:
+            yield body
+            waits.set()
+            await ends.wait()
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            slow = asyncio.ensure_future(client.post(CHAT, content=first(), headers=JSON))
+            await waits.wait()
+            refused = await client.post(CHAT, content=body, headers=JSON)
+            ends.set()
+            return refused, await slow
+
+    refused, whole = asyncio.run(both())
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+    assert refused.headers["retry-after"] == "1" and whole.status_code == 200
+    assert ask(app, CHAT, body, headers=JSON).status_code == 200 and len(engine.requests) == 2
 
 
 def test_a_body_that_does_not_come(serve: Serve) -> None:
@@ -97,6 +182,8 @@ def test_pages_elsewhere(serve: Serve) -> None:
     app, _ = serve(words("x"), Settings(cors_origins=("https://page.example",)))
     assert ask(app, CHAT, method="OPTIONS", headers=asked).headers["access-control-allow-origin"] == asked["origin"]
     assert ask(app, CHAT, method="OPTIONS", headers={**asked, "origin": "https://evil.example"}).status_code == 400
+    told = ask(app, CHAT, ASK, headers=asked).headers["access-control-expose-headers"]
+    assert {"x-request-id", "retry-after"} <= set(told.split(", "))  # which clients in a page read
 
 
 def test_while_it_drains(serve: Serve) -> None:
@@ -131,7 +218,9 @@ def test_the_log_has_no_texts(serve: Serve, caplog: pytest.LogCaptureFixture) ->
     response = ask(app, CHAT, {"messages": messages}, headers={"x-request-id": "abc-1"})
     assert response.headers["x-request-id"] == "abc-1"
     ask(app, CHAT, {"messages": messages, "SECRET": 1}, headers={"x-request-id": "no spaces"})
-    app, _ = serve(words("SECRET"), error=ValueError("SECRET"))
+    failed = RequestFailed("the request failed: ValueError: SECRET")
+    failed.__cause__ = ValueError("SECRET")
+    app, _ = serve(words("SECRET"), error=failed)
     ask(app, CHAT, {"messages": messages})
     lines = [json.loads(logs.JsonLines().format(record)) for record in caplog.records if record.name == "glm4serve"]
     assert "SECRET" not in str(lines)

@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": "1"}, "top_k: "),
     ({"stop_sequences": [""]}, "stop_sequences: one of them is empty"),
     ({"messages": []}, "messages: "),
-    ({"messages": [{"role": "system", "content": "a"}]}, r"messages[0]: "),
+    ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0]: "),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content"),
     ({"messages": [{**TURN, "mood": 1}]}, "messages[0].mood: unknown field"),
     ({"messages": [TURN, {"role": "assistant", "content": "I"}]}, "messages: the last one is the assistant's"),
@@ -231,7 +231,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tools have no function 'other'"),
     ({"tools": [WEATHER, WEATHER], "tool_choice": {"type": "any"}}, "'weather' is there twice"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens: expected less than max_tokens"),
-    ({"output_config": {"effort": "high"}}, "output_config.effort: unknown field"),
+    ({"output_config": {"effort": "much"}}, "output_config.effort: "),
     (
         {"tools": [WEATHER], "output_config": {"format": {"type": "json_schema", "schema": {}}}},
         "output_config.format: goes with no tools",

@@ -65,7 +65,8 @@ def test_a_round_with_a_tool(client: openai.OpenAI) -> None:
     assert streamed.finish_reason == "tool_calls" and streamed.message.tool_calls
     assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
     result = '{"city": "Paris", "condition": "sunny", "temperature": 21}'
-    messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": result}]
+    given = streamed.message  # as the client has read it, with fields of its own
+    messages += [given, {"role": "tool", "tool_call_id": given.tool_calls[0].id, "content": result}]
     second = client.chat.completions.create(messages=messages, **common).choices[0]
     assert second.message.content == "It is sunny in Paris, 21 degrees." and second.finish_reason == "stop"
 

@@ -190,6 +190,38 @@ def test_an_answer_is_stopped_and_what_was_said_is_edited(tab: Page, engine: Fak
     assert not engine.running  # the stopped one ended, too
 
 
+def test_keys_alone(tab: Page) -> None:
+    """The focus is never lost with a button that goes, and Escape in a message that is edited stops no answer."""
+    tab.get_by_label("Message", exact=True).fill("add")
+    tab.get_by_role("button", name="Send", exact=True).press("Enter")
+    expect(tab.get_by_role("button", name="Stop")).to_be_focused()
+    expect(tab.get_by_text("tok/s")).to_be_visible()
+    expect(tab.get_by_label("Message", exact=True)).to_be_focused()
+    say(tab, "on and on")
+    expect(tab.locator("#log").get_by_text("on and on and")).to_be_visible()
+    tab.get_by_role("button", name="Edit").first.press("Enter")
+    tab.get_by_label("Your message").press("Escape")
+    expect(tab.get_by_role("button", name="Edit").first).to_be_focused()
+    expect(tab.get_by_role("button", name="Stop")).to_be_visible()
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#log").get_by_text("stopped")).to_be_visible()
+
+
+def test_results_stand_behind_their_call(tab: Page, engine: FakeEngine) -> None:
+    """Also those that are given after something else was said."""
+    tab.get_by_label("Tools").fill(json.dumps(TOOLS))
+    say(tab, "weather")
+    expect(tab.get_by_label("What weather gave")).to_be_visible()
+    tab.get_by_label("Tools").fill("")
+    say(tab, "and now?")
+    expect(tab.locator("#log").get_by_text("You said: and now?")).to_be_visible()
+    tab.get_by_label("What weather gave").fill("rainy")
+    tab.get_by_role("button", name="Send results").click()
+    expect(tab.locator("#log").get_by_text("It is rainy.")).to_be_visible()
+    messages = engine.requests[-1].messages
+    assert messages is not None and [message["role"] for message in messages] == ["user", "assistant", "tool"]
+
+
 def test_a_call_and_its_result(tab: Page) -> None:
     tab.get_by_label("Tools").fill(json.dumps(TOOLS))
     say(tab, "weather")

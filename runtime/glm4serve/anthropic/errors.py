@@ -20,4 +20,8 @@ _KINDS = {
 def anthropic_shape(error: ApiError) -> dict[str, Any]:
     """Anthropic's error object, in answers and in streams."""
     kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    told: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.code == "unknown_parameter" and error.param == "thread":
+        # There is no memory; by this Anthropic's tool runner knows that it has to send whole conversations.
+        told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": told}

@@ -18,6 +18,7 @@ class CacheControl(Strict):
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
+    scope: str | None = Field(None, max_length=64)
 
 
 class Cached(Strict):
@@ -75,17 +76,37 @@ class AssistantMessage(Strict):
     content: str | Items[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]]
 
 
-Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+class Effort(Strict):
+    """How much effort an answer is worth. It has no effect: these models know no degrees."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class SystemMessage(Strict):
+    """Instructions that came later than ``system``: the template says where they stand."""
+
+    role: Literal["system"]
+    content: str | Items[TextBlock]
+    output_config: Effort | None = None
+    clear_at: Literal["never"] | None = None
+
+
+Message = Annotated[UserMessage | AssistantMessage | SystemMessage, Field(discriminator="role")]
 
 
 class Tool(Cached):
-    """A function that the model may want called; Anthropic's own tools, which have other types, are refused."""
+    """A function that the model may want called; Anthropic's own tools, which have other types, are refused.
+
+    eager_input_streaming has no effect: a call is sent when its JSON is whole.
+    """
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
 
 
 class FreeChoice(Strict):
@@ -143,10 +164,23 @@ class JsonFormat(Strict):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Strict):
+class OutputConfig(Effort):
     """The form that an answer must have."""
 
     format: JsonFormat | None = None
+
+
+class ClearThinking(Strict):
+    """Leave old thoughts out of the prompt, which these models' templates do in any case."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Any = None
+
+
+class ContextManagement(Strict):
+    """What is left out of a long conversation; other edits than this one would change the prompt, and are refused."""
+
+    edits: Items[ClearThinking] | None = None
 
 
 class Prompted(Cached):
@@ -159,24 +193,20 @@ class Prompted(Cached):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """As the chat template takes them. Raises ApiError for results without calls, and answers to be continued."""
+        """As the chat template takes them. Raises ApiError for results without calls."""
         talk = Conversation()
         if self.system:
             talk.say("system", _joined(self.system))
         for number, message in enumerate(self.messages):
             if isinstance(message, AssistantMessage):
                 _add_answer(talk, message)
+            elif isinstance(message, SystemMessage):
+                talk.say("system", _joined(message.content))
             else:
                 _add_turn(talk, message, f"messages[{number}]")
-        if talk.messages[-1]["role"] == "assistant":
-            raise ApiError(
-                400,
-                "messages: the last one is the assistant's; expected the user's: answers are begun anew, not continued",
-                code="invalid_value",
-                param="messages",
-            )
         return talk.messages
 
     def template_tools(self) -> list[dict[str, Any]] | None:

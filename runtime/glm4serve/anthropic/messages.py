@@ -93,11 +93,15 @@ def _engine_request(body: MessageRequest, generator: Generator) -> Request:
         raise _refused("thinking.budget_tokens", f"expected less than max_tokens, {body.max_tokens}")
     if body.stop_sequences is not None and "" in body.stop_sequences:
         raise _refused("stop_sequences", "one of them is empty")
-    tools = body.template_tools()
+    talk, tools = body.template_messages(), body.template_tools()
+    last = next((message["role"] for message in reversed(talk) if message["role"] != "system"), "system")
+    if last not in ("user", "tool"):
+        what = f"the last one is the {last}'s; expected the user's: answers are begun anew, not continued"
+        raise _refused("messages", what)
     given = {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p}
     known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Request(
-        messages=body.template_messages(),
+        messages=talk,
         tools=tools,
         template_variables=body.template_variables(),
         params=SamplingParams(

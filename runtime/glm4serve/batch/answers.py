@@ -17,11 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from glm4runtime.contract import UserError
+from glm4serve.lines import json_line
 
 _ID = re.compile(r"batch_req_([1-9][0-9]{0,11})_([0-9a-f]{12})_([0-9a-f]{16})")
 _SYNC_SECONDS = 5.0
-#: Valid in JSON and line breaks to some readers: Python's str.splitlines, JavaScript before 2019.
-_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 
 def identity_of(*parts: str | bytes | int | None) -> str:
@@ -75,8 +74,7 @@ class AnswersFile:
 
     def append(self, answer: dict[str, Any]) -> None:
         """Write a line. Raises UserError where that can't be done; the file then ends with the one before."""
-        text = json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        data = text.translate(_BREAKS).encode() + b"\n"
+        data = json_line(answer).encode() + b"\n"
         try:
             written = 0
             while written < len(data):

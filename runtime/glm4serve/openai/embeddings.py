@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from glm4runtime.contract import UserError
-from glm4serve.errors import ApiError, told
+from glm4serve.errors import ApiError, timed_out, told
 from glm4serve.event_stream import disconnected
 from glm4serve.json_route import JsonRoute
 from glm4serve.openai.embedding_request import EmbeddingRequest
@@ -31,7 +31,7 @@ async def embeddings(body: EmbeddingRequest, http: HttpRequest) -> Response:
         timeout = service.settings.request_timeout
         done, _ = await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            raise ApiError(504, "the request's time was over before its texts were embedded", code="timeout")
+            raise timed_out("the request's time was over before its texts were embedded")
         if not work.done():
             raise ApiError(499, "the client went away", code="client_gone")
         found = work.result()

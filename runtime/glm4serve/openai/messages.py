@@ -10,11 +10,19 @@ from pydantic import Field
 from glm4serve.schema import Items, Strict
 
 
+class CacheControl(Strict):
+    """Anthropic's mark of where a prompt should be cached. It has no effect: all of a prompt is, by itself."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = Field(None, max_length=64)
+
+
 class TextPart(Strict):
     """Images, audio and files are refused: these models read text."""
 
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 Content = str | Annotated[Items[TextPart], Field(min_length=1)]
@@ -45,10 +53,11 @@ class UserMessage(Strict):
 
 
 class CalledFunction(Strict):
-    """arguments: JSON, as text."""
+    """arguments: JSON, as text. parsed_arguments: the same once more, as OpenAI's client keeps it."""
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class Call(Strict):
@@ -61,13 +70,21 @@ class Call(Strict):
 
 
 class AssistantMessage(Strict):
-    """An earlier answer, in the form in which it was given."""
+    """An earlier answer, in the form in which it was given, and with what clients keep beside it.
+
+    That has no effect: parsed is the content once more; thoughts are not shown to these models again.
+    """
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
     tool_calls: Items[Call] | None = None
     name: str | None = None
+    parsed: Any = None  # OpenAI's client
+    reasoning: str | None = None  # vLLM, OpenRouter
+    reasoning_details: Items[Any] | None = None  # OpenRouter
+    thinking_blocks: Items[Any] | None = None  # LiteLLM
+    provider_specific_fields: dict[str, Any] | None = None  # LiteLLM
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -122,13 +139,20 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_plain(message) for message in messages]
 
 
+#: What has no effect; of parts and calls, where they stand in lists.
+_LEFT_OUT: Any = {
+    **dict.fromkeys(
+        ("annotations", "parsed", "reasoning", "reasoning_details", "thinking_blocks", "provider_specific_fields"), True
+    ),
+    "content": {"__all__": {"cache_control"}},
+    "tool_calls": {"__all__": {"index": True, "function": {"parsed_arguments"}}},
+}
+
+
 def _plain(message: Message) -> dict[str, Any]:
-    given = message.model_dump(exclude_none=True)
-    given.pop("annotations", None)
+    given = message.model_dump(exclude_none=True, exclude=_LEFT_OUT)
     if given["role"] == "assistant":
         given.setdefault("content", "")
-    for call in given.get("tool_calls", ()):
-        call.pop("index", None)
     return given
 
 

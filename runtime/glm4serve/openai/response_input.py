@@ -21,12 +21,13 @@ class InputText(Strict):
 
 
 class OutputText(Strict):
-    """Text of an earlier answer."""
+    """Text of an earlier answer. parsed: the same once more, as OpenAI's client keeps it."""
 
     type: Literal["output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+    parsed: Any = None
 
 
 Part = Annotated[InputText | OutputText, Field(discriminator="type")]
@@ -43,12 +44,13 @@ class MessageItem(Strict):
 
 
 class CallItem(Strict):
-    """A call that the assistant made. arguments: JSON, as text."""
+    """A call that the assistant made. arguments: JSON, as text. parsed_arguments: the same, kept by OpenAI's client."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Any = None
     id: str | None = None
     status: Status | None = None
 
@@ -88,18 +90,18 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
-def _kind(item: Any) -> str:
-    """A message's type may be missing; what is of no type of these is told so by the message's."""
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if kind in ("function_call", "function_call_output", "reasoning") else "message"
+def _kind(item: Any) -> Any:
+    """A message's type may be missing."""
+    return (item.get("type") if isinstance(item, dict) else getattr(item, "type", None)) or "message"
 
 
+_KINDS = "expected a message, function_call, function_call_output or reasoning; there is no memory to refer to"
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    Discriminator(_kind, custom_error_type="unknown_item", custom_error_message=_KINDS),
 ]
 
 

@@ -60,10 +60,13 @@ class TextSettings(Strict):
 
 
 class Reasoning(Strict):
-    """effort none: the template is told that no thought is wanted; these models know no other degrees."""
+    """effort none: the template is told that no thought is wanted; these models know no other degrees.
+
+    summary has no effect: thoughts are given in whole.
+    """
 
     effort: Literal["none"] | None = None
-    summary: None = None
+    summary: Literal["auto"] | None = None
 
 
 class StreamOptions(Strict):
@@ -73,7 +76,7 @@ class StreamOptions(Strict):
 
 
 class ResponseRequest(PassedOver):
-    """OpenAI's, without what these models can't do."""
+    """OpenAI's, without what these models can't do. include and client_metadata have no effect."""
 
     model: str | None = Field(None, max_length=256)
     input: Input
@@ -91,7 +94,8 @@ class ResponseRequest(PassedOver):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None
-    include: Annotated[list[Any], Field(max_length=0)] | None = None
+    include: Items[Literal["reasoning.encrypted_content"]] | None = None  # reasoning items are whole without it
+    client_metadata: dict[str, str] | None = None  # Codex's, of itself
 
     prompt_field: ClassVar[str] = "input"
 

@@ -97,11 +97,13 @@ async function answer() {
     prompt.focus();
   });
   busy(false, turn.content || note || "No answer.");
-  if (turn.calls.length && note !== "stopped") turn.askResults((texts) => give(turn.calls, texts));
+  if (turn.calls.length && note !== "stopped") turn.askResults((texts) => give(entry, texts));
 }
 
-function give(calls, texts) {
-  calls.forEach((call, index) => {
+/** Results stand behind their calls: what was said since, without waiting for them, goes. */
+function give(entry, texts) {
+  cut(turns.indexOf(entry) + 1);
+  entry.message.tool_calls.forEach((call, index) => {
     push({ role: "tool", tool_call_id: call.id, content: texts[index] }, resultTurn(call.function.name, texts[index]));
   });
   prompt.focus();
@@ -120,8 +122,10 @@ function askKey() {
 }
 
 function busy(now, told) {
+  const lost = document.activeElement === (now ? send : stop); // what is hidden can't have the focus
   send.hidden = now;
   stop.hidden = !now;
+  if (lost) (now ? stop : prompt).focus();
   if (!now) running = null;
   status.textContent = told;
 }
@@ -158,7 +162,7 @@ prompt.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") running?.abort();
+  if (event.key === "Escape" && !event.isComposing) running?.abort();
 });
 stop.addEventListener("click", () => {
   running?.abort();

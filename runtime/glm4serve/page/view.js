@@ -22,7 +22,9 @@ export function userTurn(text, onEdit) {
     };
     cancel.addEventListener("click", back);
     form.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") back();
+      if (event.key !== "Escape" || event.isComposing) return;
+      event.stopPropagation(); // an answer under way goes on
+      back();
     });
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -90,9 +92,12 @@ export class AnswerTurn {
     this.around(() => this.show());
     if (this.summary) this.summary.textContent = "Thought";
     this.words.classList.remove("busy");
+    this.actions.replaceChildren(element("span", { class: "note" }, note));
+    if (!navigator.clipboard) return; // browsers have it over https and on this machine alone
     const copy = button("Copy");
-    copy.addEventListener("click", () => navigator.clipboard?.writeText(this.content));
-    this.actions.replaceChildren(copy, element("span", { class: "note" }, note));
+    const told = (text) => () => (copy.textContent = text);
+    copy.addEventListener("click", () => navigator.clipboard.writeText(this.content).then(told("Copied"), told("Not copied")));
+    this.actions.prepend(copy);
   }
 
   fail(message) {
