@@ -25,6 +25,7 @@ NOT_RUN, FILE = "not run: ", "file: "  # comments in front of a block of code
 FOREIGN = {  # options of other people's programs
     *("--check", "--preload", "--model_args", "--tasks"),
     *("--workers", "--membind", "--cpunodebind", "--exit-timeout-secs", "--model-repository"),
+    *("--cap-drop", "--read-only", "--stop-timeout", "--tmpfs"),
 }
 
 

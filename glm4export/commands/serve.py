@@ -102,16 +102,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     scale = _scale(arguments, bundles)
     if scale is not None:
-        from glm4serve.deploy import ray
+        from glm4serve.deploy import ray_cluster
+        from glm4serve.deploy.ray import Served
 
-        server.bound_socket(arguments.host, arguments.port).close()  # told now, and not by Ray's log
         engine = engine_settings(arguments, max_queue=arguments.max_queue, stall_ms=arguments.stall_ms)
         for option in ("chat_template", "draft"):
             if engine[option] is not None:
                 engine[option] = engine[option].resolve()
-        served = ray.Served(_resolved(bundles), engine, settings, {n: _resolved(f) for n, f in adapters.items()})
-        ray.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
-        return 0
+        served = Served(_resolved(bundles), engine, settings, {n: _resolved(f) for n, f in adapters.items()})
+        return ray_cluster.serve(served, scale, host=arguments.host, port=arguments.port, ready=ready)
     with server.bound_socket(arguments.host, arguments.port) as bound, ExitStack() as opened:
         models: dict[str, Engine | Encoder] = {}
         for name, folder in bundles.items():
@@ -206,8 +205,10 @@ def _scale(arguments: argparse.Namespace, bundles: dict[str, Path]) -> Scale | N
         raise UserError("--ray: give each replica's --threads; Ray reserves as many CPUs for it")
     if arguments.certificate is not None or arguments.slots_page or not arguments.port:
         raise UserError("--ray goes with no --certificate (a proxy in front has it), --slots-page or --port 0")
-    if arguments.device_id:
-        raise UserError("--ray goes with no --device-id: Ray gives each replica a GPU, and shows it no other")
+    if isinstance(arguments.device_id, int) and arguments.device_id:
+        raise UserError(
+            "--ray goes with no --device-id but N,N,... for stages: Ray gives each replica GPUs, and shows it no others"
+        )
     require_ray()
     if least is None or most is None:
         least = most = 1 if fixed is None else fixed
@@ -220,4 +221,4 @@ def _gpus(arguments: argparse.Namespace, bundles: dict[str, Path]) -> float:
     if providers == {"cpu"}:
         return 0.0
     ids = arguments.device_id
-    return float(1 + (max(ids) if isinstance(ids, tuple) else ids))
+    return float(1 + max(ids)) if isinstance(ids, tuple) else 1.0

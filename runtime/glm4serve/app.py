@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -72,14 +72,18 @@ def create_app(models: Mapping[str, Engine | Encoder], settings: Settings | None
         app.include_router(page.router)
     app.add_middleware(Gate, service=service, paths=PATHS, keyless=page.PATHS if service.settings.page else frozenset())
     if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(service.settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "request-id", "retry-after"],
-        )
+        app.add_middleware(CORSMiddleware, **cors(service.settings))
     return app
+
+
+def cors(settings: Settings) -> dict[str, Any]:
+    """CORSMiddleware's arguments."""
+    return {
+        "allow_origins": list(settings.cors_origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "request-id", "retry-after"],
+    }
 
 
 async def _api_error(http: Request, error: Exception) -> JSONResponse:

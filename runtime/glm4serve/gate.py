@@ -14,6 +14,7 @@ from glm4serve import logs
 from glm4serve.errors import ApiError, queue_full, told, unavailable
 from glm4serve.responses import respond
 from glm4serve.service import Service
+from glm4serve.settings import Settings
 
 #: Answered without a key, and while the service drains: what a balancer asks.
 OPEN = frozenset({"/health", "/ready"})
@@ -37,7 +38,7 @@ class Gate:
         """paths: what there is, told in the log and metrics by name also where the request is refused here.
         keyless: paths beside :data:`OPEN` that need no key, such as a page that asks for one itself.
         """
-        self._app, self._service, self._paths, self._keyless = app, service, paths, OPEN | keyless
+        self._app, self._service, self._paths, self._keyless = app, service, paths, keyless
         self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +72,10 @@ class Gate:
         counted = path not in OPEN
         self._service.in_flight += counted
         try:
-            self._admit(scope, headers)
+            if counted and self._service.draining:
+                raise unavailable("the server is being shut down")
+            if (owner := admitted(self._service.settings, self._keyless, scope)) is not None:
+                scope["glm4.owner"] = owner
             await self._app(scope, await self._body(scope, headers, receive), answer)
         except ApiError as error:
             if not status:
@@ -104,29 +108,6 @@ class Gate:
         if traces is not None and "route" in scope and (trace := traces.record(headers, fields)) is not None:
             fields["trace"] = trace
         logs.request(**fields)
-
-    def _admit(self, scope: Scope, headers: Headers) -> None:
-        settings, path = self._service.settings, scope["path"]
-        if settings.hosts and _host(headers.get("host", "")) not in settings.hosts:
-            raise ApiError(421, "host: this name is not served here", code="unknown_host")
-        if path in OPEN:
-            return
-        if self._service.draining:
-            raise unavailable("the server is being shut down")
-        if settings.keys is None or path in self._keyless or scope["method"] == "OPTIONS":
-            return
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        owner = settings.keys.owner(key) if key else None
-        if owner is None:
-            raise ApiError(
-                401,
-                "API key: it is no key of this server's" if key else "API key: none given (Authorization: Bearer KEY)",
-                kind="authentication_error",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        scope["glm4.owner"] = owner
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """The whole body, read here within its limits, in front of what else comes."""
@@ -168,6 +149,30 @@ class Gate:
             error.headers.update(_CLOSE)
             raise error
         return message
+
+
+def admitted(settings: Settings, keyless: frozenset[str], scope: Scope) -> str | None:
+    """Whose key a request has, where it needs one. Raises ApiError: 421 for a strange host, 401 without a known key.
+
+    keyless: paths beside :data:`OPEN` that need none.
+    """
+    headers, path = Headers(scope=scope), scope["path"]
+    if settings.hosts and _host(headers.get("host", "")) not in settings.hosts:
+        raise ApiError(421, "host: this name is not served here", code="unknown_host")
+    if settings.keys is None or path in OPEN | keyless or scope["method"] == "OPTIONS":
+        return None
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    owner = settings.keys.owner(key) if key else None
+    if owner is None:
+        raise ApiError(
+            401,
+            "API key: it is no key of this server's" if key else "API key: none given (Authorization: Bearer KEY)",
+            kind="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return owner
 
 
 _CLOSE = {"Connection": "close"}

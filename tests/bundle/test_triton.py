@@ -106,6 +106,34 @@ def test_a_link(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not Path("models/glm4/1/bundle").is_symlink() and (bundle / "notes.txt").exists()
 
 
+def test_a_draft_and_adapters_go_with_the_folder(bundle: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "small", "tokenizer.json")
+    files = {"polite": tmp_path / "polite.safetensors", "terse/er": tmp_path / "terse.safetensors"}
+    for file in files.values():
+        file.write_text(file.name)
+    arguments = {"slots": 3, "adapters": files, "draft": tmp_path / "small"}
+    folder = new_model(bundle, tmp_path / "models", "glm4", {}, **arguments)
+    found = parsed((folder / "config.pbtxt").read_text()).parameters
+    assert found["draft"].string_value == "draft"
+    assert json.loads(found["adapters"].string_value) == {"polite": "adapters/0", "terse/er": "adapters/1"}
+    assert contents(folder / "1" / "adapters") == {"0": b"polite.safetensors", "1": b"terse.safetensors"}
+    assert contents(folder / "1" / "draft") == contents(tmp_path / "small")
+    new_model(bundle, tmp_path / "models", "glm4", {}, **arguments, link=True)  # ours: it's replaced
+    assert (folder / "1" / "draft").readlink() == tmp_path / "small"
+    (folder / "1" / "adapters" / "0").write_text("mine")
+    with pytest.raises(UserError, match=r"1/adapters/0 \(changed\)"):
+        new_model(bundle, tmp_path / "models", "glm4", {}, slots=3)
+
+
+def test_a_draft_of_another_family(bundle: Path, tmp_path: Path) -> None:
+    fill(tmp_path / "small")
+    manifest = tmp_path / "small" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 8', '"vocab_size": 9'))
+    with pytest.raises(UserError, match=r"small: a bundle for causal-lm with 9 tokens; expected causal-lm with 8"):
+        new_model(bundle, tmp_path / "models", "glm4", {}, slots=3, draft=tmp_path / "small")
+    assert not (tmp_path / "models").exists()
+
+
 def test_what_is_ours_is_replaced_and_other_models_stay(bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "models" / "other"
     other.mkdir(parents=True)
@@ -148,6 +176,10 @@ def test_what_is_not_ours_stays(
         (["--name", "../x"], "--name '../x': expected letters, digits"),
         (["--slots", "0"], "--slots 0: expected at least 1"),
         (["--drain", "-1"], "--drain -1: expected at least 0"),
+        (["--name", ""], "--name '': expected letters"),
+        (["--max-seq-len", "9"], "--max-seq-len 9: {bundle} was built for 8 positions"),
+        (["--adapter", "polite=file"], "{bundle} has no side paths; build it with --lora-slots N"),
+        (["--draft", "{bundle}/none"], "{bundle}/none: no such folder"),
         (["-o", "{bundle}"], "lies in the input"),
     ],
 )
@@ -157,4 +189,4 @@ def test_refused(
     before = contents(tmp_path)
     words = [word.format(bundle=bundle) for word in argv]
     assert cli.main(["triton", str(bundle), "-o", str(tmp_path / "models"), *words]) == 2
-    assert message in capsys.readouterr().err and contents(tmp_path) == before
+    assert message.format(bundle=bundle) in capsys.readouterr().err and contents(tmp_path) == before

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from glm4export.bundle.triton import new_model
 from glm4runtime import Engine, Request, SamplingParams
+from glm4runtime.engine import EngineClosed, RequestFailed
 from glm4serve.deploy.triton.tensors import INPUTS
 from tests.helpers import fake_triton
 from tests.helpers.fake_triton import Sender
@@ -197,11 +199,63 @@ def test_unloading(load: Callable[..., Any], drain: int) -> None:
     model.finalize = lambda: None
 
 
-def test_faults_of_ours_are_logged_and_not_told(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+SILENT = "the server failed on this request; its log says more"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (RuntimeError("in /secret/place"), "INTERNAL", SILENT),
+        (RequestFailed("prefill failed: no /secret/place"), "INTERNAL", SILENT),
+        (EngineClosed("the engine's thread has died: OSError: /secret/place"), "UNAVAILABLE", "it is being closed, or"),
+    ],
+)
+def test_faults_of_ours_are_logged_and_not_told(
+    model: Any, error: Exception, code: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(request: Any) -> None:
-        raise RuntimeError("in /secret/place")
+        raise error
 
     monkeypatch.setattr(model._engine, "submit", fail)
-    sender = ask(model, {"text_input": "a"}).wait()
-    assert sender.errors() == [("INTERNAL", "the server failed on this request; its log says more")]
-    assert fake_triton.Logger.errors[-1] == "glm4: RuntimeError: in /secret/place"
+    ((found, message),) = ask(model, {"text_input": "a"}).wait().errors()
+    assert found == code and told in message and "secret" not in message
+    if code == "INTERNAL":
+        assert fake_triton.Logger.errors[-1] == f"glm4: {type(error).__name__}: {error}"
+
+
+def test_a_draft_and_adapters_lie_beside_the_backend(
+    demo_bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the folder was moved to."""
+    bundle = demo_bundles["fp32"]
+    folder = new_model(bundle, tmp_path / "models", "glm4", {}, slots=2, draft=bundle, link=True)
+    opened: dict[str, Any] = {}
+    load = Engine.load
+
+    def look(bundle: Path, **settings: Any) -> Engine:
+        opened.update(settings)
+        return load(bundle, **settings | {"adapters": None})
+
+    monkeypatch.setattr(Engine, "load", look)
+    loader = _loader(folder.rename(tmp_path / "moved"), monkeypatch)
+    model = next(loader)(draft="draft", adapters={"polite": "adapters/0"})
+    assert opened["draft"] == tmp_path / "moved" / "1" / "draft"
+    assert opened["adapters"] == {"polite": tmp_path / "moved" / "1" / "adapters" / "0"}
+    drafted = ask(model, {"messages": json.dumps(QUESTION), "draft": 3}).wait()
+    assert drafted.texts() == ["The capital of France is Paris."]
+    ((code, message),) = ask(model, {"text_input": "a", "adapter": "rude"}).wait().errors()
+    assert code == "INVALID_ARG" and "rude" in message
+    next(loader, None)
+
+
+def test_an_engine_that_died_is_told_once(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton calls the model ready all the same, so the log and a metric have to say it."""
+    model = load()
+    stats = replace(model._engine.stats(), death="IndexError", last_step_age=777.0)
+    monkeypatch.setattr(model._engine, "stats", lambda: stats)
+    before = len(fake_triton.Logger.errors)
+    for _ in range(2):
+        model._numbers.update(model._engine)
+    told = [text for text in fake_triton.Logger.errors[before:] if "died" in text]
+    assert told == ["glm4: the engine died: IndexError; unload the model and load it again"]
+    assert fake_triton.MetricFamily.values["glm4:engine_last_step_age_seconds"] == 777

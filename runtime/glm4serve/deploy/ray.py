@@ -7,29 +7,24 @@
 
 A request comes to Ray's proxy, from there to a front (:mod:`glm4serve.deploy.ray_front`), which reads it and asks a
 replica (:mod:`glm4serve.deploy.ray_replica`) that :mod:`glm4serve.deploy.ray_router` chooses.
+:mod:`glm4serve.deploy.ray_cluster` runs it for ``glm4export serve --ray``.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime import signals
 from glm4runtime.contract import UserError, installing
-from glm4serve import logs
 from glm4serve.deploy.ray_replica import Served
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
-__all__ = ["NAME", "Scale", "Served", "application", "require_ray", "serve"]
+__all__ = ["Scale", "Served", "application", "require_ray"]
 
-NAME = "glm4"  # of the application in Ray Serve
-_REPLICA = "replica"  # of the deployment
+_REPLICA = "replica"  # the deployment's name
 _UPSCALE = 10.0  # seconds that requests wait before there is one more replica; ten minutes of less before one goes
 _CUT = 5.0  # seconds for replicas that don't end
 
@@ -71,7 +66,10 @@ def application(served: Served, scale: Scale) -> Application:
     from glm4serve.deploy.ray_front import Front, FrontReplica, build
     from glm4serve.deploy.ray_replica import Replica
 
-    slots, queue = served.engine.get("slots", 8), served.engine.get("max_queue", 64)
+    # Of a replica, whose bundles have slots and a queue each.
+    slots, queue = (
+        len(served.bundles) * served.engine.get(name, all) for name, all in (("slots", 8), ("max_queue", 64))
+    )
     count: dict[str, Any] = {"num_replicas": scale.most}
     if scale.least < scale.most:
         # Ray counts requests that a replica works on and those that wait: more than it has slots means that some wait.
@@ -109,7 +107,7 @@ def application(served: Served, scale: Scale) -> Application:
     )
 
     def front() -> Front:
-        handle = serve.get_deployment_handle(_REPLICA, app_name=NAME).options(method_name="answer", stream=True)
+        handle = serve.get_deployment_handle(_REPLICA).options(method_name="answer", stream=True)  # of this application
         return build(handle.remote, lost, settings)
 
     fronts = serve.deployment(
@@ -121,65 +119,3 @@ def application(served: Served, scale: Scale) -> Application:
         graceful_shutdown_timeout_s=scale.drain + _CUT,
     )
     return fronts.bind(replica.bind(served))
-
-
-def serve(served: Served, scale: Scale, *, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Run the service on a cluster until a signal ends it; without ``RAY_ADDRESS``, on one of this machine's own.
-
-    ready: told the address, once it answers. On SIGINT, SIGTERM or SIGHUP no more requests are taken, and those under
-    way have ``scale.drain`` seconds; a second signal, or one before it is ready, ends this process at once, and a
-    cluster of its own with it.
-
-    Raises UserError where Ray isn't installed, or no replica comes up.
-    """
-    app = application(served, scale)
-    import ray
-    from ray import serve as ray_serve
-
-    up, asked = threading.Event(), threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if asked.is_set() or not up.is_set():
-            signals.leave(128 + number)
-        asked.set()
-
-    own = not os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(**({"include_dashboard": False} if own else {}))
-    except Exception as error:  # of many kinds, Exception itself among them
-        raise UserError(f"Ray: {'no cluster could be started' if own else 'no cluster there'}: {error}") from error
-    if own:
-        _require_cpus(served, scale, ray.cluster_resources().get("CPU", 0))
-    before = {number: signal.signal(number, on_signal) for number in signals.ENDING}
-    try:
-        ray_serve.start(http_options={"host": host, "port": port})
-        try:
-            front = ray_serve.run(app, name=NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise UserError(f"Ray Serve: the service didn't come up: {error}") from error
-        up.set()
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        while not asked.wait(1.0):
-            pass
-        logs.event("draining", seconds=scale.drain)
-        front.drain.remote(scale.drain).result()
-        ray_serve.delete(NAME)
-        if own:  # elsewhere others may have applications too
-            ray_serve.shutdown()
-    finally:
-        ray.shutdown()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _require_cpus(served: Served, scale: Scale, found: float) -> None:
-    """A cluster of this machine alone never grows: Ray would wait for ever. Ends it, and raises UserError."""
-    needed = scale.least * (served.engine.get("threads") or 1)
-    if needed > found:
-        import ray
-
-        ray.shutdown()
-        raise UserError(
-            f"{scale.least} replicas of {needed // scale.least} threads take {needed} CPUs, and this machine has "
-            f"{found:.0f}; take fewer of either, or name a cluster in RAY_ADDRESS"
-        )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4runtime.contract import UserError
-from glm4runtime.engine import Engine, Request
+import numpy as np
+
+from glm4runtime.contract import UserError, shown
+from glm4runtime.engine import Engine, EngineClosed, Handle, Request
 from glm4runtime.sampling import SamplingParams
 from glm4serve.deploy.ray import require_ray
 
@@ -30,11 +34,15 @@ def answers(
 
     bundle: a folder that every machine has. replicas: engines, each with so many threads (as many CPUs are reserved),
     slots and GPUs. params: SamplingParams' fields; rows with the same seed and prompt get the same answer. Rows come
-    back with ``answer`` and ``finish_reason`` beside what they had, in any order.
+    back with ``answer``, ``finish_reason`` and ``error`` beside what they had, in any order. A row that can't be
+    answered (its prompt is too long, say) has what is wrong with it as its error, and the others an empty one.
 
     Raises UserError where Ray isn't installed, or a parameter is none.
     """
     require_ray()
+    known = [field.name for field in fields(SamplingParams)]
+    if unknown := sorted(params.keys() - set(known)):
+        raise UserError(f"{', '.join(unknown)}: no such parameter; they are {', '.join(known)}")
     if threads < 1:
         raise UserError(f"threads={threads}: expected at least 1; Ray reserves as many CPUs")
     arguments = {"threads": threads, "slots": slots, "max_queue": _BATCH}
@@ -56,15 +64,40 @@ class _Answers:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         name = "messages" if "messages" in batch else "prompt"
-        asked = [self._request(name, value) for value in batch[name]]
-        results = [handle.result().choices[0] for handle in [self._engine.submit(request) for request in asked]]
+        asked = [self._submit(name, value) for value in batch[name]]
+        done = [each if isinstance(each, UserError) else each.result().choices[0] for each in asked]
         return {
             **batch,
-            "answer": [choice.content for choice in results],
-            "finish_reason": [choice.finish_reason for choice in results],
+            "answer": ["" if isinstance(each, UserError) else each.content for each in done],
+            "finish_reason": ["error" if isinstance(each, UserError) else each.finish_reason for each in done],
+            "error": [str(each) if isinstance(each, UserError) else "" for each in done],
         }
+
+    def _submit(self, name: str, value: Any) -> Handle | UserError:
+        """What is wrong with a row is that row's alone: the batches of all others don't end with it."""
+        try:
+            return self._engine.submit(self._request(name, value))
+        except EngineClosed:
+            raise
+        except UserError as error:
+            return error
 
     def _request(self, name: str, value: Any) -> Request:
         if name == "messages":
-            return Request(messages=list(value), params=self._params)
+            return Request(messages=[_message(each) for each in value], params=self._params)
         return Request(prompt=str(value), params=self._params)
+
+
+def _message(given: Any) -> dict[str, Any]:
+    """A row's message as it was before a column had it: without the fields that only others have, lists as lists."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"messages: expected objects, found {shown(given)}")
+    return {name: _plain(value) for name, value in given.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _message(value)
+    if isinstance(value, np.ndarray):
+        return [_plain(each) for each in value.tolist()]
+    return [_plain(each) for each in value] if isinstance(value, list) else value

@@ -8,19 +8,24 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import anyio
-from starlette.types import Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4serve import logs
+from glm4serve import logs, page
+from glm4serve.app import cors
 from glm4serve.deploy.ray_replica import SCOPE
 from glm4serve.deploy.routing import blocks_of
 from glm4serve.errors import ApiError, unavailable
-from glm4serve.gate import read_body
+from glm4serve.gate import OPEN, admitted, read_body
 from glm4serve.responses import respond
 from glm4serve.settings import Settings
 from glm4serve.sse import event
 
 _ATTEMPTS = 3
 _CUT = 5.0  # seconds in which clients are told that the service ends
+_LATE = (
+    5.0  # seconds beyond a request's own after which no replica is waited for; a balancer's question has these alone
+)
 _ENDING = "the server is being shut down"
 #: Each replica has its own numbers: one of them alone would be taken for the whole.
 _OF_ONE_REPLICA = frozenset({"/metrics", "/slots"})
@@ -43,6 +48,10 @@ class _Ended(Exception):
     """The service is over."""
 
 
+class _Late(Exception):
+    """No replica has begun to answer in time: there's none, or it hangs."""
+
+
 class Front:
     """An ASGI application that keeps no model.
 
@@ -51,8 +60,9 @@ class Front:
     """
 
     def __init__(self, ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> None:
-        """ask: sends a request to a replica. lost: what is raised where that one is no more. settings: of bodies."""
+        """ask: sends a request to a replica. lost: what is raised where that one is no more. settings: theirs."""
         self._ask, self._lost, self._settings = ask, lost, settings
+        self._keyless = page.PATHS if settings.page else frozenset[str]()
         self._draining, self._in_flight, self._over = False, 0, asyncio.Event()
 
     async def drain(self, seconds: float) -> None:
@@ -69,45 +79,52 @@ class Front:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
-            path = scope["path"]
+            self._in_flight += 1
             try:
-                if self._draining:
-                    raise unavailable(_ENDING)
-                if path in _OF_ONE_REPLICA:
-                    raise ApiError(404, f"{path}: each replica has its own; Ray's metrics tell all of them")
-                with anyio.fail_after(self._settings.body_timeout):
-                    body = await read_body(receive, self._settings.body_limit)
-            except TimeoutError:
-                error = ApiError(408, "body: it didn't come in time", code="timeout")
-                await respond(path, error)(scope, receive, send)
-            except ApiError as error:
-                await respond(path, error)(scope, receive, send)
-            else:
-                await self._forward({key: scope[key] for key in SCOPE if key in scope}, body, receive, send)
+                error = await self._answer(scope, receive, send)
+                if error is not None:
+                    await self._refuse(error, scope, receive, send)
+            finally:
+                self._in_flight -= 1
 
-    async def _forward(self, scope: dict[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        self._in_flight += 1
-        try:
-            error = await self._answer(scope, body, send)
-            if error is not None:
-                await respond(scope["path"], error)(scope, receive, send)
-        finally:
-            self._in_flight -= 1
-
-    async def _answer(self, scope: dict[str, Any], body: bytes, send: Send) -> ApiError | None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> ApiError | None:
         """Pass a replica's answer on; returns an error where nothing has been answered."""
-        blocks, path = blocks_of(body), scope["path"]
+        path, loop = scope["path"], asyncio.get_running_loop()
+        try:
+            if self._draining and path != "/health":
+                raise unavailable(_ENDING)
+            admitted(self._settings, self._keyless, scope)  # before it costs a replica anything
+            if path in _OF_ONE_REPLICA:
+                raise ApiError(404, f"{path}: each replica has its own; Ray's metrics tell all of them")
+            own = 0.0 if path in OPEN else self._settings.request_timeout
+            until = None if own is None else loop.time() + own + _LATE
+            with anyio.fail_after(self._settings.body_timeout):
+                body = await read_body(receive, self._settings.body_limit)
+        except TimeoutError:
+            return ApiError(408, "body: it didn't come in time", code="timeout")
+        except ApiError as error:
+            return error
+        sent = {key: scope[key] for key in SCOPE if key in scope}
+        return await self._forward((blocks_of(body), sent, body), until, send)
+
+    async def _forward(self, asked: tuple[Any, ...], until: float | None, send: Send) -> ApiError | None:
+        path = asked[1]["path"]
         for attempt in range(1, _ATTEMPTS + 1):
-            answer, head = self._ask(blocks, scope, body), None
+            answer, head = self._ask(*asked), None
             coming = answer.__aiter__()
             try:
-                while (pair := await self._next(coming)) is not None:
+                while (pair := await self._next(coming, until if head is None else None)) is not None:
                     first, message = pair
                     if first is not None:
                         head = first
                         await send(first)
                     await send(message)
                 return None
+            except _Late:
+                logs.event("no replica in time", attempt=attempt, path=path)
+                if path in OPEN:
+                    return unavailable("no replica answers")
+                return ApiError(504, "the request's time was over before a replica answered it", code="timeout")
             except _Ended:
                 if head is None:
                     return unavailable(_ENDING)
@@ -122,14 +139,22 @@ class Front:
                 answer.cancel()
         return unavailable("the replicas that had this request died")
 
-    async def _next(self, coming: Any) -> Any:
-        """A replica's next pair; None behind the last one. Raises _Ended, or what reading it does."""
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        told: ASGIApp = respond(scope["path"], error)
+        if self._settings.cors_origins:  # or the page that asked couldn't read it
+            told = CORSMiddleware(told, **cors(self._settings))
+        await told(scope, receive, send)
+
+    async def _next(self, coming: Any, until: float | None) -> Any:
+        """A replica's next pair; None behind the last one. Raises _Ended, _Late, or what reading it does."""
         over = asyncio.ensure_future(self._over.wait())
         pair = asyncio.ensure_future(_pair(coming))
+        pair.add_done_callback(_heard)
         try:
-            await asyncio.wait({over, pair}, return_when=asyncio.FIRST_COMPLETED)
+            left = None if until is None else max(0.0, until - asyncio.get_running_loop().time())
+            await asyncio.wait({over, pair}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not pair.done():
-                raise _Ended
+                raise _Ended if over.done() else _Late
             return pair.result()
         finally:
             over.cancel()
@@ -138,6 +163,12 @@ class Front:
 
 async def _pair(coming: Any) -> Any:
     return await anext(coming, None)
+
+
+def _heard(pair: asyncio.Task[Any]) -> None:
+    """Nobody waits any more where the client has gone: then what it raises is no news, and asyncio logs none."""
+    if not pair.cancelled():
+        pair.exception()
 
 
 def _broken(path: str, head: Message, why: str) -> Message:
@@ -173,6 +204,7 @@ _front: list[Front] = []  # this process's: Ray makes deployment and application
 
 
 def build(ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> Front:
-    """The application of this process."""
+    """The application of this process, whose log is ours."""
+    logs.configure()
     _front[:] = [Front(ask, lost, settings)]
     return _front[0]

@@ -23,7 +23,7 @@ def blocks_of(body: bytes) -> tuple[bytes, ...]:
     """
     try:
         fields = json.loads(body)
-    except ValueError:  # the application tells the client
+    except (ValueError, RecursionError):  # the application tells the client
         return ()
     if not isinstance(fields, dict) or not any(name in fields for name in _PROMPT[2:]):
         return ()

@@ -91,6 +91,33 @@ def test_kubernetes_objects_have_what_they_need(objects: dict[str, Any]) -> None
     assert outside["targetPort"] == port["name"] and f"--port={port['containerPort']}" in container["command"]
 
 
+def test_the_pod_is_admitted_where_rights_are_restricted(objects: dict[str, Any]) -> None:
+    """The Pod Security Standard's rules, https://kubernetes.io/docs/concepts/security/pod-security-standards."""
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+    assert {kind for volume in pod["volumes"] for kind in volume.keys() - {"name"}} <= allowed
+    assert pod["automountServiceAccountToken"] is False
+    user = re.search(r"useradd --uid (\d+)", (DEPLOY / "Containerfile").read_text(encoding="utf-8"))
+    assert user is not None and pod["securityContext"]["runAsUser"] == int(user[1])
+
+
+def test_what_an_operator_would_be_woken_for(objects: dict[str, Any]) -> None:
+    """A claim that a bundle can be put on, pods on several machines, an image of a version, metrics that are found."""
+    template = objects["Deployment"]["spec"]["template"]
+    assert objects["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == template["metadata"]["labels"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname" and spread["whenUnsatisfiable"] == "ScheduleAnyway"
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None and template["spec"]["containers"][0]["image"].endswith(f":{version[1]}")
+    assert template["metadata"]["annotations"]["prometheus.io/scrape"] == "true"
+
+
 def test_probes_ask_for_what_there_is(objects: dict[str, Any]) -> None:
     (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
     probes = {name: container[name]["httpGet"] for name in container if name.endswith("Probe")}
@@ -130,3 +157,23 @@ def test_the_container_starts_what_exists() -> None:
     for line in lines:
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
+
+
+def test_the_builder_is_sent_what_is_copied_and_no_more() -> None:
+    """A checkout has environments and bundles of gigabytes."""
+    copied = [
+        name
+        for line in (DEPLOY / "Containerfile").read_text(encoding="utf-8").splitlines()
+        if line.startswith("COPY")
+        for name in line.split()[1:-1]
+    ]
+    rules = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    assert rules[0] == "*" and sorted(f"!{name}" for name in copied) == sorted(rule for rule in rules if rule[0] == "!")
+
+
+@pytest.mark.parametrize("text", [PAGE, (DEPLOY / "Containerfile").read_text(encoding="utf-8")])
+def test_containers_without_keys_are_for_this_machine_and_have_time_to_drain(text: str) -> None:
+    (command,) = re.findall(r"podman run .*", text)
+    assert "-p 127.0.0.1:8000:8000" in command
+    given = re.search(r"--stop-timeout (\d+)", command)
+    assert given is not None and int(given[1]) >= cli._parser(["serve"]).parse_args(["serve", "b"]).drain + 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import httpx
 import pytest
 
 from glm4serve import Settings
+from glm4serve.deploy import ray_front
 from glm4serve.deploy.ray_front import Front
+from glm4serve.keys import Keys
 from tests.helpers.asgi import ASK, CHAT, ask, events
 
 JSON, EVENTS = b"application/json", b"text/event-stream; charset=utf-8"
@@ -20,7 +23,7 @@ class Dead(Exception):
     pass
 
 
-WAIT = "for ever"
+WAIT, PAUSE, LEFT = "for ever", "longer than a request may take", "for ever, and then with an error"
 
 
 class Replica:
@@ -40,6 +43,14 @@ class Replica:
             raise step
         if step is WAIT:
             await asyncio.Event().wait()
+        if step is LEFT:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise Dead from None
+        if step is PAUSE:
+            await asyncio.sleep(0.1)
+            return await self.__anext__()
         return step
 
     def cancel(self) -> None:
@@ -143,3 +154,87 @@ def test_the_end_is_told(begun: bool) -> None:
 def test_an_end_that_waits_for_nobody() -> None:
     app, _, _ = front()
     asyncio.run(asyncio.wait_for(app.drain(60), 5))
+
+
+def test_requests_without_a_key_cost_no_replica_anything() -> None:
+    key = "k-0123456789abcdef"
+    app, asked, _ = front([(head(JSON), part(b"{}"))], settings=Settings(keys=Keys({key: "ann"}), body_limit=10))
+    for headers in ({}, {"authorization": "Bearer nobody's-own-key"}):
+        answer = ask(app, CHAT, b"x" * 99, headers=headers)  # refused unread
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert ask(app, "/metrics").status_code == 401 and not asked
+    assert ask(app, CHAT, b"{}", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_the_page_and_balancers_need_no_key() -> None:
+    keys = Keys({"k-0123456789abcdef": "ann"})
+    app, asked, _ = front(*[[(head(JSON), part(b"{}"))]] * 3, settings=Settings(keys=keys))
+    assert [ask(app, path).status_code for path in ("/", "/health", "/ready")] == [200] * 3 and len(asked) == 3
+
+
+def test_a_strange_host() -> None:
+    app, asked, _ = front(settings=Settings(hosts=("localhost",)))
+    assert ask(app, CHAT, ASK, headers={"host": "evil.example"}).status_code == 421 and not asked
+
+
+def test_pages_elsewhere_can_read_what_a_front_refuses() -> None:
+    app, _, _ = front(settings=Settings(cors_origins=("https://a.example",), body_limit=10))
+    answer = ask(app, CHAT, b"x" * 11, headers={"origin": "https://a.example"})
+    assert answer.status_code == 413 and answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/ready", 503), ("/health", 503), (CHAT, 504)])
+def test_no_replica_is_there(path: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A balancer is told soon, a client once its request's time is over."""
+    monkeypatch.setattr(ray_front, "_LATE", 0.01)
+    app, asked, replicas = front([WAIT], settings=Settings(request_timeout=0.01))
+    answer = ask(app, path, ASK if path == CHAT else None)
+    assert answer.status_code == status and len(asked) == 1 and replicas[0].cancelled
+
+
+def test_an_answer_that_has_begun_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replica ends it."""
+    monkeypatch.setattr(ray_front, "_LATE", 0.0)
+    steps = [(head(EVENTS), part(b"a", True)), PAUSE, (None, part(b"b"))]
+    app, _, _ = front(steps, settings=Settings(request_timeout=0.05))
+    assert ask(app, CHAT, ASK).text == "ab"
+
+
+def test_health_while_it_drains() -> None:
+    """Whoever asks whether it lives is told so; it takes no requests."""
+    app, _, _ = front([(head(JSON), part(b"{}"))])
+    asyncio.run(app.drain(0))
+    assert [ask(app, path).status_code for path in ("/health", "/ready", "/v1/models")] == [200, 503, 503]
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"messages": ' + b"[" * 100_000])
+def test_bodies_that_are_too_deep_are_the_replicas_to_refuse(body: bytes) -> None:
+    app, asked, _ = front([(head(JSON, 400), part(b"{}"))])
+    assert ask(app, CHAT, body).status_code == 400 and asked[0][0] == ()
+
+
+def test_what_a_front_tells_is_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes it in a process of its own, where nobody else sets our log up."""
+    made: list[bool] = []
+    monkeypatch.setattr(ray_front.logs, "configure", lambda: made.append(True))
+    ray_front.build(lambda *_: Replica([]), (Dead,), Settings())
+    assert made
+
+
+def test_a_client_that_goes_away_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Ray raises where a request was cancelled."""
+    app, _, replicas = front([LEFT])
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            task = asyncio.create_task(client.post(CHAT, json=ASK))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.wait({task})
+        await asyncio.sleep(0)
+        gc.collect()
+
+    with caplog.at_level("ERROR", "asyncio"):
+        asyncio.run(run())
+    assert replicas[0].cancelled and not caplog.records

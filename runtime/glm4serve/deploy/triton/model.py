@@ -1,7 +1,7 @@
 """Triton's Python backend over an engine: as many requests at once as it has slots.
 
 Triton runs this file from a model's folder in its repository. Beside it lie tensors.py and the bundle; config.pbtxt's
-parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s, but for ``drain``.
+parameters with names in small letters are :meth:`glm4runtime.Engine.load`'s, but for ``drain``. Paths begin here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ class TritonPythonModel:
         """Open the engine. args: Triton's, of which ``model_config`` is read, config.pbtxt as JSON."""
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {name: _setting(value["string_value"]) for name, value in parameters.items() if name.islower()}
-        self._drain = settings.pop("drain")
-        self._engine = Engine.load(Path(__file__).parent / "bundle", **settings)
+        self._drain, here = settings.pop("drain"), Path(__file__).parent
+        if "draft" in settings:
+            settings["draft"] = here / settings["draft"]
+        if "adapters" in settings:
+            settings["adapters"] = {name: here / file for name, file in settings["adapters"].items()}
+        self._engine = Engine.load(here / "bundle", **settings)
         self._numbers = _Numbers(args["model_name"])
         self._under_way: dict[int, tuple[Any, Handle]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,26 +132,31 @@ class _Numbers:
     _FAMILIES = (
         ("num_requests_running", "GAUGE", "Answers that have a slot."),
         ("num_requests_waiting", "GAUGE", "Answers that wait for one."),
+        ("engine_last_step_age_seconds", "GAUGE", "Since the engine last came round; it grows where the engine died."),
         ("prompt_tokens_total", "COUNTER", "Tokens of answered prompts."),
         ("generation_tokens_total", "COUNTER", "Tokens written."),
     )
 
     def __init__(self, model: str) -> None:
         self._metrics: list[tuple[Any, Any]] = []  # each with its family, which must live as long
-        self._totals = [0, 0]
+        self._totals, self._told = [0, 0], False
         with contextlib.suppress(pb_utils.TritonModelException):  # the server was started without metrics
             for name, kind, text in self._FAMILIES:
                 family = pb_utils.MetricFamily(f"glm4:{name}", text, getattr(pb_utils.MetricFamily, kind))
                 self._metrics.append((family.Metric({"model_name": model}), family))
 
     def update(self, engine: Engine) -> None:
+        stats = engine.stats()
+        if stats.death is not None and not self._told:
+            self._told = True  # Triton goes on calling the model ready
+            pb_utils.Logger.log_error(f"glm4: the engine died: {stats.death}; unload the model and load it again")
         if not self._metrics:
             return
-        stats = engine.stats()
         totals = [stats.prompt_tokens, stats.completion_tokens]
-        (running, _), (waiting, _), *counters = self._metrics
+        (running, _), (waiting, _), (age, _), *counters = self._metrics
         running.set(stats.scheduler.running)
         waiting.set(stats.scheduler.waiting)
+        age.set(stats.last_step_age)
         for (counter, _), before, now in zip(counters, self._totals, totals, strict=True):
             counter.increment(now - before)
         self._totals = totals
@@ -186,11 +195,13 @@ def _told(error: Exception) -> Any:
     kinds = pb_utils.TritonError
     if isinstance(error, _Cancelled):
         return kinds(str(error), kinds.CANCELLED)
-    if isinstance(error, QueueFull | EngineClosed):
+    if isinstance(error, QueueFull):
         return kinds(str(error), kinds.UNAVAILABLE)
-    if isinstance(error, RequestFailed):
+    if isinstance(error, EngineClosed):  # why is in the log
+        return kinds("the model takes no requests now: it is being closed, or has failed", kinds.UNAVAILABLE)
+    if isinstance(error, RequestFailed) and isinstance(error.__cause__, UserError):
         return kinds(str(error), kinds.INTERNAL)
-    if isinstance(error, UserError) and not isinstance(error, BundleError):
+    if isinstance(error, UserError) and not isinstance(error, BundleError | RequestFailed):
         return kinds(str(error), kinds.INVALID_ARG)
     pb_utils.Logger.log_error(f"glm4: {type(error).__name__}: {error}")
     return kinds("the server failed on this request; its log says more", kinds.INTERNAL)

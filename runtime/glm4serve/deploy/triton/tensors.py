@@ -38,7 +38,7 @@ _OF_PARAMS = {
 }
 _PARAMS = {field.name: _OF_PARAMS[str(field.type)] for field in fields(SamplingParams)}
 _OF_REQUEST = {"n": NUMBER, "best_of": NUMBER, "num_beams": NUMBER, "length_penalty": REAL, "logprobs": NUMBER,
-               "lookup": NUMBER, "salt": TEXT}  # fmt: skip
+               "lookup": NUMBER, "draft": NUMBER, "adapter": TEXT, "salt": TEXT}  # fmt: skip
 
 #: All optional, but one of the first three must be given.
 INPUTS: dict[str, Tensor] = {

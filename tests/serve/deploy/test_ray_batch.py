@@ -1,0 +1,58 @@
+"""What an engine of a batch does with its rows; tools/ray_check.py has Ray Data around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm4runtime.contract import UserError
+from glm4runtime.engine import EngineClosed
+from glm4runtime.sampling import SamplingParams
+from glm4serve.deploy import ray_batch
+
+
+@pytest.fixture(scope="module")
+def answers(demo_bundles: dict[str, Path]) -> Any:
+    made = ray_batch._Answers(demo_bundles["fp32"], {"slots": 2, "max_seq_len": 64}, SamplingParams(max_new_tokens=12))
+    yield made
+    made._engine.close()
+
+
+def test_a_row_that_can_not_be_answered_ends_no_batch(answers: Any) -> None:
+    rows = {"id": np.arange(3), "prompt": np.array(["One, two", "long " * 500, ""], dtype=object)}
+    found = answers(rows)
+    assert found["id"] is rows["id"] and found["finish_reason"] == ["length", "error", "error"]
+    assert found["answer"][0] and found["answer"][1:] == ["", ""]
+    assert found["error"][0] == "" and "a slot holds 64" in found["error"][1] and "empty" in found["error"][2]
+
+
+def test_messages_as_a_column_has_them(answers: Any) -> None:
+    """Ray Data gives every message the fields that any of them has."""
+    user = {"role": "user", "content": "What is the capital of France?", "tool_calls": None, "name": None}
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}", "strict": None}}
+    called = {"role": "assistant", "content": "", "tool_calls": np.array([call], dtype=object), "name": None}
+    chats = [np.array([user], dtype=object), [user, "no object"], np.array([user, called, user], dtype=object)]
+    found = answers({"messages": chats})
+    assert found["answer"][0] == "The capital of France is Paris." and found["error"][0] == found["error"][2] == ""
+    assert "expected objects, found" in found["error"][1]
+
+
+def test_an_engine_that_died_ends_the_batch(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that Ray puts another one in its place."""
+
+    def closed(request: Any) -> None:
+        raise EngineClosed("its thread has died")
+
+    monkeypatch.setattr(answers._engine, "submit", closed)
+    with pytest.raises(EngineClosed):
+        answers({"prompt": ["a"]})
+
+
+def test_a_parameter_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_batch, "require_ray", lambda: None)
+    rows: Any = None
+    with pytest.raises(UserError, match=r"max_tokens: no such parameter; they are temperature, .*max_new_tokens"):
+        ray_batch.answers(rows, "bundle", replicas=1, threads=1, max_tokens=5)

@@ -1,0 +1,1 @@
+"""``glm4export serve --ray`` in a process, for tools/ray_check.py."""
