@@ -28,7 +28,10 @@ class Cuda:
         error, count = api.cudaGetDeviceCount()
         if int(error) or not count:
             reason = self.name_of(error) if int(error) else "none found"
-            raise UserError(f"no CUDA device: cudaGetDeviceCount: {reason}; an NVIDIA GPU and its driver are needed")
+            raise UserError(
+                f"no CUDA device: cudaGetDeviceCount: {reason}; an NVIDIA GPU and its driver are needed, and for a "
+                "driver older than CUDA 13's cuda-bindings 12: pip install 'cuda-bindings~=12.9'"
+            )
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Call ``name``; returns its result: None, one value, or a tuple."""

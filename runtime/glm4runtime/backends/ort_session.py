@@ -26,7 +26,7 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",  # a plugin: a package of its own, which onnxruntime loads
 }
-_WHOLE = (1, 27)  # of onnxruntime, the first with kernels for int8 caches and int8 prefill; 3.10's wheels end at 1.23
+_WHOLE = (1, 27)  # of onnxruntime, the first with kernels for all bundles; Python 3.10's wheels end at 1.23
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu-tensorrt"}
 
 _NO_MEMORY = ("Failed to allocate memory", "out of memory", "is smaller than requested bytes")  # its arena's words
@@ -101,8 +101,8 @@ def lacking_kernels() -> str:
     if tuple(map(int, ort.__version__.split(".")[:2])) >= _WHOLE:
         return ""
     return (
-        f"onnxruntime {ort.__version__} has no kernels for int8 caches and int8 prefill: they take "
-        f"{'.'.join(map(str, _WHOLE))} or newer, and so Python 3.11 or newer"
+        f"onnxruntime {ort.__version__} has no kernels for int8 caches, int8 prefill and the graphs of tensorrt: they "
+        f"take {'.'.join(map(str, _WHOLE))} or newer, and so Python 3.11 or newer"
     )
 
 
