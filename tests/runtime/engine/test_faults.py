@@ -69,7 +69,9 @@ def test_a_fault_where_an_answer_ends_is_told_and_counted(
 ) -> None:
     engine = load_engine()
     go = held(engine, monkeypatch)
-    ended, beside = engine.submit(Request(prompt(20), **{"params": LONG, **fields})), engine.submit(Request(prompt(30)))
+    with engine._worker.condition:  # both are there before the first step, which waits
+        ended = engine.submit(Request(prompt(20), **{"params": LONG, **fields}))
+        beside = engine.submit(Request(prompt(30)))
     next(beside)
     with monkeypatch.context() as patch:
         patch.setattr(*broken(engine), boom)
