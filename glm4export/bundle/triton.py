@@ -79,8 +79,8 @@ def new_model(
         _require_positions(bundle, manifest, given.get("max_seq_len"))
         config = engine_config(name, {**_DEFAULTS, **given, "slots": slots})
         beside |= {f"{_VERSION}/{file}": Path(backend.__path__[0]) / file for file in _PYTHON}
-    elif given or draft is not None:
-        names = sorted([*given, *(["draft"] if draft is not None else [])])
+    elif given or files or draft is not None:
+        names = sorted([*given, *(["adapters"] if files else []), *(["draft"] if draft is not None else [])])
         raise UserError(f"{bundle}: a bundle for {manifest.task}, which has no engine: leave out {', '.join(names)}")
     else:
         bundles, config = {_VERSION: bundle}, encoder_config(name, manifest, slots)

@@ -154,7 +154,8 @@ def table(report: Report) -> str:
         lines += ["", f"int8 cache: {report.cache_clipped:.2%} of its values are at the ends of its range"]
     lines.append("")
     for parting in report.greedy:
-        same = "all" if parting.parts_at is None else f"the first {parting.parts_at} of"
+        parts_at = parting.parts_at  # later ones may be equal again, given the bundle's own
+        same = "all" if parts_at is None else f"the first {parts_at} of" if parts_at else "not even the first of"
         lines.append(f"{parting.prompt[:40]!r}: {same} {parting.tokens} greedy tokens equal")
     lines += ["", *(f"left out: {reason}" for reason in report.left_out)] if report.left_out else []
     lines += ["", *(f"FAILED: {failure}" for failure in report.failures)]

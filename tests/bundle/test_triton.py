@@ -68,6 +68,8 @@ def test_a_classifier_s_folder_and_config(build_bundle: Build, tmp_path: Path) -
     assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [("logits", DataType.TYPE_FP32, [labels])]
     with pytest.raises(UserError, match=r"sequence-classification, which has no engine: leave out threads"):
         new_model(built, tmp_path / "models", "judge", {"threads": 2}, slots=16)
+    with pytest.raises(UserError, match=r"sequence-classification, which has no engine: leave out adapters"):
+        new_model(built, tmp_path / "models", "judge", {}, slots=16, adapters={"a": tmp_path / "a.safetensors"})
     assert encoder_config("judge", encoder.manifest, 16) == (folder / "config.pbtxt").read_text()
 
 

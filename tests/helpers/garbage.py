@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 
-def left_behind(act: Callable[[], object], among: Collection[str] = ()) -> set[str]:
+def left_behind(act: Callable[[], object], among: Collection[type] = ()) -> set[type]:
     """Types of ours of which there are more once ``act`` is over, without the garbage collector's help.
 
     Threads may still be at it a little longer: they're waited for. among: the types that matter, if not all do.
@@ -17,17 +17,25 @@ def left_behind(act: Callable[[], object], among: Collection[str] = ()) -> set[s
     gc.collect()
     gc.disable()
     try:
-        before = _ours(among)
+        before = _settled(among)
         act()
         end = time.monotonic() + 5
         while (left := _ours(among) - before) and time.monotonic() < end:
-            pass
+            time.sleep(0.01)
         return set(left)
     finally:
         gc.enable()
 
 
-def _ours(among: Collection[str]) -> Counter[str]:
+def _settled(among: Collection[type]) -> Counter[type]:
+    """As many as two looks agree on: what a thread is about to let go of would hide what is left later."""
+    end, before, found = time.monotonic() + 5, None, _ours(among)
+    while found != before and time.monotonic() < end:
+        time.sleep(0.01)
+        before, found = found, _ours(among)
+    return found
+
+
+def _ours(among: Collection[type]) -> Counter[type]:
     types = (type(found) for found in gc.get_objects())
-    names = Counter(kind.__qualname__ for kind in types if str(kind.__module__).startswith("glm4"))
-    return Counter({name: names[name] for name in among or names})
+    return Counter(kind for kind in types if (kind in among if among else str(kind.__module__).startswith("glm4")))

@@ -6,28 +6,24 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import pytest
 
-from glm4runtime import Engine
+from glm4runtime import Engine, Request
+from glm4runtime.engine import Handle, RequestFailed, Result
+from glm4runtime.engine.handle import Feed
+from glm4runtime.engine.job import Answer, Job
+from glm4runtime.engine.prepare import PromptTooLong
+from glm4runtime.sampling import Sampler
+from glm4runtime.text.turn import Turn
 from glm4serve import create_app
 from tests.helpers.garbage import left_behind
 from tests.helpers.live import live
 
 FAILS = 5
-ENGINE_TYPES = {
-    "Request",
-    "Handle",
-    "Feed",
-    "Result",
-    "Job",
-    "Answer",
-    "Sampler",
-    "Turn",
-    "PromptTooLong",
-    "RequestFailed",
-}
+ENGINE_TYPES = {Request, Handle, Feed, Result, Job, Answer, Sampler, Turn, PromptTooLong, RequestFailed}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +55,7 @@ def test_a_request_that_has_ended_holds_no_memory(
         def ask() -> None:
             data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
             try:
-                with urlopen(Request(f"{url}/v1/chat/completions", data, headers)) as answer:
+                with urlopen(HttpRequest(f"{url}/v1/chat/completions", data, headers), timeout=60) as answer:
                     answer.read()
                     found = answer.status
             except HTTPError as error:

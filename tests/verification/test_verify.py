@@ -76,8 +76,10 @@ def test_embedded_bundles_pass(demo_sessions: dict[str, Session]) -> None:
         assert session.runner.prefill_chunk == 512
         assert report.precision == precision
         assert all(parting.parts_at is None for parting in report.greedy) or precision != "fp32"
-    told = table(dataclasses.replace(report, greedy=(Parting("Hello", 32, None), Parting("Goodbye", 32, 7))))
+    partings = (Parting("Hello", 32, None), Parting("Goodbye", 32, 7), Parting("Why", 32, 0))
+    told = table(dataclasses.replace(report, greedy=partings))
     assert "\n'Hello': all 32 greedy tokens equal\n'Goodbye': the first 7 of 32 greedy tokens equal\n" in told
+    assert "\n'Why': not even the first of 32 greedy tokens equal\n" in told
 
 
 def test_a_wrong_weight_is_found(build_bundle: Build, tmp_path: Path) -> None:

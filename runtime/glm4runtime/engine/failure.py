@@ -30,17 +30,18 @@ def _forget_values(error: BaseException) -> None:
 
     They hold the request, and all that were computed beside it; the request's feed holds the error.
     """
-    errors = [error]
+    errors, seen = [error], set[FrameType]()
     for found in errors:
         errors += [other for other in (found.__cause__, found.__context__) if other is not None and other not in errors]
         traceback = found.__traceback__
         while traceback is not None:
-            _clear(traceback.tb_frame)
+            _clear(traceback.tb_frame, seen)
             traceback = traceback.tb_next
 
 
-def _clear(frame: FrameType | None) -> None:
-    while frame is not None:
+def _clear(frame: FrameType | None, seen: set[FrameType]) -> None:
+    while frame is not None and frame not in seen:  # else those behind it have been seen, too
+        seen.add(frame)
         with contextlib.suppress(RuntimeError):  # it still runs
             frame.clear()
         frame = frame.f_back  # which it keeps, though a traceback doesn't show it

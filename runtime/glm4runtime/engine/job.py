@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from glm4runtime.engine.beams import BeamGroup
+from glm4runtime.engine.failure import failure
 from glm4runtime.engine.handle import Feed, RequestFailed
 from glm4runtime.engine.request import Delta, FinishReason, Request, Result
 from glm4runtime.sampling import Sampler
@@ -152,11 +153,17 @@ class Job:
         )
 
     def close(self, error: RequestFailed | None = None) -> None:
-        """Tell the reader that no more comes, and let go of the answers."""
-        self.count()
-        self.note(finished=time.monotonic())
+        """Tell the reader that no more comes, and let go of the answers.
+
+        A fault here is raised, and told to the reader too.
+        """
         try:
+            self.count()
+            self.note(finished=time.monotonic())
             self.feed.end(self._result() if error is None else None, error)
+        except BaseException as fault:
+            self.feed.end(None, failure("the request failed", fault))
+            raise
         finally:
             self.release()
 

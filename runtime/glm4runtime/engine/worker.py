@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -101,11 +102,11 @@ class Worker:
                 last_step_age=time.monotonic() - self._last_step,
                 slots=self.scheduler.slots,
                 scheduler=self.scheduler.stats(),
-                prompt_tokens=self._totals["prompt"],
-                cached_tokens=self._totals["cached"],
-                completion_tokens=self._totals["completion"],
-                drafted_tokens=self._totals["drafted"],
-                accepted_tokens=self._totals["accepted"],
+                prompt_tokens=self._totals["prompt_tokens"],
+                cached_tokens=self._totals["cached_tokens"],
+                completion_tokens=self._totals["completion_tokens"],
+                drafted_tokens=self._totals["drafted_tokens"],
+                accepted_tokens=self._totals["accepted_tokens"],
                 finished=dict(self._finished),
                 prefixes=None if store is None else store.stats(),
             )
@@ -161,13 +162,36 @@ class Worker:
 
     def _end_all(self) -> None:
         """Tell everybody who waits that the engine has ended."""
-        reason = None if self._death is None else failure("the engine's thread died", self._death)
-        for job in {id(answer.job): answer.job for answer in self.answers.values()}.values():
-            _give_up(job, reason)
-        self.answers.clear()
+        ids = list(self.answers)
+        while self.answers:
+            self._give_up(next(iter(self.answers.values())).job)
         for _, future in self._calls:
-            future.set_exception(reason or EngineClosed("the engine was closed"))
+            future.set_exception(self._told_death() or EngineClosed("the engine was closed"))
         self._calls.clear()
+        for id in ids:  # last: the fault may be the scheduler's own
+            with contextlib.suppress(Exception):
+                self.scheduler.cancel(id)
+
+    def _give_up(self, job: Job) -> None:
+        """Tell a job's reader that the engine has ended, whatever else goes wrong."""
+        error = self._told_death()
+        try:
+            if error is None:
+                for answer in job.answers:
+                    answer.end("cancelled")
+        except BaseException as fault:
+            error = failure("the request failed", fault)
+        try:
+            self._close(job, error)
+        except BaseException as fault:  # its reader has been told
+            error = failure("the request failed", fault)
+        for id in self._under_way(job):
+            self._finished["error" if error else self.answers[id].finish_reason or "cancelled"] += 1
+            del self.answers[id]
+
+    def _told_death(self) -> RequestFailed | None:
+        """A new one for each who waits: raised, it has a traceback of theirs."""
+        return None if self._death is None else failure("the engine's thread died", self._death)
 
     def _step(self) -> bool:
         """One step; False at the engine's end.
@@ -232,7 +256,7 @@ class Worker:
                 answer = self.answers.get(id)
                 if answer is None:  # it went with another one of its request
                     continue
-                error = self.loop.failed.pop(answer, None)
+                error = self.loop.failed.get(answer)
                 if error is not None:
                     self._fail(answer.job, error)
                 elif answer.finish_reason is not None:
@@ -242,38 +266,41 @@ class Worker:
                     answer.job.count()
 
     def _fail(self, job: Job, error: Exception) -> None:
-        for id in self._under_way(job):
+        ids = self._under_way(job)
+        for id in ids:
             self.scheduler.cancel(id)
-            self.loop.end(answer := self.answers.pop(id))
-            self.loop.failed.pop(answer, None)
-            self._finished["error"] += 1
+            self.loop.end(self.answers[id])
         self._close(job, failure("the request failed", error))
+        for id in ids:  # last, as in _end
+            self._finished["error"] += 1
+            self.loop.failed.pop(self.answers.pop(id), None)
         self.condition.notify_all()
 
     def _under_way(self, job: Job) -> list[int]:
         return [id for id, answer in self.answers.items() if answer.job is job]
 
     def _end(self, id: int, reason: FinishReason) -> None:
-        answer = self.answers.pop(id)
+        answer = self.answers[id]
         answer.end(reason)
         self.loop.end(answer)
-        self._finished[answer.finish_reason or reason] += 1
-        if not self._under_way(answer.job):
+        if self._under_way(answer.job) == [id]:
             self._close(answer.job)
+        self._finished[answer.finish_reason or reason] += 1
+        del self.answers[id]  # last: where a fault ends the thread before, its reader is told
         self.condition.notify_all()
 
     def _close(self, job: Job, error: RequestFailed | None = None) -> None:
-        """Tell a job's reader, and count its tokens; those of a prompt that nothing was computed of are none."""
-        job.close(error)
-        if job.feed.timing.started is not None:
-            usage = job.feed.usage
-            self._totals.update(
-                prompt=usage.prompt_tokens,
-                cached=usage.cached_tokens,
-                completion=usage.completion_tokens,
-                drafted=usage.drafted_tokens,
-                accepted=usage.accepted_tokens,
-            )
+        """Tell a job's reader, and count its tokens; those of a prompt that nothing was computed of are none.
+
+        Without effect where a reader has been told.
+        """
+        if job.feed.done:
+            return
+        try:
+            job.close(error)
+        finally:
+            if job.feed.timing.started is not None:
+                self._totals.update(vars(job.feed.usage))
 
 
 def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
@@ -283,14 +310,3 @@ def _answer_call(function: Callable[[], Any], future: Future[Any]) -> None:
         future.set_exception(error)
     finally:
         del function, future  # the error holds this frame, and the future the error
-
-
-def _give_up(job: Job, reason: RequestFailed | None) -> None:
-    """Tell a job's reader that the engine has ended."""
-    try:
-        if reason is None:
-            for answer in job.answers:
-                answer.end("cancelled")
-        job.close(reason)
-    except Exception as error:  # the others are to be told nevertheless
-        job.feed.end(None, failure("the request failed", error))

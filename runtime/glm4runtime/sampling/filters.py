@@ -62,8 +62,8 @@ class Filters:
     def kept(self, logits: Row, top: np.float32, random: Callable[[], float]) -> tuple[Positions | None, Weights]:
         """Ids that are left, ascending (None: all), and their weights; one of weight 0 isn't left.
 
-        The weights may lie in scratch memory, good until the next step. ``top`` is the largest logit. ``random`` gives
-        numbers from 0 to 1, one a step where XTC is on.
+        The weights may lie in scratch memory, good until any sampler that shares it is called. ``top`` is the largest
+        logit. ``random`` gives numbers from 0 to 1, one a step where XTC is on.
         """
         ids = self._largest(logits) if self._top_k else None
         weights = self._weighed(logits if ids is None else logits[ids], top)

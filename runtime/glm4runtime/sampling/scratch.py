@@ -12,7 +12,7 @@ from glm4runtime.sampling.select import Selector
 
 
 class Scratch:
-    """Arrays as wide as a row of logits, each allocated when it's first used: 5 MB in all for GLM-4's vocabulary.
+    """Arrays as wide as a row of logits, each allocated when it's first used: 6.2 MB in all for GLM-4's vocabulary.
 
     Nothing in them outlasts a sampler's call, so all samplers of one thread can share them.
     """

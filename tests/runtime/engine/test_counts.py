@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -85,9 +88,9 @@ def test_the_best_answer_is_that_with_the_most_probable_tokens_its_stop_included
 )
 def test_a_request_is_counted_once_whatever_it_ends_with(load_engine: LoadEngine, answers: dict[str, int]) -> None:
     engine = load_engine()
-    greedy = {"temperature": 1.0, "seed": 3} if "num_beams" not in answers else {}
+    drawn = {"temperature": 1.0, "seed": 3} if "num_beams" not in answers else {}
     used = engine.generate(
-        Request(prompt(20), params=SamplingParams(max_new_tokens=8, **greedy), **answers)  # type: ignore[arg-type]
+        Request(prompt(20), params=SamplingParams(max_new_tokens=8, **drawn), **answers)  # type: ignore[arg-type]
     ).result()
     engine.drain()
     stats = engine.stats()
@@ -99,15 +102,23 @@ def test_a_request_is_counted_once_whatever_it_ends_with(load_engine: LoadEngine
 def test_what_fails_is_counted_and_what_was_never_begun_is_not(
     load_engine: LoadEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load_engine(slots=1)
+    engine, looks = load_engine(slots=1), (threading.Event(), threading.Event())
+    right, steps = engine.runner.step, iter(looks)
+
+    def step(*given: Any) -> np.ndarray:
+        look = next(steps)
+        look.wait(60)
+        return right(*given) if look is looks[0] else 1 / 0
+
+    monkeypatch.setattr(engine.runner, "step", step)
     long = SamplingParams(max_new_tokens=200, min_new_tokens=200)
     running, waiting = (engine.submit(Request(prompt(length), params=long)) for length in (20, 30))
     next(running)
     waiting.cancel()
+    looks[0].set()
     assert waiting.result().usage.prompt_tokens == 30
-    engine.call(lambda: None)
     assert engine.stats().prompt_tokens == 0
-    monkeypatch.setattr(engine.runner, "step", lambda *_: 1 / 0)
+    looks[1].set()
     with pytest.raises(RequestFailed):
         running.result()
     stats = engine.stats()

@@ -6,6 +6,7 @@ It would keep its rows of logits, 600 kB each for GLM-4's vocabulary, beside its
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,19 @@ def cancelled(engine: Engine) -> None:
 
 
 def refused(engine: Engine) -> None:
-    running = engine.submit(Request(prompt(20), params=LONG))
-    with pytest.raises(QueueFull):
-        engine.submit(Request(prompt(20), params=FEW, n=2))
+    told, right = threading.Event(), engine.runner.step
+
+    def step(*given: Any) -> np.ndarray:
+        told.wait(60)
+        return right(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "step", step)  # the slot is taken, however slow this thread is
+        running = engine.submit(Request(prompt(20), params=LONG))
+        with pytest.raises(QueueFull):
+            engine.submit(Request(prompt(20), params=FEW, n=2))
     running.cancel()
+    told.set()
     running.result()
 
 
