@@ -230,11 +230,14 @@ def _check_rope(arguments: argparse.Namespace) -> None:
 def _choose_prefill(precision: Precision, target: Target, task: TaskName | None) -> tuple[PrefillPrecision | None, str]:
     """What ``--prefill-precision auto`` comes to on this machine, and a line that says why."""
     from glm4export.bench.kernels import kernel_speeds
+    from glm4runtime.backends.ort_session import lacking_kernels
 
     if task not in (CAUSAL_LM, None):
         return None, f"--prefill-precision auto: none, since {task} has no prefill"
     if target != "cpu" or precision not in ("int8", "int4"):
         return None, "--prefill-precision auto: the weights of the precision, which has no others for prefill"
+    if lack := lacking_kernels():
+        return None, f"--prefill-precision auto: the precision's own weights, since {lack}"
     speeds = kernel_speeds()
     figures = f"{speeds.int8 / 1e9:.0f} GOP/s against {speeds.int4 / 1e9:.0f} of weights in blocks on this machine"
     if speeds.rows_are_faster:

@@ -182,6 +182,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         hosts=_LOOPBACK if local and arguments.keys is None else (),
         cors_origins=tuple(arguments.cors_origin),
         request_timeout=arguments.timeout or None,
+        embedding_queue=arguments.max_queue,
         slots_page=arguments.slots_page,
         page=not arguments.no_page,
         otlp_endpoint=arguments.otlp_endpoint or None,

@@ -108,7 +108,7 @@ def check_text_options(arguments: argparse.Namespace, bundles: Mapping[str, Path
             "--no-invariant": arguments.no_invariant,
         }
         for option in (option for option, on in given.items() if on):
-            raise UserError(f"{option}: for bundles that write text, and {', '.join(bundles)} gives embeddings")
+            raise UserError(f"{option}: for bundles that write text, which {', '.join(bundles)} doesn't")
     if arguments.draft is not None:
         if len(bundles) > 1:
             raise UserError(f"--draft {arguments.draft}: goes with one bundle, and {len(bundles)} are served")

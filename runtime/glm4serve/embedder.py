@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,19 +27,14 @@ class Embedder:
     def __init__(self, name: str, encoder: Encoder, queue: int) -> None:
         """queue: requests that may wait."""
         self.name, self.encoder = name, encoder
-        self._queue, self._asked = queue, list[Future[Embeddings]]()
+        self.pending = 0  # waiting, or being computed, even where nobody waits for it any more
+        self._queue, self._turn = queue, asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, f"glm4-embed-{name}")
 
     @property
     def most_tokens(self) -> int:
         """Of a text."""
         return self.encoder.max_seq_len
-
-    @property
-    def pending(self) -> int:
-        """Requests that wait, and the one that is being computed, even where nobody waits for it any more."""
-        self._asked = [future for future in self._asked if not future.done()]
-        return len(self._asked)
 
     async def embed(self, texts: Sequence[str | list[int]]) -> Embeddings:
         """Their embeddings. Cancelled while it waits, it's never computed.
@@ -48,9 +43,20 @@ class Embedder:
         """
         if self.pending > self._queue:  # one of them is being computed
             raise queue_full(f"the queue is full: {self._queue} requests wait for this model", 1)
+        self.pending += 1
+        try:
+            await self._turn.acquire()  # not the executor's queue, which keeps the texts of those who went away
+        except BaseException:
+            self.pending -= 1
+            raise
+        loop = asyncio.get_running_loop()
         future = self._thread.submit(self.compute, texts)
-        self._asked.append(future)
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._next))
         return await asyncio.wrap_future(future)
+
+    def _next(self) -> None:
+        self.pending -= 1
+        self._turn.release()
 
     def compute(self, texts: Sequence[str | list[int]]) -> Embeddings:
         """Their embeddings, in the calling thread. Raises UserError as :meth:`Encoder.embed` does."""

@@ -77,13 +77,20 @@ def invalid(errors: Sequence[Any], body: Any) -> ApiError:
         return ApiError(400, f"body: not valid JSON: {errors[0]['ctx']['error']}", code="invalid_json")
     found: dict[str, list[str]] = {}
     for item in errors:
-        message = "unknown field" if item["type"] == "extra_forbidden" else str(item["msg"])[:300]  # a tag is quoted
-        found.setdefault(_path(item["loc"][1:], body, item["type"] == "missing"), []).append(message)
+        found.setdefault(_path(item["loc"][1:], body, item["type"] == "missing"), []).append(_message(item))
     parts = [f"{path}: {', or: '.join(dict.fromkeys(messages))}" for path, messages in found.items()]
     more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
     code = codes.get(errors[0]["type"], "invalid_value")
     return ApiError(400, "; ".join(parts[:5]) + more, code=code, param=next(iter(found)))
+
+
+def _message(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return "unknown field"
+    if item["type"] == "union_tag_invalid":  # pydantic's own words name a function of ours
+        return f"expected one of {item['ctx']['expected_tags']}, found {item['ctx']['tag'][:100]!r}"
+    return str(item["msg"])[:300]
 
 
 def _path(steps: Sequence[str | int], body: Any, missing: bool) -> str:

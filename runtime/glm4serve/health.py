@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
@@ -14,6 +16,7 @@ from glm4serve.models import Generator
 from glm4serve.service import Service, service_of
 
 router = APIRouter()
+_LOOK = 1.0  # seconds in which a file system tells whether a bundle was replaced; a stalled one is no ill health
 
 
 def healthy(service: Service) -> bool:
@@ -26,6 +29,9 @@ async def health(http: Request) -> JSONResponse:
     """200 while every engine's thread lives and comes round; else 503."""
     service = service_of(http)
     models = {generator.name: _state(service, generator) for generator in service.models.bundles}
+    with anyio.move_on_after(_LOOK):
+        for name in await anyio.to_thread.run_sync(service.models.changed, abandon_on_cancel=True):
+            models[name]["bundle_changed"] = True  # what is served is what was opened
     well = all(state["healthy"] for state in models.values())
     return JSONResponse({"status": "ok" if well else "unhealthy", "models": models}, 200 if well else 503)
 
@@ -82,6 +88,4 @@ def _state(service: Service, generator: Generator) -> dict[str, Any]:
     state: dict[str, Any] = {"healthy": reason is None, "last_step_age": round(stats.last_step_age, 3)}
     if reason is not None:
         state["reason"] = reason
-    if generator.bundle_changed:
-        state["bundle_changed"] = True  # what is served is what was opened
     return state

@@ -27,7 +27,7 @@ class Generator:
     def __init__(self, name: str, engine: Engine, base: str | None = None) -> None:
         """base: of an adapter, the bundle's name."""
         self.name, self.engine, self.base = name, engine, base
-        self._opened = _manifest(engine.folder)
+        self._stamp, self._manifest = _stamp(engine.folder), _manifest(engine.folder)
 
     @property
     def adapter(self) -> str | None:
@@ -37,7 +37,8 @@ class Generator:
     @property
     def bundle_changed(self) -> bool:
         """Whether the bundle's folder holds another one since it was opened, or none. The engine keeps the old one."""
-        return _manifest(self.engine.folder) != self._opened
+        folder = self.engine.folder
+        return _stamp(folder) != self._stamp and _manifest(folder) != self._manifest
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,6 +87,10 @@ class Models:
         """Those that write text without an adapter: one for each engine."""
         return [generator for generator in self.generators.values() if generator.base is None]
 
+    def changed(self) -> list[str]:
+        """The names of bundles whose folders hold others since they were opened, or none. Asks the file system."""
+        return [generator.name for generator in self.bundles if generator.bundle_changed]
+
     def __iter__(self) -> Iterator[Generator | Embedder]:
         yield from self.generators.values()
         yield from self.embedders.values()
@@ -118,6 +123,15 @@ def _found(name: str | None, wanted: Mapping[str, _M], others: Mapping[str, obje
     known = ", ".join([*wanted, *others])
     found = "none was named" if name is None else f"there is no {name[:100]!r}"
     raise ApiError(404, f"model: {found}; served: {known}", code="model_not_found", param="model")
+
+
+def _stamp(folder: Path) -> tuple[int, int, int] | None:
+    """Which file a bundle's manifest is; None where there's none. A build never writes into one that is there."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _manifest(folder: Path) -> bytes | None:

@@ -17,7 +17,7 @@ _MOST_PARTS = 50_000  # objects, lists, and keys of objects in one body; ids and
 class Strict(BaseModel):
     """A JSON object with these fields and no others; no value is converted into another type.
 
-    Others may be null: many clients write that of every field that they know and nobody has set.
+    A field that is null is as one that isn't there: many clients write that of all that they know and nobody has set.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
@@ -27,8 +27,7 @@ class Strict(BaseModel):
     def _without_nulls(cls, given: Any) -> Any:
         if not isinstance(given, dict) or None not in given.values():
             return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {key: value for key, value in given.items() if value is not None or key in known}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 def read_json(data: bytes) -> Any:

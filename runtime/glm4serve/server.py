@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +24,9 @@ from glm4serve.service import Service
 _KEEP_ALIVE = 75  # seconds; clients give up idle connections after 5 or 60, and have to be the first
 _LOOK = 0.5  # seconds between two looks at whether engines live
 _CUT = 5.0  # seconds that answers have to tell their clients that the server ends them
+#: uvicorn's options for every server of ours. httptools, which it takes where that is installed, has no limit of
+#: headers, and chunks for HTTP/1.0.
+HTTP: dict[str, Any] = {"http": "h11", "ws": "none", "log_config": None, "access_log": False, "server_header": False}
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -85,11 +89,7 @@ def serve(
     drop_unread(bound, 2 * service.settings.write_timeout)
     config = uvicorn.Config(
         app,
-        http="h11",  # httptools, where it is installed, has no limit of headers, and chunks for HTTP/1.0
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
+        **HTTP,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(_CUT),
         ssl_certfile=certificate,

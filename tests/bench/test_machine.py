@@ -168,6 +168,16 @@ def test_prefill_precision_auto(
     assert ("MatMulIntegerToFloat" in operators) == (prefill == "int8")
 
 
+def test_prefill_precision_auto_where_onnxruntime_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.23.2")  # the last for Python 3.10
+    folder = checkpoints.save(checkpoints.random_model(), tmp_path / "checkpoint")
+    build = ["build", str(folder), "-o", str(tmp_path / "bundle"), "--target", "cpu", "--precision", "int4"]
+    assert cli.main([*build, "--prefill-precision", "auto"]) == 0
+    assert "auto: the precision's own weights, since onnxruntime 1.23.2 has no kernels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--task", "features"], []], ids=["by option", "by class"])
 def test_prefill_precision_auto_where_there_is_no_prefill(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

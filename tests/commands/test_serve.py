@@ -60,7 +60,7 @@ def test_options_of_engines_are_not_passed_over_where_there_is_none(
         monkeypatch.setattr(f"glm4export.commands.{place}.read_manifest", lambda folder: encoder)
     value = [str(tmp_path)] if option in ("--chat-template", "--draft") else []
     assert cli.main(["serve", str(tmp_path / "bundle"), option, *value]) == 2
-    assert f"{option}: for bundles that write text, and bundle gives embeddings" in capsys.readouterr().err
+    assert f"{option}: for bundles that write text, which bundle doesn't" in capsys.readouterr().err
 
 
 def test_the_gpus_that_a_replica_of_ray_reserves(tmp_path: Path) -> None:

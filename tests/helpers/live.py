@@ -9,14 +9,14 @@ from typing import Any
 
 import uvicorn
 
-from glm4serve.server import bound_socket
+from glm4serve.server import HTTP, bound_socket
 
 
 @contextmanager
 def live(app: Any) -> Iterator[str]:
     """Its address, under uvicorn in a thread."""
     bound = bound_socket("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, **HTTP, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:

@@ -272,7 +272,11 @@ class Cluster:
 
     def __init__(self) -> None:
         self.actors: list[Any] = []
+        self.cpus = 8
         self.lost: Exception | None = None
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.cpus)}
 
     def remote(self, actor: Any) -> Any:
         def made(*arguments: Any) -> Any:
@@ -310,5 +314,9 @@ def test_an_actor_for_each_stage(kind: str, bundles: Bundles, monkeypatch: pytes
         ):
             with pytest.raises(UserError, match=rf"a stage is lost, or failed \({told}\); load the bundle again"):
                 there.runner.decode(5)
+    stages, cluster.cpus = KINDS[kind][1], 1
+    told = rf"{stages} stages reserve {stages} CPUs, 1 each, and the cluster has 1; "
+    with pytest.raises(UserError, match=told):  # Ray would wait for ever
+        ray_stages.load_stages(bundle)
     with pytest.raises(UserError, match="has no stages; build it with --stages N, one for each machine"):
         ray_stages.load_stages(bundles(kind))

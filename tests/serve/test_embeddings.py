@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from tests.helpers.checkpoints import save_with_tokenizer
 from tests.helpers.encoders import random_encoder
 
 PATH = "/v1/embeddings"
+
+
+class Texts(list[str]):
+    """A list that can be watched."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,8 @@ def test_refusals(encoder: Encoder, body: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_computed_for_nobody_still_has_its_place(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    embedder, begun, go = Embedder("e", encoder, queue=0), threading.Event(), threading.Event()
+    """And nothing is kept of those who went away before it was their turn."""
+    embedder, begun, go = Embedder("e", encoder, queue=1), threading.Event(), threading.Event()
 
     def compute(texts: object) -> Embeddings:
         begun.set()
@@ -78,8 +85,16 @@ def test_what_is_computed_for_nobody_still_has_its_place(encoder: Encoder, monke
         with pytest.raises(asyncio.CancelledError):
             await asked
         assert embedder.pending == 1
+        waiting = asyncio.ensure_future(embedder.embed(texts := Texts(["b"])))
+        await asyncio.sleep(0)
         with pytest.raises(ApiError, match="the queue is full"):
-            await embedder.embed(["b"])
+            await embedder.embed(["c"])
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        held = weakref.ref(texts)
+        del waiting, texts
+        gc.collect()
+        assert held() is None and embedder.pending == 1
         go.set()
         while embedder.pending:
             await asyncio.sleep(0.01)

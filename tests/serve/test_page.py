@@ -86,6 +86,8 @@ def script(request: Request) -> list[Delta]:
         return words(f"It is {last['content']}.")
     if last["content"] == "on and on":
         return words(*["on and "] * 400)
+    if last["content"] == "for ever":
+        return words(*["and "] * 100_000)
     if request.tools:
         return [Delta(tool_calls=(ToolCall("weather", {"city": "Köln"}),), tokens=(1,), finish_reason="tool_calls")]
     if last["content"] == "add":
@@ -192,19 +194,17 @@ def test_an_answer_is_stopped_and_what_was_said_is_edited(tab: Page, engine: Fak
 
 def test_keys_alone(tab: Page) -> None:
     """The focus is never lost with a button that goes, and Escape in a message that is edited stops no answer."""
-    tab.get_by_label("Message", exact=True).fill("add")
+    tab.get_by_label("Message", exact=True).fill("for ever")
     tab.get_by_role("button", name="Send", exact=True).press("Enter")
     expect(tab.get_by_role("button", name="Stop")).to_be_focused()
-    expect(tab.get_by_text("tok/s")).to_be_visible()
-    expect(tab.get_by_label("Message", exact=True)).to_be_focused()
-    say(tab, "on and on")
-    expect(tab.locator("#log").get_by_text("on and on and")).to_be_visible()
     tab.get_by_role("button", name="Edit").first.press("Enter")
     tab.get_by_label("Your message").press("Escape")
     expect(tab.get_by_role("button", name="Edit").first).to_be_focused()
     expect(tab.get_by_role("button", name="Stop")).to_be_visible()
+    tab.get_by_role("button", name="Stop").focus()
     tab.keyboard.press("Escape")
     expect(tab.locator("#log").get_by_text("stopped")).to_be_visible()
+    expect(tab.get_by_label("Message", exact=True)).to_be_focused()
 
 
 def test_results_stand_behind_their_call(tab: Page, engine: FakeEngine) -> None:

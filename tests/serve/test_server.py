@@ -133,21 +133,6 @@ def test_a_server_has_its_connections_ended() -> None:
     assert started in ([4000], [])  # behind the service's own cut, which says so in the log
 
 
-def test_the_http_that_was_tried_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """uvicorn's own choice is another where httptools is installed: it takes headers without end. No WebSockets."""
-    chosen: list[Any] = []
-
-    def config(app: Any, **options: Any) -> Any:
-        chosen.extend(options.get(name) for name in ("http", "ws"))
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr("glm4serve.server.uvicorn.Config", config)
-    app = create_app({"m": FakeEngine()})  # type: ignore[dict-item]
-    with bound_socket("127.0.0.1", 0) as bound, pytest.raises(RuntimeError, match="enough"):
-        serve(app, bound, drain=0.0, ready=print)
-    assert chosen == ["h11", "none"]
-
-
 def test_a_certificate_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("none")
     with pytest.raises(UserError, match=r"cert\.pem: no certificate and key that TLS can use"):

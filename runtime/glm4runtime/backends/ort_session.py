@@ -26,6 +26,7 @@ NAMES = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",  # a plugin: a package of its own, which onnxruntime loads
 }
+_WHOLE = (1, 27)  # of onnxruntime, the first with kernels for int8 caches and int8 prefill; 3.10's wheels end at 1.23
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu-tensorrt"}
 
 _NO_MEMORY = ("Failed to allocate memory", "out of memory", "is smaller than requested bytes")  # its arena's words
@@ -87,11 +88,22 @@ def open_session(
                 f"{path}: not enough memory on the device: {str(error).splitlines()[0]}; free some, raise "
                 "gpu_mem_limit, open the bundle with a smaller max_seq_len, or build it with less precision"
             ) from None
-        raise BundleError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}") from None
+        older = f"; {lack}" if (lack := lacking_kernels()) else ""
+        raise BundleError(f"{path}: onnxruntime cannot open it: {str(error).splitlines()[0]}{older}") from None
     if name not in session.get_providers():  # onnxruntime falls back to the CPU and only logs it
         raise UserError(f"{name} could not start; check the driver and the CUDA, cuDNN and TensorRT libraries it needs")
     refuse_in_children(session, "run", "run_with_iobinding", "io_binding")
     return session
+
+
+def lacking_kernels() -> str:
+    """What the installed onnxruntime is too old for, in a line; empty where it isn't."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) >= _WHOLE:
+        return ""
+    return (
+        f"onnxruntime {ort.__version__} has no kernels for int8 caches and int8 prefill: they take "
+        f"{'.'.join(map(str, _WHOLE))} or newer, and so Python 3.11 or newer"
+    )
 
 
 @cache

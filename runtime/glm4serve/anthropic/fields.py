@@ -170,11 +170,24 @@ class OutputConfig(Effort):
     format: JsonFormat | None = None
 
 
+class KeptTurns(Strict):
+    """Thoughts of so many turns."""
+
+    type: Literal["thinking_turns"]
+    value: int = Field(ge=1)
+
+
+class KeptAll(Strict):
+    """All of them."""
+
+    type: Literal["all"]
+
+
 class ClearThinking(Strict):
-    """Leave old thoughts out of the prompt, which these models' templates do in any case."""
+    """Which old thoughts stay in the prompt. It has no effect: these models' templates leave out all of them."""
 
     type: Literal["clear_thinking_20251015"]
-    keep: Any = None
+    keep: Literal["all"] | Annotated[KeptTurns | KeptAll, Field(discriminator="type")] | None = None
 
 
 class ContextManagement(Strict):

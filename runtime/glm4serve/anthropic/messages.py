@@ -94,7 +94,9 @@ def _engine_request(body: MessageRequest, generator: Generator) -> Request:
     if body.stop_sequences is not None and "" in body.stop_sequences:
         raise _refused("stop_sequences", "one of them is empty")
     talk, tools = body.template_messages(), body.template_tools()
-    last = next((message["role"] for message in reversed(talk) if message["role"] != "system"), "system")
+    last = next((message["role"] for message in reversed(talk) if message["role"] != "system"), None)
+    if last is None:
+        raise _refused("messages", "there is none of the user's")
     if last not in ("user", "tool"):
         what = f"the last one is the {last}'s; expected the user's: answers are begun anew, not continued"
         raise _refused("messages", what)

@@ -95,13 +95,12 @@ def _kind(item: Any) -> Any:
     return (item.get("type") if isinstance(item, dict) else getattr(item, "type", None)) or "message"
 
 
-_KINDS = "expected a message, function_call, function_call_output or reasoning; there is no memory to refer to"
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[ResultItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind, custom_error_type="unknown_item", custom_error_message=_KINDS),
+    Discriminator(_kind),
 ]
 
 
