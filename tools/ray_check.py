@@ -77,9 +77,9 @@ async def gone(served: Served) -> None:
 
     async def leave(stream: bool) -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            asked = body("leave " * 20, 1500, stream=stream)
+            asked = body("leave " * 20, 1900, stream=stream)  # 1500 may take less than two seconds
             with contextlib.suppress(httpx.TimeoutException):
-                async with client.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=2) as answer:
+                async with client.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=1.5) as answer:
                     async for _ in answer.aiter_lines():
                         return
 
