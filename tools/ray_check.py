@@ -77,9 +77,9 @@ async def gone(served: Served) -> None:
 
     async def leave(stream: bool) -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            asked = body("leave " * 20, 1500, stream=stream)
+            asked = body("leave " * 20, 1900, stream=stream)  # 1500 may take less than two seconds
             with contextlib.suppress(httpx.TimeoutException):
-                async with client.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=2) as answer:
+                async with client.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=1.5) as answer:
                     async for _ in answer.aiter_lines():
                         return
 
@@ -91,25 +91,29 @@ async def gone(served: Served) -> None:
 
 
 async def one(client: httpx.AsyncClient, url: str, asked: dict[str, Any]) -> tuple[str, str]:
-    """A request: what became of it, and its text."""
-    text = ""
+    """A request: what became of it, and its text. An answer that isn't as long as asked for isn't whole."""
+    text, written = "", 0
     try:
         if not asked.get("stream"):
             answer = await client.post(f"{url}/v1/completions", json=asked)
             if answer.status_code == 200:
-                return "whole", answer.json()["choices"][0]["text"]
+                found = answer.json()
+                whole = found["usage"]["completion_tokens"] == asked["max_tokens"]
+                return "whole" if whole else "SHORT", found["choices"][0]["text"]
             return f"refused {answer.status_code}", ""
-        async with client.stream("POST", f"{url}/v1/completions", json=asked) as answer:
+        counted = {**asked, "stream_options": {"include_usage": True}}
+        async with client.stream("POST", f"{url}/v1/completions", json=counted) as answer:
             if answer.status_code != 200:
                 return f"refused {answer.status_code}", ""
             async for line in answer.aiter_lines():
                 if line == "data: [DONE]":
-                    return "whole", text
+                    return "whole" if written == asked["max_tokens"] else "SHORT", text
                 if line.startswith("data: "):
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         return "broken, and told", text
-                    text += event["choices"][0]["text"]
+                    written = (event.get("usage") or {}).get("completion_tokens", written)
+                    text += event["choices"][0]["text"] if event["choices"] else ""
         return "CUT", text
     except httpx.HTTPError as error:
         return f"LOST {type(error).__name__}", text

@@ -1,4 +1,4 @@
-"""In front of every request: its id, host and key, its body's limits; behind it: its line in the log."""
+"""In front of every request: its id, host and key, its body; behind it: its line in the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs
-from glm4serve.errors import ApiError, queue_full, told, unavailable
+from glm4serve.bodies import Bodies
+from glm4serve.errors import ApiError, told, unavailable
 from glm4serve.responses import respond
 from glm4serve.service import Service
 from glm4serve.settings import Settings
@@ -39,7 +40,7 @@ class Gate:
         keyless: paths beside :data:`OPEN` that need no key, such as a page that asks for one itself.
         """
         self._app, self._service, self._paths, self._keyless = app, service, paths, keyless
-        self._held = 0  # bytes of bodies
+        self._bodies = Bodies(service.settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -47,9 +48,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers, path = Headers(scope=scope), scope["path"]
-        given = headers.get("x-request-id", "")
-        id = given if _ID.fullmatch(given) else secrets.token_hex(12)
-        scope["glm4.id"] = id
+        scope["glm4.id"] = id = request_id(headers)
         head = scope["method"] == "HEAD"
         if head:  # GET's answer without its body; in a copy, as the server below looks at the method, too
             scope = {**scope, "method": "GET", "glm4.method": "HEAD"}
@@ -76,7 +75,7 @@ class Gate:
                 raise unavailable("the server is being shut down")
             if (owner := admitted(self._service.settings, self._keyless, scope)) is not None:
                 scope["glm4.owner"] = owner
-            await self._app(scope, await self._body(scope, headers, receive), answer)
+            await self._app(scope, await self._body(scope, receive), answer)
         except ApiError as error:
             if not status:
                 await respond(path, error)(scope, receive, answer)
@@ -88,7 +87,7 @@ class Gate:
                 await respond(path, told(error))(scope, receive, answer)
         finally:
             self._service.in_flight -= counted
-            self._held -= scope.get("glm4.held", 0)
+            self._bodies.let_go(scope)
             self._tell(scope, headers, id, status or 499, time.monotonic() - began)
 
     def _tell(self, scope: Scope, headers: Headers, id: str, status: int, seconds: float) -> None:
@@ -109,23 +108,11 @@ class Gate:
             fields["trace"] = trace
         logs.request(**fields)
 
-    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
-        """The whole body, read here within its limits, in front of what else comes."""
-        limit = self._service.settings.body_limit
-        coding = headers.get("content-encoding", "")
-        if coding.lower() not in ("", "identity"):
-            refusal = f"content-encoding: expected none, found {coding[:100]!r}; send the body as it is"
-            raise ApiError(415, refusal, code="unsupported_media_type", headers=_CLOSE)
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
-            raise _too_large(limit)
-        if not length and "transfer-encoding" not in headers and scope["method"] in ("GET", "HEAD", "OPTIONS"):
+    async def _body(self, scope: Scope, receive: Receive) -> Receive:
+        """The whole body, read here, in front of what else comes."""
+        body = await self._bodies.read(scope, receive)
+        if body is None:
             return receive
-        try:
-            with anyio.fail_after(self._service.settings.body_timeout):
-                body = await read_body(lambda: self._hold(scope, receive), limit)
-        except TimeoutError:
-            raise ApiError(408, "body: it didn't come in time", code="timeout", headers=_CLOSE) from None
         message: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
@@ -137,18 +124,11 @@ class Gate:
 
         return replay
 
-    async def _hold(self, scope: Scope, receive: Receive) -> Message:
-        """The body's next part. Raises ApiError (429) where there is no room for it beside the others' bodies."""
-        message = await receive()
-        size = len(message.get("body", b""))
-        scope["glm4.held"] = scope.get("glm4.held", 0) + size
-        self._held += size
-        most = self._service.settings.bodies_limit
-        if self._held > most:
-            error = queue_full(f"body: with those of other requests it is more than {most} bytes", 1)
-            error.headers.update(_CLOSE)
-            raise error
-        return message
+
+def request_id(headers: Headers) -> str:
+    """The client's own id of its request where that is harmless, or a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _ID.fullmatch(given) else secrets.token_hex(12)
 
 
 def admitted(settings: Settings, keyless: frozenset[str], scope: Scope) -> str | None:
@@ -173,28 +153,6 @@ def admitted(settings: Settings, keyless: frozenset[str], scope: Scope) -> str |
             headers={"WWW-Authenticate": "Bearer"},
         )
     return owner
-
-
-_CLOSE = {"Connection": "close"}
-
-
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """A request's whole body. Raises ApiError: 413 above ``limit`` bytes, 499 where the client went away."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(499, "the client went away", code="client_gone")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"body: expected at most {limit} bytes", code="body_too_large", headers=_CLOSE)
 
 
 def _host(header: str) -> str:

@@ -10,13 +10,17 @@ import pytest
 
 
 class Cluster:
-    """``log``: what was asked of it. ``run``: what deploying does. ``applications``: by name, as Ray Serve's status."""
+    """``log``: what was asked of it. ``applications``: by name, as Ray Serve's status. ``run``: what deploying does,
+    once the application is there; ``on_run``, ``on_start``: what happens before.
+    """
 
     def __init__(self, *, cpus: int = 8, proxies: bool = False) -> None:
         self.cpus, self.proxies = cpus, proxies
         self.applications: dict[str, Any] = {}
         self.log: list[Any] = []
         self.run: Callable[[], None] = lambda: None
+        self.on_run: Callable[[], None] = lambda: None
+        self.on_start: Callable[[], None] = lambda: None
         self.on_status: Callable[[], None] = lambda: None
         self.drained: Exception | None = None
 
@@ -42,10 +46,12 @@ class Cluster:
         self.log.append(("init", settings))
 
     def _start(self, *, http_options: dict[str, Any]) -> None:
+        self.on_start()
         self.proxies = True
         self.log.append(("start", http_options))
 
     def _run(self, app: Any, *, name: str, route_prefix: str) -> Any:
+        self.on_run()
         self.log.append(("run", name))
         self.applications[name] = SimpleNamespace(deployments={"replica": SimpleNamespace(message="")})
         self.run()

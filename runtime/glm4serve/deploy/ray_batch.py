@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glm4runtime.contract import UserError, shown
-from glm4runtime.engine import Engine, EngineClosed, Handle, Request
+from glm4runtime.engine import Delta, Engine, EngineClosed, Handle, Request, RequestFailed
 from glm4runtime.sampling import SamplingParams
 from glm4serve.deploy.ray import require_ray
 
@@ -37,7 +37,7 @@ def answers(
     back with ``answer``, ``finish_reason`` and ``error`` beside what they had, in any order. A row that can't be
     answered (its prompt is too long, say) has what is wrong with it as its error, and the others an empty one.
 
-    Raises UserError where Ray isn't installed, or a parameter is none.
+    Raises UserError where Ray isn't installed, or there is no such parameter.
     """
     require_ray()
     known = [field.name for field in fields(SamplingParams)]
@@ -65,7 +65,7 @@ class _Answers:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         name = "messages" if "messages" in batch else "prompt"
         asked = [self._submit(name, value) for value in batch[name]]
-        done = [each if isinstance(each, UserError) else each.result().choices[0] for each in asked]
+        done = [each if isinstance(each, UserError) else self._answer(each) for each in asked]
         return {
             **batch,
             "answer": ["" if isinstance(each, UserError) else each.content for each in done],
@@ -82,10 +82,22 @@ class _Answers:
         except UserError as error:
             return error
 
+    def _answer(self, handle: Handle) -> Delta | RequestFailed:
+        try:
+            return handle.result().choices[0]
+        except RequestFailed as error:
+            if self._engine.stats().death is not None:  # Ray puts another engine in the place of one that raises
+                raise
+            return error
+
     def _request(self, name: str, value: Any) -> Request:
         if name == "messages":
+            if not isinstance(value, list | np.ndarray):
+                raise UserError(f"messages: expected a list of objects, found {shown(value)}")
             return Request(messages=[_message(each) for each in value], params=self._params)
-        return Request(prompt=str(value), params=self._params)
+        if not isinstance(value, str):
+            raise UserError(f"prompt: expected a text, found {shown(value)}")
+        return Request(prompt=value, params=self._params)
 
 
 def _message(given: Any) -> dict[str, Any]:

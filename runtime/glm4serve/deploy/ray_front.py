@@ -8,15 +8,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import anyio
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4serve import logs, page
 from glm4serve.app import cors
+from glm4serve.bodies import Bodies
 from glm4serve.deploy.ray_replica import SCOPE
 from glm4serve.deploy.routing import blocks_of
-from glm4serve.errors import ApiError, unavailable
-from glm4serve.gate import OPEN, admitted, read_body
+from glm4serve.errors import ApiError, timed_out, unavailable
+from glm4serve.gate import OPEN, admitted, request_id
 from glm4serve.responses import respond
 from glm4serve.settings import Settings
 from glm4serve.sse import event
@@ -61,7 +63,7 @@ class Front:
 
     def __init__(self, ask: Ask, lost: tuple[type[BaseException], ...], settings: Settings) -> None:
         """ask: sends a request to a replica. lost: what is raised where that one is no more. settings: theirs."""
-        self._ask, self._lost, self._settings = ask, lost, settings
+        self._ask, self._lost, self._settings, self._bodies = ask, lost, settings, Bodies(settings)
         self._keyless = page.PATHS if settings.page else frozenset[str]()
         self._draining, self._in_flight, self._over = False, 0, asyncio.Event()
 
@@ -86,6 +88,7 @@ class Front:
                     await self._refuse(error, scope, receive, send)
             finally:
                 self._in_flight -= 1
+                self._bodies.let_go(scope)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> ApiError | None:
         """Pass a replica's answer on; returns an error where nothing has been answered."""
@@ -95,13 +98,12 @@ class Front:
                 raise unavailable(_ENDING)
             admitted(self._settings, self._keyless, scope)  # before it costs a replica anything
             if path in _OF_ONE_REPLICA:
-                raise ApiError(404, f"{path}: each replica has its own; Ray's metrics tell all of them")
+                raise ApiError(
+                    404, f"{path}: each replica has its own; Ray's metrics tell all of them", code="not_found"
+                )
             own = 0.0 if path in OPEN else self._settings.request_timeout
             until = None if own is None else loop.time() + own + _LATE
-            with anyio.fail_after(self._settings.body_timeout):
-                body = await read_body(receive, self._settings.body_limit)
-        except TimeoutError:
-            return ApiError(408, "body: it didn't come in time", code="timeout")
+            body = await self._bodies.read(scope, receive) or b""
         except ApiError as error:
             return error
         sent = {key: scope[key] for key in SCOPE if key in scope}
@@ -124,7 +126,7 @@ class Front:
                 logs.event("no replica in time", attempt=attempt, path=path)
                 if path in OPEN:
                     return unavailable("no replica answers")
-                return ApiError(504, "the request's time was over before a replica answered it", code="timeout")
+                return timed_out("the request's time was over before a replica answered it")
             except _Ended:
                 if head is None:
                     return unavailable(_ENDING)
@@ -140,6 +142,10 @@ class Front:
         return unavailable("the replicas that had this request died")
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer it here, and tell the log: no replica knows of it."""
+        id = request_id(Headers(scope=scope))
+        error.headers["request-id"] = id  # by Anthropic's name; Ray gives every answer an x-request-id
+        logs.request(id=id, method=scope["method"][:20], path=scope["path"][:100], status=error.status)
         told: ASGIApp = respond(scope["path"], error)
         if self._settings.cors_origins:  # or the page that asked couldn't read it
             told = CORSMiddleware(told, **cors(self._settings))

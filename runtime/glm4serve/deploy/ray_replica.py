@@ -80,7 +80,8 @@ class Replica:
             head = None
             while (message := await messages.get()) is not None:
                 if message["type"] == "http.response.start":
-                    message["headers"] = [*message["headers"], (b"x-replica", self._id.encode())]
+                    found = (pair for pair in message["headers"] if pair[0] != b"x-request-id")  # Ray adds the same
+                    message["headers"] = [*found, (b"x-replica", self._id.encode())]
                     head = message
                     continue
                 yield head, message

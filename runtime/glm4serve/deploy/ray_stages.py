@@ -30,6 +30,7 @@ from glm4runtime.backends.stages import HOST, Stage, StagedGraph
 from glm4runtime.contract import LOGITS, GraphName, UserError, installing, read_manifest, shown
 from glm4runtime.text.bundle_text import BundleText
 from glm4runtime.text.files import read_text_files
+from glm4serve.deploy.ray_room import require_room
 
 _CACHED = ("past_key_values.", "present.")
 
@@ -65,7 +66,7 @@ def load_stages(
     names = graphs_to_open(folder, manifest)
     length = max_seq_len or manifest.cache.max_seq_len
     cpus, gpus = max(1, threads), int(chosen == "cuda")
-    _require_room(ray, len(manifest.stages), CPU=cpus, GPU=gpus)
+    require_room("stages", len(manifest.stages), {"CPU": cpus, "GPU": gpus}, "the cluster", ray.cluster_resources())
     actor = ray.remote(StageActor).options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")
     actors = [actor.remote(folder, names, index, chosen, threads, length) for index in range(len(manifest.stages))]
     graphs: dict[str, StagedGraph] = {}
@@ -188,17 +189,6 @@ class _Binding:
 
     def get_outputs(self) -> list[_Binding]:
         return [self]
-
-
-def _require_room(ray: Any, stages: int, **each: int) -> None:
-    """Raises UserError where the cluster hasn't got what so many actors reserve: Ray would wait for it for ever."""
-    there = ray.cluster_resources()
-    for name, count in each.items():
-        if stages * count > (found := int(there.get(name, 0))):
-            raise UserError(
-                f"{stages} stages reserve {stages * count} {name}s, {count} each, and the cluster has {found}; give "
-                "fewer threads, or join a larger cluster"
-            )
 
 
 def _memory(dtype: Any, shape: Sequence[int], address: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from glm4export import cli
 from glm4export.build.options import BuildOptions
 from glm4export.commands import serve as serve_command
 from glm4export.inspection.estimate import cache_bytes_per_token, weight_bytes
+from glm4runtime.contract import UserError
 from glm4serve import create_app
 from tests.helpers.fake_engine import FakeEngine
 from tools.geometries import GEOMETRIES
@@ -107,7 +108,7 @@ def test_the_pod_is_admitted_where_rights_are_restricted(objects: dict[str, Any]
 
 
 def test_what_an_operator_would_be_woken_for(objects: dict[str, Any]) -> None:
-    """A claim that a bundle can be put on, pods on several machines, an image of a version, metrics that are found."""
+    """A claim for a bundle, pods on several machines, an image of a version, no scraping without a key."""
     template = objects["Deployment"]["spec"]["template"]
     assert objects["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
     (spread,) = template["spec"]["topologySpreadConstraints"]
@@ -115,7 +116,7 @@ def test_what_an_operator_would_be_woken_for(objects: dict[str, Any]) -> None:
     assert spread["topologyKey"] == "kubernetes.io/hostname" and spread["whenUnsatisfiable"] == "ScheduleAnyway"
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert version is not None and template["spec"]["containers"][0]["image"].endswith(f":{version[1]}")
-    assert template["metadata"]["annotations"]["prometheus.io/scrape"] == "true"
+    assert "annotations" not in template["metadata"]
 
 
 def test_probes_ask_for_what_there_is(objects: dict[str, Any]) -> None:
@@ -137,9 +138,13 @@ def test_the_pods_command_line(objects: dict[str, Any], tmp_path: Path) -> None:
     _, _, *argv = [*container["command"], *container["args"]]
     arguments = cli._parser(["serve"]).parse_args(["serve", *argv])
     keys = tmp_path / "keys"
-    keys.write_text(objects["Secret"]["stringData"]["keys"], encoding="utf-8")
+    text, key = objects["Secret"]["stringData"]["keys"], "f7a1" * 12
+    keys.write_text(text, encoding="utf-8")
     arguments.keys = keys
-    assert serve_command._settings(arguments).keys.owner("replace-this-key-0123456789") == "example"
+    with pytest.raises(UserError, match=r"number 1 \(example\) has 7 characters"):  # it's public
+        serve_command._settings(arguments)
+    keys.write_text(text.replace(" REPLACE", f" {key}"), encoding="utf-8")
+    assert serve_command._settings(arguments).keys.owner(key) == "example"
     waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert waits + arguments.drain + 5 < pod["terminationGracePeriodSeconds"]
     config, options = GEOMETRIES["glm-4-9b"], BuildOptions("int4", "cpu")

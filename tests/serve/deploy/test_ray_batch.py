@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from glm4runtime.contract import UserError
-from glm4runtime.engine import EngineClosed
+from glm4runtime.engine import EngineClosed, RequestFailed
 from glm4runtime.sampling import SamplingParams
 from glm4serve.deploy import ray_batch
 
@@ -38,6 +39,37 @@ def test_messages_as_a_column_has_them(answers: Any) -> None:
     found = answers({"messages": chats})
     assert found["answer"][0] == "The capital of France is Paris." and found["error"][0] == found["error"][2] == ""
     assert "expected objects, found" in found["error"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("prompt", None, "prompt: expected a text, found None"),
+        ("prompt", float("nan"), "prompt: expected a text, found nan"),  # pandas' word for none
+        ("messages", None, "messages: expected a list of objects, found None"),
+        ("messages", "Hi", "messages: expected a list of objects, found 'Hi'"),
+    ],
+)
+def test_a_row_without_what_is_asked(answers: Any, name: str, value: Any, told: str) -> None:
+    found = answers({name: [value]})
+    assert found["error"] == [told] and found["answer"] == [""] and found["finish_reason"] == ["error"]
+
+
+@pytest.mark.parametrize("death", [None, "its thread died"])
+def test_a_row_that_the_engine_fails_on(answers: Any, death: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends no batch, unless the engine ended with it."""
+
+    def fail() -> None:
+        raise RequestFailed("the request failed: no numbers")
+
+    stats = SimpleNamespace(death=death)
+    monkeypatch.setattr(answers._engine, "submit", lambda request: SimpleNamespace(result=fail))
+    monkeypatch.setattr(answers._engine, "stats", lambda: stats)
+    if death is None:
+        assert answers({"prompt": ["a", "b"]})["error"] == ["the request failed: no numbers"] * 2
+    else:
+        with pytest.raises(RequestFailed):
+            answers({"prompt": ["a"]})
 
 
 def test_an_engine_that_died_ends_the_batch(answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,11 @@ from glm4runtime.contract import UserError
 from glm4serve import Settings
 from glm4serve.deploy import ray_cluster
 from glm4serve.deploy.ray import Scale, Served, application
+from glm4serve.keys import Keys
 from tests.helpers.fake_ray import Cluster
 
 SERVED = Served({"m": Path("/m")}, {"slots": 2, "max_queue": 3, "threads": 2}, Settings())
+KEYED = replace(SERVED, settings=Settings(keys=Keys({"k-0123456789abcdef": "ann"})))
 OTHER = SimpleNamespace(deployments={})
 
 
@@ -40,8 +43,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return made
 
 
-def serve(port: int = 0, ready: Any = lambda address: signal.raise_signal(signal.SIGTERM)) -> int:
-    return ray_cluster.serve(SERVED, Scale(2, 2, drain=7), host="127.0.0.1", port=port, ready=ready)
+def end(address: str) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def serve(port: int = 0, ready: Any = end, served: Served = SERVED, host: str = "127.0.0.1") -> int:
+    return ray_cluster.serve(served, Scale(2, 2, drain=7), host=host, port=port, ready=ready)
 
 
 @contextmanager
@@ -87,9 +94,12 @@ def test_a_cluster_of_its_own(cluster: Cluster, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (Scale(2, 2), "2 replicas take 4 CPUs, 2 each, and this machine has 3"),
-        (Scale(1, 5), "5 replicas take 10 CPUs, 2 each"),  # which the queue would call for in vain
-        (Scale(1, 1, gpus=1), "1 replicas take 1 GPUs, 1 each, and this machine has 0"),
+        (Scale(2, 2), "2 replicas reserve 4 CPUs, 2 each, and this machine has 3"),
+        (Scale(1, 5), "5 replicas reserve 10 CPUs, 2 each"),  # which the queue would call for in vain
+        (
+            Scale(1, 1, gpus=1),
+            "1 replicas reserve 1 GPUs, 1 each, and this machine has 0; take fewer replicas, or a l",
+        ),
     ],
 )
 def test_a_machine_that_is_too_small(
@@ -105,9 +115,19 @@ def test_a_machine_that_is_too_small(
 def test_other_applications_stay(cluster: Cluster) -> None:
     cluster.applications["theirs"], cluster.proxies = OTHER, True
     with answering(b"success") as port:
-        assert serve(port) == 0
+        assert serve(port, served=KEYED) == 0
     assert cluster.applications == {"theirs": OTHER}
     assert cluster.log[-2:] == [("delete", "glm4"), "left"] and "serve ended" not in cluster.log
+
+
+def test_an_address_that_others_chose_may_be_everybodys(cluster: Cluster) -> None:
+    """Ray Serve answers at 127.0.0.1 also where it listens on all of a machine's addresses, and keeps to those."""
+    cluster.proxies = True
+    with answering(b"success") as port:
+        with pytest.raises(UserError, match=r"others chose and may reach; give API keys \(--keys FILE\), or --host 0"):
+            serve(port)
+        assert not any(entry[0] in ("start", "run", "delete") for entry in cluster.log)
+        assert serve(port, host="0.0.0.0") == 0  # which the command line takes with --no-key
 
 
 def test_what_we_started_there_ends_with_us(cluster: Cluster) -> None:
@@ -170,6 +190,47 @@ def test_a_signal_while_replicas_are_waited_for(cluster: Cluster) -> None:
     assert not cluster.applications and cluster.log[-3:] == [("delete", "glm4"), "serve ended", "left"]
 
 
+def test_a_signal_before_anything_is_deployed(cluster: Cluster) -> None:
+    cluster.on_start = lambda: signal.raise_signal(signal.SIGTERM)
+    assert serve(ready=pytest.fail) == 0
+    assert ("run", "glm4") not in cluster.log and cluster.log[-2:] == ["serve ended", "left"]
+
+
+def test_what_is_deployed_only_after_a_signal_is_removed_too(cluster: Cluster) -> None:
+    """On a cluster of other people's nobody else would."""
+    looked, ran, looks = threading.Event(), threading.Event(), 0
+
+    def on_run() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        looked.wait(3)
+
+    def on_status() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 4:  # whether others are there; reasons; twice whether it has come
+            looked.set()
+
+    cluster.on_run, cluster.on_status, cluster.run = on_run, on_status, ran.set
+    assert serve(ready=pytest.fail) == 0
+    assert ran.wait(30) and not cluster.applications
+
+
+def test_a_signal_while_the_cluster_does_not_say_what_it_waits_for(cluster: Cluster) -> None:
+    """Ray's answer is waited for elsewhere than where signals are heard."""
+    over, ended = threading.Event(), []
+    cluster.run = lambda: (over.wait(60), None)[1]
+
+    def on_status() -> None:
+        if "glm4" in cluster.applications:
+            cluster.on_status = lambda: None
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            ended.append(over.wait(10))
+
+    cluster.on_status = on_status
+    assert serve(ready=pytest.fail) == 0 and not ended
+    over.set()
+
+
 def test_a_front_that_is_lost_at_the_end(cluster: Cluster) -> None:
     cluster.drained = RuntimeError("The actor died")
     assert serve() == 0 and not cluster.applications
@@ -199,15 +260,45 @@ def test_a_cluster_that_is_gone(cluster: Cluster, silent: bool, monkeypatch: pyt
     over.set()
 
 
-def test_a_cluster_that_does_not_let_go(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process ends all the same."""
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_cluster_that_does_not_let_go(
+    cluster: Cluster, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process ends all the same, and as it would have."""
     over = threading.Event()
     monkeypatch.setattr(ray_cluster, "_END", 0.05)
     monkeypatch.setattr(signals, "leave", sys.exit)
     monkeypatch.setattr(sys.modules["ray"], "shutdown", lambda: over.wait(60))
-    with pytest.raises(SystemExit, match="1"):
-        serve()
+
+    def ready(address: str) -> None:
+        if status == 1:
+            cluster.applications.clear()
+        elif status == 0:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            raise UserError("what went wrong")
+
+    with pytest.raises(SystemExit) as left:
+        serve(ready=ready)
+    assert left.value.code == status
+    assert capsys.readouterr().err == ("glm4export: error: what went wrong\n" if status == 2 else "")
     over.set()
+
+
+def test_signals_that_are_ignored_stay_so(cluster: Cluster) -> None:
+    """nohup asks for that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        handlers: list[Any] = []
+
+        def ready(address: str) -> None:
+            handlers.append(signal.getsignal(signal.SIGHUP))
+            signal.raise_signal(signal.SIGTERM)
+
+        assert serve(ready=ready) == 0
+        assert handlers == [signal.SIG_IGN] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_while_the_cluster_does_not_answer(cluster: Cluster) -> None:

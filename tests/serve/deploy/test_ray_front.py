@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -120,8 +120,52 @@ def test_what_a_front_refuses_itself() -> None:
     assert ask(app, CHAT, b"x" * 11).status_code == 413
     for path in ("/metrics", "/slots"):
         answer = ask(app, path)
-        assert answer.status_code == 404 and "each replica has its own" in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert answer.status_code == 404 and "each replica has its own" in error["message"]
+        assert error["code"] == "not_found"
     assert not asked
+
+
+def test_what_a_front_refuses_has_its_id_and_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    """No replica logs it; and the connection ends where a body is left unread on it."""
+    app, _, _ = front(settings=Settings(body_limit=10))
+    with caplog.at_level("INFO", "glm4serve"):
+        answer = ask(app, CHAT, b"x" * 11, headers={"x-request-id": "a-1"})
+    assert answer.headers["request-id"] == "a-1" and answer.headers["connection"] == "close"
+    (record,) = caplog.records
+    told = {"id": "a-1", "method": "POST", "path": CHAT, "status": 413}
+    assert record.fields == told  # type: ignore[attr-defined]
+
+
+def test_bodies_are_refused_by_what_their_heads_say() -> None:
+    app, asked, _ = front(settings=Settings(body_limit=10, body_timeout=60))
+
+    async def never() -> AsyncIterator[bytes]:
+        pytest.fail("it was read")
+        yield b""
+
+    for name, status in (("content-length", 413), ("content-encoding", 415)):
+        told = {"content-length": "5", name: {"content-length": "11", "content-encoding": "gzip"}[name]}
+        assert ask(app, CHAT, method="POST", content=never(), headers=told).status_code == status
+    assert not asked
+
+
+def test_bodies_of_all_requests_together() -> None:
+    """A front holds each until its answer's end, since another replica may have to be asked."""
+    app, asked, replicas = front([WAIT], [(head(JSON), part(b"{}"))], settings=Settings(bodies_limit=150))
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            first = asyncio.create_task(client.post(CHAT, content=b"x" * 100))
+            while not asked:
+                await asyncio.sleep(0)
+            refused = await client.post(CHAT, content=b"x" * 100)
+            first.cancel()
+            await asyncio.wait({first})
+            return [each.status_code for each in (refused, await client.post(CHAT, content=b"x" * 100))]
+
+    assert asyncio.run(run()) == [429, 200] and len(asked) == 2 and replicas[0].cancelled
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -190,6 +234,7 @@ def test_no_replica_is_there(path: str, status: int, monkeypatch: pytest.MonkeyP
     app, asked, replicas = front([WAIT], settings=Settings(request_timeout=0.01))
     answer = ask(app, path, ASK if path == CHAT else None)
     assert answer.status_code == status and len(asked) == 1 and replicas[0].cancelled
+    assert (answer.headers.get("x-should-retry") == "false") == (status == 504)  # clients would, twice, by themselves
 
 
 def test_an_answer_that_has_begun_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ class _Numbers:
         ("num_requests_running", "GAUGE", "Answers that have a slot."),
         ("num_requests_waiting", "GAUGE", "Answers that wait for one."),
         ("engine_last_step_age_seconds", "GAUGE", "Since the engine last came round; it grows where the engine died."),
-        ("prompt_tokens_total", "COUNTER", "Tokens of answered prompts."),
-        ("generation_tokens_total", "COUNTER", "Tokens written."),
+        ("prompt_tokens_total", "COUNTER", "Prompt tokens of requests that got a slot and have ended."),
+        ("generation_tokens_total", "COUNTER", "Tokens written for them, failed ones too."),
     )
 
     def __init__(self, model: str) -> None:
