@@ -50,7 +50,11 @@ class Embedder:
             self.pending -= 1
             raise
         loop = asyncio.get_running_loop()
-        future = self._thread.submit(self.compute, texts)
+        try:
+            future = self._thread.submit(self.compute, texts)
+        except BaseException:  # it was closed: those behind are to be told so, too
+            self._next()
+            raise
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._next))
         return await asyncio.wrap_future(future)
 

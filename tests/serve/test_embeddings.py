@@ -99,9 +99,11 @@ def test_what_is_computed_for_nobody_still_has_its_place(encoder: Encoder, monke
         while embedder.pending:
             await asyncio.sleep(0.01)
         assert (await embedder.embed(["c"])).tokens == 1
+        embedder.close()
+        late = await asyncio.gather(*(embedder.embed(["d"]) for _ in range(2)), return_exceptions=True)
+        assert [type(error) for error in late] == [RuntimeError] * 2 and embedder.pending == 0
 
     asyncio.run(leave())
-    embedder.close()
 
 
 def test_a_model_of_the_other_kind(encoder: Encoder) -> None:
